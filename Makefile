@@ -1,0 +1,44 @@
+# make demo and make test set everything up from nothing in .venv: exact versions, uv bootstrapped through pip.
+VENV := .venv
+PY := $(VENV)/bin/python
+PYTHON ?= python3
+LOCK := requirements/cpu.lock
+# uv does not read pip's variable; without a folder of wheels of your own, torch's CPU build comes from its index.
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+else
+export UV_TORCH_BACKEND ?= cpu
+endif
+# One build folder per environment: a lock left by a killed build in a shared one would hang every later start.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
+STAMP := $(VENV)/.stamp-$(shell cat $(LOCK) pyproject.toml Makefile | sha256sum | cut -c1-12)
+
+.PHONY: setup demo test experiments bench lint
+setup: $(STAMP)
+
+$(STAMP): $(LOCK) pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q --disable-pip-version-check uv==0.13.8
+	$(VENV)/bin/uv pip install -q --python $(PY) --no-deps -r $(LOCK)
+	$(VENV)/bin/uv pip install -q --python $(PY) --no-deps --no-build-isolation -e .
+	rm -f $(VENV)/.stamp-*
+	touch $@
+
+# Aligns SmolLM2-135M by WPO on the shipped preferences; a second call resumes or says that it is complete.
+demo: $(STAMP)
+	$(VENV)/bin/align train recipe=wpo run.dir=runs/demo
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not gpu"
+
+# What needs seeds and intervals; writes docs/experiments.
+experiments: $(STAMP)
+	$(PY) -m tests.experiments.wpo_everyday
+
+# DPO against TRL side by side; writes docs/benchmarks.md.
+bench: $(STAMP)
+	$(VENV)/bin/uv pip install -q --python $(PY) --no-deps -r requirements/bench.txt
+	OMP_NUM_THREADS=1 $(PY) -m tests.bench.dpo_vs_trl
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

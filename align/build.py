@@ -1,0 +1,43 @@
+"""Settings to parts: the objective, the tokenizer, the pretrained model. A dotted _target_ is the registry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_method, instantiate
+from omegaconf import DictConfig
+
+from align.config import Config
+from align.pretrained import Pretrained
+
+
+def objective(config: Config) -> Any:
+    """The objective of a run. Raises ValueError for impossible values and for keys its class does not know."""
+    return _instantiate(config.objective, "objective")
+
+
+def pretrained(config: Config) -> Pretrained:
+    """The model of a run, not loaded yet."""
+    return _instantiate(config.model, "model")
+
+
+def tokenizer(config: Config) -> Any:
+    """The tokenizer of a run's model."""
+    return pretrained(config).tokenizer()
+
+
+def function(path: str, key: str) -> Any:
+    """A Python function by its dotted path. Raises ValueError, naming the setting, if there is none."""
+    try:
+        return get_method(path)
+    except Exception as error:  # Hydra wraps import errors in several kinds
+        raise ValueError(f"{key}={path}: cannot be imported ({' '.join(str(error).split())[:200]})") from error
+
+
+def _instantiate(node: DictConfig, key: str) -> Any:
+    try:
+        return instantiate(node)
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"{key} ({node.get('_target_')}): {' '.join(str(cause).split())}") from error

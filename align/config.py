@@ -1,0 +1,425 @@
+"""The command line's words to checked settings: where configs live, composition, refusal of unknown keys.
+
+Imports nothing heavy: a misspelt key is refused before torch is loaded. configs/ holds the values and what they
+mean, the dataclasses here hold their types; a test keeps the two equal.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+# What may differ when a run is resumed; everything else is part of what the run is.
+RESUMABLE = (
+    "trainer.max_steps",
+    "trainer.save_every",
+    "trainer.keep_checkpoints",
+    "merge",
+    "run.",
+    "log.",
+    "launch.",
+)
+
+
+class ConfigError(ValueError):
+    """The user's settings are wrong; the message is one line that says how to cure it."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """configs/config.yaml, run"""
+
+    dir: str | None
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """configs/config.yaml, lora"""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: Any  # "all-linear" or a list of names
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """configs/config.yaml, reference"""
+
+    mode: str
+    cache_dir: str | None
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """configs/optimizer"""
+
+    lr: float
+    betas: list[float]
+    eps: float
+    weight_decay: float
+    max_grad_norm: float | None
+    schedule: str
+    warmup_fraction: float
+    final_fraction: float
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """configs/data"""
+
+    train: Any  # one source or a list of them
+    heldout: Any
+    heldout_fraction: float
+    max_tokens: int
+    on_bad_row: str
+    max_bad_fraction: float
+    gold: str | None
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """configs/trainer"""
+
+    epochs: int
+    max_steps: int | None
+    schedule_steps: int | None
+    batch_size: int
+    micro_batch_tokens: int
+    layout: str
+    recompute: str
+    precision: str
+    eval_every: int
+    save_every: int
+    keep_checkpoints: int
+    num_samples: int
+    sample_tokens: int
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """configs/log"""
+
+    console_every: int
+    tensorboard: bool
+    wandb: str
+    wandb_project: str
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """configs/launch"""
+
+    threads: int | None
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run. model and objective stay open: their keys are those of the class they name."""
+
+    seed: int
+    merge: bool
+    run: RunConfig
+    lora: LoraConfig
+    reference: ReferenceConfig
+    optimizer: OptimizerConfig
+    data: DataConfig
+    trainer: TrainerConfig
+    log: LogConfig
+    launch: LaunchConfig
+    model: DictConfig
+    objective: DictConfig
+    choices: dict[str, str] = field(compare=False)  # group -> option, for names and the model card
+    tree: DictConfig = field(compare=False)  # as composed, for config.yaml
+
+
+_SECTIONS = {
+    "run": RunConfig,
+    "lora": LoraConfig,
+    "reference": ReferenceConfig,
+    "optimizer": OptimizerConfig,
+    "data": DataConfig,
+    "trainer": TrainerConfig,
+    "log": LogConfig,
+    "launch": LaunchConfig,
+}
+
+_CHOICES = {
+    "reference.mode": ("cached", "adapter", "model"),
+    "optimizer.schedule": ("cosine", "linear", "constant"),
+    "data.on_bad_row": ("error", "drop"),
+    "trainer.layout": ("auto", "shared", "packed", "padded"),
+    "trainer.recompute": ("auto", "off", "selective", "full"),
+    "trainer.precision": ("auto", "float32", "bfloat16"),
+    "log.wandb": ("off", "offline", "online"),
+}
+
+# key -> (low, high, low itself allowed, high itself allowed); None: no bound
+_RANGES: dict[str, tuple[float | None, float | None, bool, bool]] = {
+    "seed": (0, 2**31, True, False),
+    "lora.rank": (0, None, True, True),
+    "lora.alpha": (0, None, False, True),
+    "lora.dropout": (0, 1, True, False),
+    "optimizer.lr": (0, None, False, True),
+    "optimizer.eps": (0, None, False, True),
+    "optimizer.weight_decay": (0, None, True, True),
+    "optimizer.max_grad_norm": (0, None, False, True),
+    "optimizer.warmup_fraction": (0, 1, True, False),
+    "optimizer.final_fraction": (0, 1, True, True),
+    "data.heldout_fraction": (0, 1, True, False),
+    "data.max_tokens": (2, None, True, True),
+    "data.max_bad_fraction": (0, 1, True, True),
+    "trainer.epochs": (1, None, True, True),
+    "trainer.max_steps": (1, None, True, True),
+    "trainer.schedule_steps": (1, None, True, True),
+    "trainer.batch_size": (1, None, True, True),
+    "trainer.micro_batch_tokens": (2, None, True, True),
+    "trainer.eval_every": (0, None, True, True),
+    "trainer.save_every": (1, None, True, True),
+    "trainer.keep_checkpoints": (1, None, True, True),
+    "trainer.num_samples": (0, None, True, True),
+    "trainer.sample_tokens": (1, None, True, True),
+    "log.console_every": (1, None, True, True),
+    "launch.threads": (1, None, True, True),
+}
+
+
+def shipped_root() -> Path:
+    """The directory that holds configs, recipes and launch: inside a wheel, or the checkout."""
+    package = Path(__file__).parent
+    shipped = package / "_shipped"
+    return shipped if shipped.is_dir() else package.parent
+
+
+def cache_root() -> Path:
+    """Where converted models and cached reference log-probs are kept: $ALIGN_CACHE, or ~/.cache/align."""
+    return Path(os.environ.get("ALIGN_CACHE") or Path.home() / ".cache" / "align")
+
+
+def recipes(config_dir: Path | None = None) -> dict[str, Path]:
+    """Name -> file of every shipped recipe and of those in <config_dir>/recipes."""
+    found = {}
+    for root in [shipped_root() / "recipes"] + ([config_dir / "recipes"] if config_dir else []):
+        for path in sorted(root.rglob("*.yaml")):
+            found[path.relative_to(root).with_suffix("").as_posix()] = path
+    return found
+
+
+def options(group: str) -> list[str]:
+    """Names of the shipped options of a group such as model or objective/loss."""
+    return sorted(p.stem for p in (shipped_root() / "configs" / group).glob("*.yaml"))
+
+
+def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
+    """Checked settings from `key=value` and `group=option` words, in Hydra's syntax.
+
+    config_dir: a directory of your own with configs in the same groups and recipes in recipes/.
+    Raises ConfigError, one line, for anything that is not a setting or not a possible value.
+    """
+    words = list(overrides)
+    for word in words:
+        if word.startswith("-") or "=" not in word.lstrip("~"):
+            raise ConfigError(f"{word}: settings are written key=value, for example optimizer.lr=1e-6")
+    # Your own training data never meet the shipped held-out set or its gold rule.
+    if any(w.startswith("data.train=") for w in words) and not any(w.startswith("data=") for w in words):
+        words.append("data=files")
+    _register_recipes(config_dir)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str((shipped_root() / "configs").resolve()), version_base="1.3"):
+        if config_dir is not None:
+            words.append(f"hydra.searchpath=[file://{config_dir.resolve()}]")
+        try:
+            full = hydra_compose("config", words, return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(_explain(words, error)) from None
+        choices = {g: o for g, o in full.hydra.runtime.choices.items() if o and not g.startswith("hydra")}
+        groups = [f"{g}={o}" for g, o in choices.items() if g != "recipe"]
+        known = hydra_compose("config", groups + [w for w in words if w.startswith("hydra.")])
+    OmegaConf.set_struct(full, False)
+    del full["hydra"]
+    _refuse_unknown(full, known, choices)
+    return _typed(full, choices)
+
+
+def differences(old: DictConfig, new: DictConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ between a run's config.yaml and now and that may not: key -> (there, now)."""
+    a, b = dict(leaves(old)), dict(leaves(new))
+    changed = {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
+    return {
+        k: v
+        for k, v in changed.items()
+        if not any(k == allowed or (allowed.endswith(".") and k.startswith(allowed)) for allowed in RESUMABLE)
+    }
+
+
+def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every setting; a list is one value. Interpolations are not resolved."""
+    for key in node:
+        raw = node._get_node(key)
+        name = f"{prefix}{key}"
+        if isinstance(raw, DictConfig) and not raw._is_none() and not raw._is_missing():
+            yield from leaves(raw, name + ".")
+        elif isinstance(raw, ListConfig):
+            yield name, OmegaConf.to_container(raw, resolve=False)
+        else:
+            yield name, None if raw is None else raw._value()
+
+
+def _register_recipes(config_dir: Path | None) -> None:
+    store = ConfigStore.instance()
+    store.repo.pop("recipe", None)
+    for name, path in recipes(config_dir).items():
+        node = OmegaConf.create(yaml.safe_load(path.read_text()) or {})
+        group, _, option = f"recipe/{name}".rpartition("/")
+        store.store(group=group, name=option, node=node, package="_global_")
+
+
+def _refuse_unknown(full: DictConfig, known: DictConfig, choices: dict[str, str]) -> None:
+    """Hydra adds what a recipe invents; here it is an error, as on the command line."""
+    allowed = {key for key, _ in leaves(known)}
+    for key, _ in leaves(full):
+        if key not in allowed and not any(key.startswith(f"{a}.") for a in allowed):
+            group = key.split(".")[0]
+            hint = f"; {group}={choices[group]} has no such key" if group in choices else ""
+            raise ConfigError(f"{key} is not a setting{hint}{_nearest(key, allowed)}")
+
+
+def _explain(words: Sequence[str], error: Exception) -> str:
+    """One line for what Hydra refuses, with the nearest name that it would accept."""
+    text = " ".join(str(error).split())
+    found = {g: options(g) for g in _groups()} | {"recipe": sorted(recipes())}
+    for word in words:
+        key, _, value = word.lstrip("+~").partition("=")
+        key = key.split("@")[0]
+        if key in found and value not in found[key] and re.search(rf"\b{re.escape(key)}\b", text):
+            near = difflib.get_close_matches(value, found[key], 1, 0.5)
+            tip = f"; did you mean {near[0]}?" if near else ""
+            return f"{key}={value}: no such option{tip} Options: {', '.join(found[key])}"
+    with_groups = [w for w in words if w.partition("=")[0] in found or w.startswith("hydra.")]
+    try:
+        base = hydra_compose("config", with_groups)
+    except Exception:  # the groups themselves do not compose: Hydra's own words are the best there are
+        return text
+    allowed = {key for key, _ in leaves(base)}
+    sections = {key.rsplit(".", 1)[0] for key in allowed if "." in key}
+    for word in words:
+        key = word.lstrip("+~").partition("=")[0]
+        if word not in with_groups and key not in allowed | sections:
+            return f"{key} is not a setting{_nearest(key, allowed | set(found))}"
+    return text
+
+
+def _groups() -> list[str]:
+    root = shipped_root() / "configs"
+    return sorted({p.parent.relative_to(root).as_posix() for p in root.rglob("*.yaml")} - {"."})
+
+
+def _nearest(key: str, allowed: set[str]) -> str:
+    """A suggestion: the nearest full name, or the nearest by the last part alone."""
+    near = difflib.get_close_matches(key, sorted(allowed), 1, 0.6)
+    if not near:
+        last = {a.rsplit(".", 1)[-1]: a for a in sorted(allowed)}
+        near = [last[m] for m in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(last), 1, 0.6)]
+    return f"; did you mean {near[0]}?" if near else "; `align check --keys` lists them all"
+
+
+def _typed(tree: DictConfig, choices: dict[str, str]) -> Config:
+    missing = [key for key, value in leaves(tree) if value == "???"]
+    if missing:
+        raise ConfigError(f"{missing[0]} is required: add {missing[0]}=...")
+    sections = {}
+    for name, cls in _SECTIONS.items():
+        schema = OmegaConf.structured(cls)
+        OmegaConf.set_readonly(schema, False)
+        try:
+            sections[name] = OmegaConf.to_object(OmegaConf.merge(schema, tree[name]))
+        except OmegaConfBaseException as error:
+            key = f"{name}.{error.full_key}" if getattr(error, "full_key", "") else name
+            given = OmegaConf.select(tree, key)
+            raise ConfigError(f"{key}={given}: {' '.join(str(error.msg or error).split())}") from None
+    for key, kind in (("seed", int), ("merge", bool)):
+        if not isinstance(tree[key], kind) or (kind is int and isinstance(tree[key], bool)):
+            raise ConfigError(f"{key}={tree[key]}: must be {'true or false' if kind is bool else 'an integer'}")
+    config = Config(
+        seed=tree.seed,
+        merge=tree.merge,
+        model=tree.model,
+        objective=tree.objective,
+        choices=choices,
+        tree=tree,
+        **sections,
+    )
+    _check_values(tree)
+    return config
+
+
+def _check_values(tree: DictConfig) -> None:
+    for key, allowed in _CHOICES.items():
+        value = OmegaConf.select(tree, key)
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), allowed, 1)
+            tip = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{key}={value}: must be one of {', '.join(allowed)}{tip}")
+    for key, (low, high, low_in, high_in) in _RANGES.items():
+        value = OmegaConf.select(tree, key)
+        if value is None:
+            continue
+        value = float(value)
+        below = low is not None and (value < low or (value == low and not low_in))
+        above = high is not None and (value > high or (value == high and not high_in))
+        if below or above or value != value:
+            bounds = []
+            if low is not None:
+                bounds.append(f"{'at least' if low_in else 'greater than'} {low:g}")
+            if high is not None:
+                bounds.append(f"{'at most' if high_in else 'below'} {high:g}")
+            raise ConfigError(f"{key}={OmegaConf.select(tree, key)}: must be {' and '.join(bounds)}")
+    betas = list(tree.optimizer.betas)
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise ConfigError(f"optimizer.betas={betas}: must be two numbers in [0, 1)")
+    if tree.reference.mode == "adapter" and tree.lora.rank == 0:
+        raise ConfigError("reference.mode=adapter needs LoRA: set lora.rank, or use reference.mode=cached")
+    if tree.lora.dropout > 0 and tree.trainer.layout == "shared":
+        raise ConfigError("lora.dropout above 0 and trainer.layout=shared: use trainer.layout=packed")
+    if tree.lora.dropout > 0 and tree.lora.rank == 0:
+        raise ConfigError("lora.dropout has no effect with lora.rank=0; remove it or set lora.rank")
+
+
+def keys_with_help() -> list[str]:
+    """A line per setting of every option: key, default, and the comment above it in configs/."""
+    root = shipped_root() / "configs"
+    lines = []
+    for path in sorted(root.rglob("*.yaml")):
+        group = path.parent.relative_to(root).as_posix().replace("/", ".")
+        lines.append(f"[{path.relative_to(root).with_suffix('').as_posix()}]")
+        comment: list[str] = []
+        section = ""
+        for line in path.read_text().splitlines():
+            stripped = line.strip()
+            if stripped.startswith("#"):
+                comment.append(stripped.lstrip("# "))
+            elif match := re.match(r"^(  )?([a-z_]+):\s*(.*)$", line):
+                nested, key, value = match.groups()
+                if not nested:
+                    section = "" if value else f"{key}."
+                if value:
+                    prefix = "" if group == "." else f"{group}."
+                    lines.append(f"  {prefix}{section if nested else ''}{key}={value}  {' '.join(comment)}")
+                comment = []
+            else:
+                comment = []
+    return lines

@@ -1,0 +1,168 @@
+"""Where rows come from: files, saved data sets, the hub. A row is a JSON object and its "file:line".
+
+What a row means is pairs.py's; here a row is only readable or not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Kind = Literal["jsonl", "json", "parquet", "saved", "directory", "hub"]
+_SUFFIXES: dict[str, Kind] = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"}
+
+
+class BadRow(ValueError):
+    """A row that cannot be used: `reason` is counted in the audit, the message is for the user."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Source:
+    """A place to read rows from."""
+
+    name: str  # as the user wrote it
+    kind: Kind
+    path: Path | None  # None on the hub
+
+
+def locate(name: str) -> Source:
+    """The source a setting such as data.train means. Raises ValueError when there is none; reads nothing."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"data.train={name}: must be a file, a directory or a hub data set, or a list of them")
+    if name.startswith("align:"):
+        path = Path(__file__).parent / name.removeprefix("align:")
+        if not path.exists():
+            raise ValueError(f"{name}: no such file ships with the package")
+        return Source(name, _SUFFIXES[path.suffix], path)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            return Source(name, "saved", path)
+        return Source(name, "directory", path)
+    if path.is_file():
+        if path.suffix not in _SUFFIXES:
+            raise ValueError(f"{name}: unknown kind of file; use .jsonl, .json or .parquet")
+        return Source(name, _SUFFIXES[path.suffix], path)
+    looks_like_path = path.suffix in _SUFFIXES or path.is_absolute() or name.startswith((".", "~"))
+    if looks_like_path or name.count("/") > 1:
+        raise ValueError(f"{name}: no such file; give an existing file or directory, or a hub data set")
+    return Source(name, "hub", None)
+
+
+def read(source: Source) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    """Each row's "file:line" and its object, or why it cannot be read. Blank lines are no rows.
+
+    Raises ValueError when the source as a whole cannot be read.
+    """
+    if source.kind == "jsonl":
+        yield from _jsonl(source)
+    elif source.kind == "json":
+        yield from _json(source)
+    else:
+        rows = _table(source)
+        for number, row in enumerate(rows, 1):
+            yield f"{source.name}:{number}", row
+
+
+def content_hash(source: Source) -> str:
+    """sha256 of a file's or directory's bytes; of its name for a hub data set, whose rows are hashed when read."""
+    digest = hashlib.sha256()
+    if source.path is None:
+        digest.update(source.name.encode())
+    else:
+        files = [source.path] if source.path.is_file() else sorted(p for p in source.path.rglob("*") if p.is_file())
+        for file in files:
+            with file.open("rb") as stream:
+                while part := stream.read(1 << 20):
+                    digest.update(part)
+    return digest.hexdigest()
+
+
+def _jsonl(source: Source) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    assert source.path is not None
+    with source.path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                # a byte order mark is no part of the text; it can stand before the first row only
+                row = _object(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                row = BadRow("not_utf8", f"byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8")
+            except BadRow as error:
+                row = error
+            yield f"{source.name}:{number}", row
+
+
+def _json(source: Source) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    assert source.path is not None
+    text = source.path.read_bytes()
+    if not text.lstrip().startswith(b"["):
+        yield from _jsonl(source)
+        return
+    try:
+        rows = json.loads(text.decode("utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{source.name}: {error}; mend the file or use .jsonl, one object a line") from None
+    for number, row in enumerate(rows, 1):
+        wrong = BadRow("not_an_object", f"expected an object, found {type(row).__name__}")
+        yield f"{source.name}:{number}", row if isinstance(row, dict) else wrong
+
+
+def _object(line: str) -> dict[str, Any]:
+    def refuse_constant(name: str) -> None:
+        raise BadRow("invalid_json", f"{name} is not JSON; leave the field out or write null")
+
+    def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        out = dict(items)
+        if len(out) != len(items):
+            twice = next(k for k, _ in items if [key for key, _ in items].count(k) > 1)
+            raise BadRow("invalid_json", f"field {twice!r} stands twice; keep one")
+        return out
+
+    try:
+        value = json.loads(line, parse_constant=refuse_constant, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise BadRow(
+            "invalid_json", f"invalid JSON at column {error.colno} ({error.msg}); each line must be one JSON object"
+        ) from None
+    except RecursionError:
+        raise BadRow("invalid_json", "nested too deeply; each line must be one flat JSON object") from None
+    if not isinstance(value, dict):
+        raise BadRow("not_an_object", f"expected an object like {{...}}, found {type(value).__name__}")
+    return value
+
+
+def _table(source: Source) -> Any:
+    import datasets
+
+    if source.kind == "parquet":
+        return datasets.Dataset.from_parquet(str(source.path), keep_in_memory=False)
+    name, _, split = source.name.partition(":") if source.kind == "hub" else (source.name, "", "")
+    split = split or "train"
+    try:
+        if source.kind == "saved":
+            data = datasets.load_from_disk(str(source.path))
+        elif source.kind == "directory":
+            data = datasets.load_dataset(str(source.path), split=split)
+        else:
+            name, _, config = name.partition("@")
+            data = datasets.load_dataset(name, config or None, split=split)
+    except Exception as error:  # the library raises a dozen kinds; each means that the data cannot be had
+        first = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{source.name}: cannot be loaded ({type(error).__name__}: {first}); check the name, the split and the network"
+        ) from error
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise ValueError(f"{source.name}: holds the splits {', '.join(data)}; save one of them alone")
+        data = data[split]
+    return data

@@ -1,0 +1,1 @@
+"""Loss to step: what holds the weights and the optimiser."""

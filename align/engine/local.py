@@ -1,0 +1,115 @@
+"""One process, one device: torch's AdamW, gradient clipping, autocast. The loop has already divided the loss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align.config import OptimizerConfig
+from align.models import Policy
+from align.types import PackedBatch, Stats
+
+
+class LocalEngine:
+    """Holds a policy and its optimiser."""
+
+    def __init__(self, policy: Policy, config: OptimizerConfig, precision: torch.dtype):
+        self.policy = policy
+        self.config = config
+        self.precision = precision
+        self.parameters = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+        decay = [p for p in self.parameters.values() if p.ndim > 1]
+        rest = [p for p in self.parameters.values() if p.ndim <= 1]  # norms and biases are not decayed
+        groups = [
+            {"params": params, "weight_decay": weight_decay}
+            for params, weight_decay in ((decay, config.weight_decay), (rest, 0.0))
+            if params
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True
+        )
+
+    def forward(self, batch: PackedBatch, needs: frozenset[str]) -> Stats:
+        """The policy's stats in the run's precision."""
+        with self.autocast():
+            return self.policy(batch, needs)
+
+    def autocast(self) -> torch.autocast:
+        """Context in which matrix products run in the run's precision."""
+        device = self.policy.device.type
+        return torch.autocast(device, dtype=self.precision, enabled=self.precision != torch.float32)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`."""
+        loss.backward()
+
+    def gradient_norm(self) -> float:
+        """Global norm of the gradients, after which they are clipped to optimizer.max_grad_norm."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=None)
+        limit = self.config.max_grad_norm
+        value = float(norm)
+        if limit is not None and math.isfinite(value):
+            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), limit, norm)
+        return value
+
+    def step(self, lr: float) -> None:
+        """One optimiser step at this learning rate; gradients are forgotten."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Trainable weights by name."""
+        return {n: p.detach() for n, p in self.parameters.items()}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Moments and counts of each weight, and the generators' states, as flat names."""
+        out = {}
+        for name, p in self.parameters.items():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                out[f"{name}|{key}"] = value
+        out["rng|cpu"] = torch.get_rng_state()
+        if self.policy.device.type == "cuda":
+            out["rng|cuda"] = torch.cuda.get_rng_state(self.policy.device)
+        return out
+
+    def restore(self, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+        """Set weights, moments and generators. Raises ValueError when the checkpoint is of another model."""
+        if model.keys() != self.parameters.keys():
+            odd = sorted(model.keys() ^ self.parameters.keys())[0]
+            raise ValueError(f"the checkpoint belongs to another model: it differs in {odd}; use another run.dir")
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(model[name])
+        for name, p in self.parameters.items():
+            state: dict[str, Any] = {}
+            for full, value in optimizer.items():
+                owner, _, key = full.rpartition("|")
+                if owner == name:
+                    # a fused optimiser keeps its count beside the weights
+                    state[key] = value.to(p.device) if value.ndim or p.is_cuda else value.clone()
+            if state:
+                self.optimizer.state[p] = state
+        torch.set_rng_state(optimizer["rng|cpu"].cpu())
+        if "rng|cuda" in optimizer and self.policy.device.type == "cuda":
+            torch.cuda.set_rng_state(optimizer["rng|cuda"].cpu(), self.policy.device)
+
+
+def learning_rate(config: OptimizerConfig, step: int, schedule_steps: int) -> float:
+    """Rate of optimiser step 1, 2, ...: linear warm-up, then constant, linear or cosine to final_fraction.
+
+    The last step of the schedule has lr * final_fraction, and so have steps beyond it.
+    """
+    warmup = round(config.warmup_fraction * schedule_steps)
+    if step <= warmup:
+        return config.lr * step / warmup
+    if config.schedule == "constant":
+        return config.lr
+    done = min(1.0, (step - warmup) / max(1, schedule_steps - warmup))
+    shape = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.lr * (config.final_fraction + (1 - config.final_fraction) * shape)

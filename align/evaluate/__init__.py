@@ -1,0 +1,1 @@
+"""Measurements of networks, and intervals around them."""

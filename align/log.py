@@ -1,0 +1,142 @@
+"""What a run tells: metrics.jsonl always; the terminal, TensorBoard and wandb as mirrors that can never stop it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from align.config import LogConfig
+
+
+class Log:
+    """The log of one run directory."""
+
+    def __init__(self, directory: Path, config: LogConfig, run_config: dict[str, Any]):
+        self.path = directory / "metrics.jsonl"
+        self.config = config
+        self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self.mirrors: list[tuple[str, Callable[[dict[str, Any]], None], Callable[[], None]]] = []
+        if config.tensorboard:
+            self._add("tensorboard", lambda: _tensorboard(directory))
+        if config.wandb != "off":
+            self._add("wandb", lambda: _wandb(directory, config, run_config))
+
+    def say(self, line: str) -> None:
+        """One line for people."""
+        self.console.print(line, markup=False)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """One optimiser step: a line of metrics.jsonl, and the mirrors."""
+        with self.path.open("a") as stream:
+            stream.write(json.dumps(row, allow_nan=False) + "\n")
+        for name, write, close in list(self.mirrors):
+            try:
+                write(row)
+            except Exception as error:  # whatever a tracker raises, the run goes on
+                self.say(f"{name} failed ({error}) and is off from here; metrics.jsonl goes on")
+                self.mirrors.remove((name, write, close))
+
+    def keep(self, last_step: int) -> None:
+        """Forget rows after `last_step`: they were written after the checkpoint that a run goes on from."""
+        if not self.path.exists():
+            return
+        rows = []
+        for line in self.path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # cut short by the kill
+                continue
+            if row["step"] <= last_step:
+                rows.append(line)
+        scratch = self.path.with_suffix(".tmp")
+        with scratch.open("w") as stream:
+            stream.write("".join(line + "\n" for line in rows))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(scratch, self.path)
+
+    def flush(self) -> None:
+        """metrics.jsonl is on the disk before the checkpoint that follows it."""
+        if self.path.exists():
+            descriptor = os.open(self.path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+    def progress(self, what: str) -> Callable[[Iterable[int], int], Iterable[int]]:
+        """Wraps a loop: a bar with its remaining time on a terminal, a line every ten seconds elsewhere."""
+
+        def wrap(items: Iterable[int], total: int) -> Iterator[int]:
+            if total == 0:
+                return
+            if self.console.is_terminal:
+                columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+                with Progress(*columns, console=self.console, transient=True) as bar:
+                    yield from bar.track(items, total=total)
+                return
+            start = shown = time.monotonic()
+            for done, item in enumerate(items):
+                now = time.monotonic()
+                if done and now - shown > 10:
+                    shown = now
+                    left = (now - start) / done * (total - done)
+                    self.say(f"{what} {done}/{total}, {left:.0f} s left")
+                yield item
+
+        return wrap
+
+    def close(self) -> None:
+        """Finish the mirrors."""
+        for name, _, close in self.mirrors:
+            try:
+                close()
+            except Exception as error:  # as in row
+                self.say(f"{name} failed while closing ({error})")
+
+    def _add(self, name: str, make: Callable[[], tuple[Any, Any]]) -> None:
+        try:
+            write, close = make()
+        except Exception as error:  # no network, no account, no disk: not the run's business
+            self.say(f"{name} cannot start ({error}); metrics.jsonl has everything")
+            return
+        self.mirrors.append((name, write, close))
+
+
+def _tensorboard(directory: Path) -> tuple[Callable[[dict[str, Any]], None], Callable[[], None]]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(directory / "tensorboard"))
+
+    def write(row: dict[str, Any]) -> None:
+        for key, value in row.items():
+            if key != "step":
+                writer.add_scalar(key, value, row["step"])
+
+    return write, writer.close
+
+
+def _wandb(
+    directory: Path, config: LogConfig, run_config: dict[str, Any]
+) -> tuple[Callable[[dict[str, Any]], None], Callable[[], None]]:
+    import wandb
+
+    run = wandb.init(
+        project=config.wandb_project,
+        name=directory.name,
+        dir=str(directory),
+        mode=config.wandb,  # type: ignore[arg-type]
+        config=run_config,
+        resume="allow" if config.wandb == "online" else None,
+        # the same run directory is the same wandb run when it is resumed
+        id=hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16] if config.wandb == "online" else None,
+        settings=wandb.Settings(console="off", silent=True),
+    )
+    return lambda row: run.log(row, step=row["step"]), run.finish

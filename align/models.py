@@ -1,0 +1,246 @@
+"""Networks: loading, the policy module from PackedBatch to Stats, LoRA, and the reference as adapter-off.
+
+Everything that knows transformers' classes is here; the loop sees Policy only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils import checkpoint
+
+from align import attention
+from align.packing import pack, to_device
+from align.stats import Head, stats
+from align.types import Layout, PackedBatch, Pair, Stats
+
+Recompute = Literal["off", "selective", "full"]
+
+_PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward goes from a PackedBatch to Stats, head included.
+
+    One forward of the trunk and one use of the head for every batch, whatever its content: sharded engines
+    hang when ranks differ in the number of module calls.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout):
+        super().__init__()
+        self.model = model
+        self.layout = layout
+        if layout != "padded":
+            self.causal_lm.config._attn_implementation = attention.NAME
+
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model, LoRA layers inside if there are any."""
+        return self.model.get_base_model() if is_peft(self.model) else self.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs must be."""
+        return self.causal_lm.get_input_embeddings().weight.device
+
+    def forward(self, batch: PackedBatch, needs: frozenset[str] = frozenset()) -> Stats:
+        """Stats of a batch; `needs` names optional ones, see stats.EXTRAS."""
+        lm = self.causal_lm
+        trunk = lm.get_decoder()
+        if batch.padded_shape is not None:
+            # Padding is on the right: causal layers never look at it, and no target reads it. A mask would
+            # only leave windows in which everything is masked, whose softmax is nan.
+            hidden = trunk(
+                input_ids=batch.input_ids.view(batch.padded_shape),
+                position_ids=batch.position_ids.view(batch.padded_shape),
+                use_cache=False,
+            ).last_hidden_state
+        else:
+            hidden = trunk(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                segments=attention.SegmentPlan(batch.segments),
+                use_cache=False,
+            ).last_hidden_state
+        return stats(hidden.reshape(-1, hidden.shape[-1]), head_of(lm), batch, needs)
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Inside, the policy is its own reference: adapter off, dropout off, no gradients."""
+        if not is_peft(self.model):
+            raise ValueError("reference.mode=adapter needs LoRA: set model.lora.rank, or use reference.mode=cached")
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad(), self.model.disable_adapter():
+                yield
+        finally:
+            self.train(training)
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether a model carries PEFT adapters."""
+    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+
+
+@contextlib.contextmanager
+def stock_attention(lm: Any) -> Iterator[None]:
+    """Inside, the model uses transformers' own attention: for generating and for padded rows.
+
+    For forwards without a backward only: a packed model keeps the packed attention at all other times, so that
+    a recomputing backward, which runs later, finds the same function as the forward.
+    """
+    before = lm.config._attn_implementation
+    lm.config._attn_implementation = stock_attention_name(lm.config)
+    try:
+        yield
+    finally:
+        lm.config._attn_implementation = before
+
+
+def stock_attention_name(config: Any) -> str:
+    """The transformers attention that computes what the model means: SDPA knows no softcap and ignores it."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+
+
+def head_of(lm: Any) -> Head:
+    """The output head with the model's own scaling of logits.
+
+    Gemma 2 caps them (final_logit_softcapping), Cohere multiplies (logit_scale), Granite divides
+    (logits_scaling), Falcon-H1 multiplies (lm_head_multiplier).
+    """
+    config = lm.config
+    scale = 1.0
+    for name, power in (("logit_scale", 1), ("logits_scaling", -1), ("lm_head_multiplier", 1)):
+        value = getattr(config, name, None)
+        if value is not None:
+            scale *= float(value) ** power
+    output = lm.get_output_embeddings()
+    return Head(
+        weight=output.weight,
+        bias=getattr(output, "bias", None),
+        scale=scale,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def choose_layout(lm: Any, wanted: str, dropout: float) -> tuple[Layout, str]:
+    """The layout a model can be trained in, and the reason in words. `wanted` other than auto is obeyed.
+
+    Raises ValueError when a packed layout is demanded of a model that needs stock attention.
+    """
+    config = lm.config
+    reason = ""
+    if not getattr(lm, "_supports_attention_backend", False):
+        reason = f"{type(lm).__name__} does not take a registered attention function"
+    elif set(getattr(config, "layer_types", None) or ()) - _PACKABLE_LAYERS:
+        reason = f"{type(lm).__name__} has layers that are not full or sliding-window attention"
+    elif getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", False):
+        reason = f"{type(lm).__name__} is not causal"
+    elif getattr(config, "attention_dropout", 0.0):
+        reason = f"model.attention_dropout={config.attention_dropout} needs the stock attention"
+    if reason and wanted in ("shared", "packed"):
+        raise ValueError(f"trainer.layout={wanted}: {reason}; use trainer.layout=padded")
+    if wanted != "auto":
+        if wanted == "shared" and dropout:
+            raise ValueError(
+                f"trainer.layout=shared: with dropout {dropout} both sequences would share the prompt's mask; "
+                "use trainer.layout=packed"
+            )
+        return wanted, "set by trainer.layout"  # type: ignore[return-value]
+    if reason:
+        return "padded", reason
+    if dropout:
+        return "packed", f"dropout {dropout}: a shared prefix would share its dropout mask"
+    return "shared", "causal softmax attention throughout"
+
+
+def enable_recompute(policy: Policy, mode: Recompute) -> None:
+    """Which activations the backward computes again: none, all but matrix products, or those of whole layers."""
+    if mode == "off":
+        return
+    kwargs: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        kwargs["context_fn"] = partial(checkpoint.create_selective_checkpoint_contexts, _keep_products)
+    policy.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+def _keep_products(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> Any:
+    """Selective recompute: what matrix products and attention return is kept, everything cheaper is redone."""
+    keep = op in _PRODUCTS
+    return checkpoint.CheckpointPolicy.MUST_SAVE if keep else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+}
+
+
+def lora(lm: Any, *, rank: int, alpha: float, dropout: float, targets: str | list[str], seed: int) -> Any:
+    """A PEFT model with LoRA adapters of `rank` on the linear layers `targets`, initialised from `seed`.
+
+    targets: "all-linear" (every linear layer but the head) or names. alpha: adapters are scaled by alpha / rank.
+    Raises ValueError for the head: its weight is read, not called, so an adapter on it would be ignored.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if targets != "all-linear" and any("lm_head" in t for t in targets):
+        raise ValueError("model.lora.targets: lm_head cannot carry an adapter; leave it out")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = get_peft_model(
+            lm,
+            LoraConfig(
+                r=rank,
+                lora_alpha=alpha,
+                lora_dropout=dropout,
+                target_modules=targets if isinstance(targets, str) else list(targets),
+                task_type="CAUSAL_LM",
+            ),
+        )
+    for p in model.parameters():  # adapters learn in float32 whatever the base is stored in
+        if p.requires_grad:
+            p.data = p.data.float()
+    return model
+
+
+def weights_hash(model: nn.Module) -> str:
+    """blake2b over names, dtypes, shapes and bytes of all weights that LoRA did not add: what a cached
+    reference log-prob depends on."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        if "lora_" in name:
+            continue
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        for part in flat.split(1 << 28):  # on the host a piece at a time
+            digest.update(memoryview(part.cpu().numpy()))
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def probe_layout(policy: Policy, pairs: list[Pair]) -> float:
+    """Largest difference (nats per token) between a pair's log-probs in the policy's layout and padded with
+    the model's stock attention. What the packed attention does not know of a model shows here."""
+    if policy.layout == "padded":
+        return 0.0
+    training = policy.training
+    policy.eval()
+    packed, padded = pack(pairs, policy.layout), pack(pairs, "padded")
+    a = policy(to_device(packed, policy.device)).token_logps
+    with stock_attention(policy.causal_lm):
+        b = policy(to_device(padded, policy.device)).token_logps
+    policy.train(training)
+    return float((a - b).abs().max())

@@ -1,0 +1,1 @@
+"""Losses: pure functions of log-probs. Imports torch and types only."""

@@ -1,0 +1,188 @@
+"""Rows to PackedBatch: one stream of tokens, prefixes shared, micro-batches by token budget.
+
+Knows nothing of models, text or losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from align.types import Layout, PackedBatch, Pair, Row
+
+
+def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
+    """Number of leading tokens that two rows [L] have in common."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(a[:n] != b[:n])
+    return int(differs[0]) if len(differs) else n
+
+
+def num_tokens(pair: Pair, layout: Layout) -> int:
+    """Tokens of the stream that a pair costs; padding is not counted, see micro_batches."""
+    total = len(pair.chosen.token_ids) + len(pair.rejected.token_ids)
+    if layout == "shared":
+        total -= common_prefix_length(pair.chosen.token_ids, pair.rejected.token_ids)
+    return total
+
+
+def micro_batches(pairs: Sequence[Pair], layout: Layout, max_tokens: int) -> list[list[int]]:
+    """Indices into `pairs`, split so that no part costs more than `max_tokens` tokens.
+
+    Longest first into the part with most room that still takes it: nearly full, nearly equal parts, and the
+    same answer for the same pairs. In the padded layout a row costs the longest row of its part, so rows of
+    like length are put together. Raises ValueError, naming the row, when one pair alone is over the budget.
+    """
+    cost = [num_tokens(p, layout) for p in pairs]
+    if layout == "padded":
+        cost = [2 * max(len(p.chosen.token_ids), len(p.rejected.token_ids)) for p in pairs]
+    for pair, tokens in zip(pairs, cost, strict=True):
+        if tokens > max_tokens:
+            raise ValueError(
+                f"{pair.source}: the pair has {tokens} tokens, trainer.micro_batch_tokens={max_tokens}; "
+                f"use at least {tokens}, or a smaller data.max_tokens"
+            )
+    order = sorted(range(len(pairs)), key=lambda i: (-cost[i], i))
+    parts: list[list[int]] = []
+    if layout == "padded":
+        width = 0
+        for i in order:
+            if parts and width * (len(parts[-1]) + 1) <= max_tokens:
+                parts[-1].append(i)
+            else:
+                width = cost[i]
+                parts.append([i])
+    else:
+        num_parts = max(1, -(-sum(cost) // max_tokens))
+        loads = [0] * num_parts
+        parts = [[] for _ in range(num_parts)]
+        for i in order:
+            k = min(range(len(loads)), key=loads.__getitem__)
+            if loads[k] + cost[i] > max_tokens:
+                loads.append(0)
+                parts.append([])
+                k = len(loads) - 1
+            loads[k] += cost[i]
+            parts[k].append(i)
+    return [sorted(p) for p in parts if p]
+
+
+def pack(
+    pairs: Sequence[Pair],
+    layout: Layout,
+    reference: Sequence[np.ndarray] | None = None,
+) -> PackedBatch:
+    """One batch of P pairs; sequences 2i and 2i+1 are the chosen and the rejected one of pair i.
+
+    reference: for each pair the cached log-probs of the targets of both sequences, chosen first, float32.
+    Raises ValueError for a sequence without tokens or whose first token is a target (nothing predicts it).
+    """
+    batch = pack_groups([(p.chosen, p.rejected) for p in pairs], layout, [p.source for p in pairs])
+    cached = None
+    if reference is not None:
+        cached = torch.from_numpy(np.concatenate(reference).astype(np.float32))
+        if len(cached) != len(batch.row):
+            raise ValueError("the cached reference log-probs do not fit the targets of these rows")
+    return replace(
+        batch,
+        pairs=torch.arange(2 * len(pairs)).view(-1, 2),
+        reference_token_logps=cached,
+        origins=tuple(p.origin for p in pairs),
+    )
+
+
+def pack_groups(groups: Sequence[Sequence[Row]], layout: Layout, sources: Sequence[str]) -> PackedBatch:
+    """One batch of N rows in groups that begin alike (the completions of a prompt); it has no pairs."""
+    rows = [row for group in groups for row in group]
+    for group, source in zip(groups, sources, strict=True):
+        if any(len(row.token_ids) == 0 or row.targets[0] for row in group):
+            raise ValueError(f"{source}: a sequence needs a first token that is no target")
+    if layout == "padded":
+        input_ids, position_ids, segments, where, padded_shape = _padded(rows)
+    else:
+        start = 0
+        owner = []  # the row whose beginning a row may share; its own if it is the first of its group
+        for group in groups:
+            owner += [start] * len(group)
+            start += len(group)
+        input_ids, position_ids, segments, where = _stream(rows, owner, share=layout == "shared")
+        padded_shape = None
+
+    positions = [np.flatnonzero(row.targets) for row in rows]
+    return PackedBatch(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        segments=tuple(segments),
+        padded_shape=padded_shape,
+        row_lengths=tuple(len(row.token_ids) for row in rows),
+        # the hidden state before a token predicts it
+        target_index=_long([where[n][p - 1] for n, p in enumerate(positions)]),
+        target_ids=_long([rows[n].token_ids[p] for n, p in enumerate(positions)]),
+        row=_long([np.full(len(p), n) for n, p in enumerate(positions)]),
+        lengths=torch.tensor([len(p) for p in positions], dtype=torch.long),
+        pairs=torch.zeros((0, 2), dtype=torch.long),
+        reference_token_logps=None,
+        sources=tuple(sources),
+        origins=("",) * len(groups),
+    )
+
+
+def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    """The batch with its tensors on `device`; tensors on a GPU are copied without waiting."""
+    moved = {
+        name: value.to(device, non_blocking=True)
+        for name, value in vars(batch).items()
+        if isinstance(value, torch.Tensor)
+    }
+    return replace(batch, **moved)
+
+
+def _long(parts: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(_cat(parts))
+
+
+def _cat(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts).astype(np.int64)
+
+
+_Segments = list[tuple[int, int, int, int]]
+
+
+def _stream(
+    rows: list[Row], owner: list[int], share: bool
+) -> tuple[np.ndarray, np.ndarray, _Segments, list[np.ndarray]]:
+    """Rows one after the other, without what they share with the first row of their group.
+
+    -> input_ids [T], position_ids [T], segments, and for each row the stream positions of its tokens.
+    """
+    ids, positions = [], []
+    segments: _Segments = []
+    where: list[np.ndarray] = []
+    end = 0
+    for n, row in enumerate(rows):
+        shared = 0
+        if share and owner[n] != n:
+            shared = common_prefix_length(rows[owner[n]].token_ids, row.token_ids)
+        own = len(row.token_ids) - shared
+        prefix = int(where[owner[n]][0]) if shared else end
+        where.append(np.concatenate([np.arange(prefix, prefix + shared), np.arange(end, end + own)]))
+        if own:
+            segments.append((end, end + own, prefix, prefix + shared))
+        ids.append(row.token_ids[shared:])
+        positions.append(np.arange(shared, len(row.token_ids)))
+        end += own
+    return _cat(ids), _cat(positions), segments, where
+
+
+def _padded(rows: list[Row]) -> tuple[np.ndarray, np.ndarray, _Segments, list[np.ndarray], tuple[int, int]]:
+    """Right-padded rows; what stands in the padding never meets a target, so any token id serves."""
+    width = max(len(row.token_ids) for row in rows)
+    ids = np.zeros((len(rows), width), dtype=np.int64)
+    for n, row in enumerate(rows):
+        ids[n, : len(row.token_ids)] = row.token_ids
+    positions = np.tile(np.arange(width), len(rows))
+    where = [np.arange(len(row.token_ids)) + n * width for n, row in enumerate(rows)]
+    return ids.reshape(-1), positions, [], where, (len(rows), width)

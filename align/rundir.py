@@ -1,0 +1,113 @@
+"""A run directory: its lock, its settings and what makes a second start a resumption.
+
+config.yaml  environment.json  audit.json  metrics.jsonl  samples.jsonl  summary.json  checkpoints/  final/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+from omegaconf import OmegaConf
+
+from align.config import Config, differences
+
+_PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "hydra-core", "numpy", "vllm", "deepspeed")
+
+
+class RunDirectory:
+    """Opens or makes a run's directory and holds its lock until closed."""
+
+    def __init__(self, config: Config):
+        self.path = Path(config.run.dir or default_name(config))
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"run.dir={self.path}: cannot be made ({error.strerror}); give another") from error
+        self._lock = self._take_lock()
+        self.checkpoints = self.path / "checkpoints"
+        self.final = self.path / "final"
+        saved = self.path / "config.yaml"
+        # a start that failed before its first step binds nobody
+        self.resumed = saved.exists() and any(self.checkpoints.glob("step-*"))
+        if self.resumed:
+            self._compare(config)
+        _write_atomically(saved, OmegaConf.to_yaml(config.tree, resolve=False))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """A small JSON file of the run, whole or not at all."""
+        _write_atomically(self.path / name, json.dumps(value, indent=1) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """A small JSON file of the run, or None."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def close(self) -> None:
+        """Give the directory to the next start."""
+        self._lock.close()
+
+    def _take_lock(self) -> TextIO:
+        stream = (self.path / ".lock").open("a+")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            stream.seek(0)
+            owner = stream.read().strip() or "another process"
+            raise ValueError(f"run.dir={self.path} is in use by {owner}; wait for it or give another run.dir") from None
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+        stream.flush()
+        return stream
+
+    def _compare(self, config: Config) -> None:
+        changed = differences(OmegaConf.load(self.path / "config.yaml"), config.tree)  # type: ignore[arg-type]
+        if changed:
+            key, (there, now) = next(iter(changed.items()))
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise ValueError(
+                f"{self.path} holds a run with {key}={there}, now it is {key}={now}{more}; give another run.dir, or the "
+                "same setting to resume"
+            )
+
+
+def default_name(config: Config) -> Path:
+    """runs/<recipe>-<model>-seed<seed>: the same words go on with the same run."""
+    recipe = config.choices.get("recipe", config.choices["objective"]).replace("/", "-")
+    return Path("runs") / f"{recipe}-{config.choices['model']}-seed{config.seed}"
+
+
+def environment(command: str) -> dict[str, Any]:
+    """What the numbers of a run depend on besides its settings."""
+    import torch
+
+    versions = {}
+    for name in ("align", *_PACKAGES):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": command,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": versions,
+        "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    scratch = path.with_name(f".{path.name}.tmp")
+    with scratch.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(scratch, path)

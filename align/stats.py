@@ -1,0 +1,225 @@
+"""Hidden states to log-probs: the only file that touches logits, and never more than one chunk of them.
+
+Heads, scaling of logits and the chunked computation live here; which positions are scored is packing's, what
+the numbers mean is the objectives'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from align.types import PackedBatch, Stats
+
+# Tokens whose logits exist at the same time. Measured on a CPU with 49k and 10k vocabularies: 256 costs no
+# more than larger chunks and 1.2x of materialising everything; GPUs want larger matrix products.
+CHUNK_CPU = 256
+CHUNK_GPU = 2048
+
+EXTRAS = ("log_collision", "log_max", "entropy")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns a hidden state h [H] into logits [V]: softcap * tanh(scale * (W h + b) / softcap)."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def stats(hidden: Tensor, head: Head, batch: PackedBatch, needs: frozenset[str] = frozenset()) -> Stats:
+    """What the network thinks of the targets of a batch.
+
+    hidden: [T, H], last hidden states of the stream, after the final norm.
+    needs: which of log_collision, log_max, entropy to compute as well; other names are ignored here.
+    """
+    extras = tuple(name for name in EXTRAS if name in needs)
+    values = token_stats(hidden.index_select(0, batch.target_index), head, batch.target_ids, extras)
+    token_logps = values[0]
+    return Stats(
+        token_logps=token_logps,
+        logps=row_sums(token_logps, batch.row, len(batch.lengths)),
+        lengths=batch.lengths,
+        row=batch.row,
+        **dict(zip(extras, values[1:], strict=True)),
+    )
+
+
+def reference_stats(batch: PackedBatch) -> Stats:
+    """The cached reference log-probs of a batch as Stats."""
+    assert batch.reference_token_logps is not None
+    values = batch.reference_token_logps
+    return Stats(values, row_sums(values, batch.row, len(batch.lengths)), batch.lengths, batch.row)
+
+
+def row_sums(values: Tensor, row: Tensor, num_rows: int) -> Tensor:
+    """Sums [N] of token values [C] over the sequences they belong to; a sequence without targets has 0."""
+    return values.new_zeros(num_rows).index_add(0, row, values)
+
+
+def row_means(values: Tensor, row: Tensor, lengths: Tensor) -> Tensor:
+    """Means [N] of token values [C]; a sequence without targets has 0, never nan."""
+    return row_sums(values, row, len(lengths)) / lengths.clamp(min=1)
+
+
+def token_stats(
+    hidden: Tensor, head: Head, target_ids: Tensor, extras: tuple[str, ...] = (), chunk: int | None = None
+) -> tuple[Tensor, ...]:
+    """log p(target) [C], then one [C] per name in `extras`, all in float32 (float64 for float64 input).
+
+    hidden: [C, H]; target_ids: [C]. Only the log-probs carry a gradient, to hidden, weight and bias.
+    """
+    weight, bias = head.weight, head.bias
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    elif weight.dtype != hidden.dtype:
+        weight = weight.to(hidden.dtype)
+    if bias is not None:
+        bias = bias.to(weight.dtype)
+    if chunk is None:
+        chunk = CHUNK_GPU if hidden.is_cuda else CHUNK_CPU
+    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    function = _FrozenHead if frozen and hidden.requires_grad and torch.is_grad_enabled() else _ChunkedHead
+    with torch.autocast(hidden.device.type, enabled=False):
+        out = function.apply(hidden, weight, bias, target_ids, head.scale, head.softcap, extras, chunk)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """Logits of one chunk in at least float32: sums of exp over 100k bfloat16 logits lose digits."""
+    z = torch.nn.functional.linear(h, weight, bias)
+    z = z if z.dtype == torch.float64 else z.float()
+    if scale != 1.0:
+        z.mul_(scale)
+    if softcap is not None:
+        z.div_(softcap).tanh_().mul_(softcap)
+    return z
+
+
+def _chain(grad: Tensor, z: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Gradient by the logits turned into one by W h + b, in place; z are the logits after scaling."""
+    if softcap is not None:
+        grad.mul_(1 - (z / softcap).square_())
+    if scale != 1.0:
+        grad.mul_(scale)
+    return grad
+
+
+def _normalise(z: Tensor, target_ids: Tensor, extras: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor, list]:
+    """z becomes exp(z - max), in place. -> log p(target), log sum exp z, sum exp(z - max), the extras."""
+    target = z.gather(1, target_ids[:, None])[:, 0]
+    top = z.amax(1)
+    z.sub_(top[:, None]).exp_()
+    total = z.sum(1)
+    log_total = total.log()
+    values = []
+    for name in extras:
+        if name == "log_collision":  # log sum p^2 = log sum x^2 - 2 log sum x
+            values.append(2 * torch.linalg.vector_norm(z, dim=1).log() - 2 * log_total)
+        elif name == "log_max":  # the largest x is exp(0)
+            values.append(-log_total)
+        else:  # entropy: log sum x - sum x log x / sum x
+            values.append(log_total + torch.special.entr(z).sum(1) / total)
+    return target - top - log_total, top + log_total, total, values
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """Logits live as one [chunk, V] buffer and are computed again in the backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target_ids, scale, softcap, extras, chunk):
+        logps, lses, rest = [], [], [[] for _ in extras]
+        for h, y in zip(hidden.split(chunk), target_ids.split(chunk), strict=True):
+            z = _logits(h, weight, bias, scale, softcap)
+            logp, lse, _, values = _normalise(z, y, extras)
+            logps.append(logp)
+            lses.append(lse)
+            for collected, value in zip(rest, values, strict=True):
+                collected.append(value)
+        outputs = (_join(logps, hidden), *(_join(r, hidden) for r in rest))
+        ctx.save_for_backward(hidden, weight, bias, target_ids, _join(lses, hidden))
+        ctx.settings = (scale, softcap, chunk)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        hidden, weight, bias, target_ids, lse = ctx.saved_tensors
+        scale, softcap, chunk = ctx.settings
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        # summed over chunks, hence in float32 even for bfloat16 weights
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        start = 0
+        for h, y, g, norm in zip(
+            hidden.split(chunk), target_ids.split(chunk), grad.split(chunk), lse.split(chunk), strict=True
+        ):
+            z = _logits(h, weight, bias, scale, softcap)
+            raw = z.clone() if softcap is not None else z
+            d = z.sub_(norm[:, None]).exp_().mul_(-g[:, None])  # -g p
+            d.scatter_add_(1, y[:, None], g[:, None])  # + g at the target
+            d = _chain(d, raw, scale, softcap)
+            narrow = d.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(narrow, weight, out=grad_hidden[start : start + len(h)])
+            if grad_weight is not None:
+                if wide == weight.dtype:
+                    grad_weight.addmm_(narrow.t(), h)
+                else:
+                    grad_weight.add_(narrow.t() @ h)
+            if grad_bias is not None:
+                grad_bias.add_(d.sum(0))
+            start += len(h)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+
+
+class _FrozenHead(torch.autograd.Function):
+    """With a frozen head d log p / d h = W[y] - p W is formed in the forward; the backward is a multiply."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target_ids, scale, softcap, extras, chunk):
+        logps, rest = [], [[] for _ in extras]
+        jacobian = torch.empty_like(hidden)
+        start = 0
+        for h, y in zip(hidden.split(chunk), target_ids.split(chunk), strict=True):
+            z = _logits(h, weight, bias, scale, softcap)
+            raw = z.clone() if softcap is not None else z
+            logp, _, total, values = _normalise(z, y, extras)
+            logps.append(logp)
+            for collected, value in zip(rest, values, strict=True):
+                collected.append(value)
+            part = jacobian[start : start + len(h)]
+            z.div_(total[:, None])
+            if softcap is None and hidden.dtype == z.dtype:
+                torch.index_select(weight, 0, y, out=part)
+                part.addmm_(z, weight, alpha=-1)
+                if scale != 1.0:
+                    part.mul_(scale)
+            else:
+                d = z.neg_().scatter_add_(1, y[:, None], torch.ones_like(logp)[:, None])
+                torch.mm(_chain(d, raw, scale, softcap).to(hidden.dtype), weight, out=part)
+            start += len(h)
+        outputs = (_join(logps, hidden), *(_join(r, hidden) for r in rest))
+        ctx.save_for_backward(jacobian)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        (jacobian,) = ctx.saved_tensors
+        return (jacobian * grad[:, None]).to(jacobian.dtype), None, None, None, None, None, None, None
+
+
+def _join(parts: list[Tensor], like: Tensor) -> Tensor:
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.cat(parts) if parts else like.new_zeros(0, dtype=wide)

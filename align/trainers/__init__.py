@@ -1,0 +1,1 @@
+"""The loops: over fixed pairs now, over rollouts later. Blind to the algorithm."""

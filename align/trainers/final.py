@@ -1,0 +1,106 @@
+"""What a finished run leaves: final/ in Hugging Face format with a model card, and the closing table."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.table import Table
+
+from align.checkpoint import atomic_directory
+from align.config import Config
+from align.models import Policy, is_peft, stock_attention
+
+
+def write_final(
+    target: Path,
+    policy: Policy,
+    tokenizer: Any,
+    generation_config: Any,
+    config: Config,
+    base: str,
+    command: str,
+    summary: dict[str, Any],
+) -> None:
+    """Save weights (PEFT adapter, or plain with merge=true or without LoRA), tokenizer and card to `target`."""
+
+    def write(directory: Path) -> None:
+        with stock_attention(policy.causal_lm):  # the packed attention exists only inside align
+            model = policy.model
+            if is_peft(model) and config.merge:
+                # merging changes the weights in place; the run's own stay as they are
+                model = copy.deepcopy(model).merge_and_unload()
+            if generation_config is not None:
+                generation_config.save_pretrained(directory)
+            model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        (directory / "README.md").write_text(model_card(config, base, command, summary))
+
+    atomic_directory(target, write)
+
+
+def model_card(config: Config, base: str, command: str, summary: dict[str, Any]) -> str:
+    """What the model is, from which words it was made, and what was measured."""
+    recipe = config.choices.get("recipe", "none")
+    kind = "LoRA adapter" if config.lora.rank and not config.merge else "full weights"
+    measured = "\n".join(f"| {name} | {before} | {after} |" for name, before, after in rows(summary))
+    return f"""\
+---
+base_model: {base}
+library_name: {"peft" if config.lora.rank and not config.merge else "transformers"}
+tags: [align, {config.choices["objective"]}]
+---
+# {base}, aligned with {config.choices["objective"]}
+
+{kind} after {summary["step"]} optimiser steps. Made by
+
+    {command}
+
+with recipe {recipe} and seed {config.seed}; all settings stand below.
+
+| held-out | before | after |
+|---|---|---|
+{measured}
+
+```yaml
+{OmegaConf.to_yaml(config.tree, resolve=False)}```
+"""
+
+
+def rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What was measured on held-out data: name, before training, after it."""
+    metrics = summary["metrics"]
+    out = []
+    if "accuracy/heldout" in metrics:
+        pairs = summary["heldout_pairs"]
+        out.append((f"preference accuracy ({pairs} pairs)", "0.5 (chance)", f"{metrics['accuracy/heldout']:.3f}"))
+    if "heldout/reward_margin" in metrics:
+        out.append(("reward margin (nats x beta)", "0", f"{metrics['heldout/reward_margin']:+.3f}"))
+    if summary["kl"] is not None:
+        out.append(("KL to the reference (nats per sampled answer)", "0", f"{summary['kl']:.2f}"))
+    samples = summary.get("samples")
+    if samples:
+        before, after = samples["before"], samples["after"]
+        out.append(("answer length (tokens, greedy)", f"{before['tokens']:.1f}", f"{after['tokens']:.1f}"))
+        shares = [f"{p['finished_fraction']:.0%}" for p in (before, after)]
+        out.append(("answers that finish", *shares))  # type: ignore[arg-type]
+        if "gold_change" in summary:
+            change = summary["gold_change"]
+            out.append(
+                (f"gold score of {after['count']} greedy answers", f"{before['gold']:+.3f}", f"{after['gold']:+.3f}")
+            )
+            interval = f"{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
+            out.append(("  change, 95 % paired bootstrap", "", interval))
+    return out
+
+
+def final_table(summary: dict[str, Any]) -> Table:
+    """The closing table of a run."""
+    table = Table(title=f"held-out, after {summary['step']} steps in {summary['seconds']:.0f} s")
+    for name in ("", "before", "after"):
+        table.add_column(name, justify="left" if not name else "right")
+    for row in rows(summary):
+        table.add_row(*row)
+    return table

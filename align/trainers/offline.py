@@ -1,0 +1,449 @@
+"""`align train` over fixed pairs: builds the parts, checks that they fit, runs the loop, tells what came of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align import build, checkpoint
+from align.config import Config, cache_root
+from align.data.load import fingerprint, load
+from align.device import available_bytes, memory_plan, pick_device, pick_precision, pick_recompute
+from align.engine.local import LocalEngine, learning_rate
+from align.evaluate.samples import Sample, paired_bootstrap, sequence_kl
+from align.log import Log
+from align.models import Policy, choose_layout, enable_recompute, lora, probe_layout, weights_hash
+from align.objectives.preference import DPO, Sigmoid
+from align.pretrained import Pretrained
+from align.reference import ReferenceCache
+from align.rollout.hf import Completion, generate
+from align.rundir import RunDirectory, environment
+from align.trainers.final import final_table, write_final
+from align.trainers.loop import NonFinite, Plan, Trainee, evaluate, plan, token_plan, train_step
+from align.trainers.signals import Signals, Stopped
+from align.types import PackedBatch, Stats
+
+# Policy and reference are the same numbers at the start, computed in other batches: nats per token.
+SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
+
+
+def train(config: Config, command: str) -> int:
+    """Run or resume; returns the exit code. Raises ValueError for what the user can cure."""
+    if config.launch.threads is not None:
+        torch.set_num_threads(config.launch.threads)
+    objective = build.objective(config)
+    if config.data.gold is not None:
+        build.function(config.data.gold, "data.gold")
+    run = RunDirectory(config)
+    log = Log(run.path, config.log, {"recipe": config.choices.get("recipe")})
+    try:
+        with Signals() as signals:
+            try:
+                return Training(config, objective, run, log, signals).run(command)
+            except Stopped as stop:
+                log.say(f"{stop}; everything is saved, the same command goes on (exit code {stop.code})")
+                return stop.code
+            except NonFinite as error:
+                run.write_json("nonfinite.json", {"error": str(error)})
+                log.say(f"stopped: {error}; the last checkpoint is intact (see docs/troubleshooting.md)")
+                return 1
+    finally:
+        log.close()
+        run.close()
+
+
+class Training:
+    """One process's work on a run directory, in the order it happens."""
+
+    def __init__(self, config: Config, objective: Any, run: RunDirectory, log: Log, signals: Signals):
+        self.config = config
+        self.objective = objective
+        self.out = run
+        self.log = log
+        self.signals = signals
+
+    def run(self, command: str) -> int:
+        """Everything from data to final/."""
+        config, log = self.config, self.log
+        started = time.perf_counter()
+        pretrained = build.pretrained(config)
+        self.tokenizer = pretrained.tokenizer()
+        data = load(config.data, self.tokenizer)
+        self.out.write_json("audit.json", data.audit.as_dict())
+        self.out.write_json("environment.json", environment(command))
+        for line in data.audit.lines():
+            log.say(line)
+        self.data = data
+        self.train_pairs = [e.pair for e in data.train]
+        self.heldout_pairs = [e.pair for e in data.heldout]
+
+        checkpoint.clean(self.out.checkpoints)
+        checkpoint.clean(self.out.path)
+        saved = checkpoint.latest(self.out.checkpoints, log.say)
+        state = checkpoint.load(saved) if saved is not None else None
+        self.data_hash = fingerprint(data.train)
+        if state is not None and state.progress["data"] != self.data_hash:
+            raise ValueError(
+                f"data.train={config.data.train} has other rows than when {self.out.path} was started; give another "
+                "run.dir or the same data"
+            )
+        self.plan = plan(config.trainer, len(self.train_pairs), state.progress["schedule_steps"] if state else None)
+        if state is not None and state.step >= self.plan.num_steps and self._complete(state.step):
+            log.say(f"{self.out.path} is complete at step {state.step}; a larger trainer.max_steps goes on")
+            return 0
+
+        policy = self._policy(pretrained)
+        trainee = self._trainee(policy, pretrained)
+        self.trainee = trainee
+        self._self_check()
+        self._samples_before()
+        torch.manual_seed(config.seed)
+        if state is not None:
+            trainee.engine.restore(state.model, state.optimizer)
+            log.say(f"resumed {self.out.path} at step {state.step}")
+        if state is not None and self.plan.num_steps > self.plan.schedule_steps:
+            log.say(f"steps after {self.plan.schedule_steps} keep the schedule's last learning rate")
+        self._fit(state)
+        self._finish(pretrained, command, time.perf_counter() - started)
+        return 0
+
+    # ------------------------------------------------------------------ building
+
+    def _policy(self, pretrained: Pretrained) -> Policy:
+        config, log = self.config, self.log
+        device = pick_device()
+        model = pretrained.model().to(device)
+        self.generation_config = model.generation_config
+        # What auto found at the first start holds for the whole run: a second measurement may come out otherwise.
+        resolved = self.out.read_json("resolved.json") or {}
+        wanted = config.trainer.precision
+        self.precision, why = pick_precision(resolved.get("precision", wanted) if wanted == "auto" else wanted, device)
+        layout, layout_why = choose_layout(model, config.trainer.layout, config.lora.dropout)
+        if config.lora.rank > 0:
+            model = lora(
+                model,
+                rank=config.lora.rank,
+                alpha=config.lora.alpha,
+                dropout=config.lora.dropout,
+                targets=config.lora.targets,
+                seed=config.seed,
+            )
+        else:
+            model = model.float()
+        policy = Policy(model, layout)
+        for module in policy.modules():  # LoRA's dropout is the only one that was asked for
+            if isinstance(module, torch.nn.Dropout) and config.lora.rank == 0:
+                module.p = 0.0
+        trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in policy.parameters())
+        budget = config.trainer.micro_batch_tokens
+        stream, plain = token_plan(self.train_pairs, layout, budget)
+        token_plan(self.heldout_pairs, layout, budget)
+        memory = memory_plan(policy.causal_lm.config, trained, min(budget, stream), self.precision)
+        wanted = config.trainer.recompute
+        wanted = resolved.get("recompute", wanted) if wanted == "auto" else wanted
+        recompute, recompute_why = pick_recompute(wanted, memory, available_bytes(device))
+        enable_recompute(policy, recompute)
+        precision = str(self.precision).removeprefix("torch.")
+        self.out.write_json("resolved.json", {"precision": precision, "recompute": recompute, "layout": layout})
+        p = self.plan
+        log.say(f"model {pretrained.name}: {total / 1e6:.1f}M weights, {trained / 1e6:.2f}M trained, on {device.type}")
+        log.say(
+            f"plan {p.num_steps} steps of {p.batch_size} pairs from {p.num_pairs}, schedule over {p.schedule_steps}; "
+            f"at most {budget} tokens at once"
+        )
+        log.say(f"layout {layout} ({layout_why}): {stream} tokens a pass for {plain} real ones")
+        log.say(f"precision {precision} ({why}); recompute {recompute} ({recompute_why})")
+        return policy
+
+    def _trainee(self, policy: Policy, pretrained: Pretrained) -> Trainee:
+        config = self.config
+        engine = LocalEngine(policy, config.optimizer, self.precision)
+        mode = config.reference.mode
+        cached = network = None
+        if "reference" in self.objective.needs:
+            if mode == "cached":
+                cached = self._cache(policy, engine)
+            elif mode == "adapter":
+                network = self._adapter_off(policy, engine)
+            else:
+                twin = Policy(pretrained.model().to(policy.device).float(), policy.layout).eval().requires_grad_(False)
+                network = _in_precision(engine, twin)
+        self.engine = engine
+        return Trainee(engine, self.objective, policy.layout, config.trainer.micro_batch_tokens, cached, network)
+
+    def _adapter_off(self, policy: Policy, engine: LocalEngine) -> Callable[[PackedBatch], Stats]:
+        def forward(batch: PackedBatch) -> Stats:
+            with policy.as_reference(), engine.autocast():
+                return policy(batch)
+
+        return forward
+
+    def _cache(self, policy: Policy, engine: LocalEngine) -> ReferenceCache:
+        """Filled before a checkpoint is restored, so that the policy still is its own reference."""
+        config = self.config
+        root = config.reference.cache_dir or cache_root() / "reference"
+        cache = ReferenceCache(Path(root), weights_hash(policy.model), self.precision)
+        policy.eval()
+
+        def checked(items: Any, total: int) -> Any:
+            for item in self.log.progress("reference")(items, total):
+                self.signals.check()
+                yield item
+
+        start = time.perf_counter()
+        done = cache.fill(
+            self.train_pairs + self.heldout_pairs,
+            _in_precision(engine, policy),
+            policy.layout,
+            config.trainer.micro_batch_tokens,
+            policy.device,
+            checked,
+        )
+        self.cache_seconds = time.perf_counter() - start
+        self.log.say(
+            f"reference {done.found} pairs from the cache, {done.computed} computed in {self.cache_seconds:.1f} s"
+        )
+        return cache
+
+    # ------------------------------------------------------------------ checks before the first step
+
+    def _self_check(self) -> None:
+        """The policy must be its own reference before training, and its layout the model's own attention."""
+        trainee = self.trainee
+        pairs = self.train_pairs[:2]
+        with self.engine.autocast():
+            gap = probe_layout(self.engine.policy, pairs)
+        limit = SELF_CHECK_TOLERANCE[self.precision]
+        if gap > limit:
+            raise RuntimeError(
+                f"self-check: {self.engine.policy.layout} log-probs differ from the model's own attention by {gap:.2g} nats "
+                "per token; use trainer.layout=padded and report the model"
+            )
+        if trainee.cached is None and trainee.reference is None:
+            return
+        # whatever the objective: with beta 1 the rewards are the log-ratios themselves
+        metrics = evaluate(replace(trainee, objective=DPO(1.0, Sigmoid(0.0))), pairs)
+        ratio = max(abs(metrics["heldout/reward_chosen"]), abs(metrics["heldout/reward_rejected"]))
+        num_targets = min(max(1, int(row.targets.sum())) for p in pairs for row in (p.chosen, p.rejected))
+        if not ratio / num_targets <= limit:
+            raise RuntimeError(
+                f"self-check: policy and reference differ by {ratio / num_targets:.2g} nats per token before training; "
+                "the reference is miswired (stale cache? remove reference.cache_dir, or use reference.mode=model)"
+            )
+        self.log.say(
+            f"self-check passed: DPO loss {metrics['loss/heldout']:.6f} with policy = reference (ln 2 = 0.693147), "
+            f"layouts agree to {gap:.1e} nats"
+        )
+
+    def _samples_before(self) -> None:
+        path = self.out.path / "samples.jsonl"
+        if path.exists() or self.config.trainer.num_samples == 0:
+            return
+        self._write_samples(self._answer("before", 0))
+
+    # ------------------------------------------------------------------ the loop
+
+    def _fit(self, state: checkpoint.State | None) -> None:
+        config, trainee = self.config.trainer, self.trainee
+        step = state.step if state else 0
+        pending = state.progress["pending"] if state else None
+        self.log.keep(step - 1 if pending else step)
+        saved = step
+        if pending:
+            self._row(step, pending)
+        while step < self.plan.num_steps:
+            start = time.perf_counter()
+            indices = self.plan.indices(step + 1, self.config.seed)
+            lr = learning_rate(self.config.optimizer, step + 1, self.plan.schedule_steps)
+            row = train_step(trainee, [self.train_pairs[i] for i in indices], lr)
+            step += 1
+            row["data/epoch"] = step * config.batch_size / self.plan.num_pairs
+            row["time/step_s"] = time.perf_counter() - start
+            self._or_save(step, row, self.signals.check)
+            self._or_save(step, row, lambda step=step, row=row: self._row(step, row))
+            if step % config.save_every == 0 or step == self.plan.num_steps:
+                self._save(step, None)
+                saved = step
+        if saved != step:
+            self._save(step, None)
+
+    def _or_save(self, step: int, row: dict[str, float], work: Callable[[], None]) -> None:
+        """Do `work`; if a signal interrupts it, save first. The step is done, its row is not written yet."""
+        try:
+            work()
+        except Stopped:
+            self._save(step, row)
+            raise
+
+    def _row(self, step: int, row: dict[str, float]) -> None:
+        every = self.config.trainer.eval_every
+        due = step == self.plan.num_steps or (every > 0 and step % every == 0)
+        if due and self.heldout_pairs:
+            start = time.perf_counter()
+            row = row | evaluate(self.trainee, self.heldout_pairs, self.signals.check)
+            row["time/eval_s"] = time.perf_counter() - start
+        self.log.row({"step": step} | row)
+        if step % self.config.log.console_every == 0 or step == self.plan.num_steps:
+            self.log.say(_console_line(step, self.plan, row))
+
+    def _save(self, step: int, pending: dict[str, float] | None) -> None:
+        self.log.flush()
+        progress = {
+            "schedule_steps": self.plan.schedule_steps,
+            "data": self.data_hash,
+            "pending": pending,
+        }
+        state = checkpoint.State(step, self.engine.model_state(), self.engine.optimizer_state(), progress)
+        checkpoint.save(self.out.checkpoints, state, self.config.trainer.keep_checkpoints)
+
+    # ------------------------------------------------------------------ the end
+
+    def _complete(self, step: int) -> bool:
+        summary = self.out.read_json("summary.json")
+        if summary is None or summary["step"] != step or summary["merged"] != self.config.merge:
+            return False
+        return not checkpoint.problem(self.out.final)
+
+    def _finish(self, pretrained: Pretrained, command: str, seconds: float) -> None:
+        step = self.plan.num_steps
+        samples = self._read_samples("before")
+        kl = None
+        if self.config.trainer.num_samples:
+            after = self._answer("after", step)
+            self._write_samples([*samples, *after])
+            kl = self._kl()
+            samples += after
+        summary = self._summary(samples, kl, seconds)
+        write_final(
+            self.out.final,
+            self.engine.policy,
+            self.tokenizer,
+            self.generation_config,
+            self.config,
+            pretrained.name,
+            command,
+            summary,
+        )
+        self.out.write_json("summary.json", summary)
+        self.log.console.print(final_table(summary))
+        self.log.say(f"model {self.out.final}, evidence {self.out.path}")
+
+    def _summary(self, samples: list[Sample], kl: float | None, seconds: float) -> dict[str, Any]:
+        last = json.loads((self.out.path / "metrics.jsonl").read_text().splitlines()[-1])
+        out: dict[str, Any] = {"step": self.plan.num_steps, "merged": self.config.merge, "seconds": seconds}
+        keep = ("loss/", "accuracy/", "heldout/")
+        out["metrics"] = {k: v for k, v in last.items() if k.startswith(keep)}
+        out["heldout_pairs"] = len(self.heldout_pairs)
+        out["kl"] = kl
+        phases = {p: [s for s in samples if s.phase == p] for p in ("before", "after")}
+        if not phases["before"] or not phases["after"]:
+            return out
+        out["samples"] = {
+            phase: {
+                "count": len(part),
+                "tokens": sum(s.tokens for s in part) / len(part),
+                "finished_fraction": sum(s.finished for s in part) / len(part),
+                "gold": None if part[0].gold is None else sum(s.gold or 0.0 for s in part) / len(part),
+            }
+            for phase, part in phases.items()
+        }
+        if phases["before"][0].gold is not None:
+            gold = [[s.gold or 0.0 for s in phases[p]] for p in ("before", "after")]
+            change = paired_bootstrap(*gold)
+            out["gold_change"] = {"mean": change.mean, "low": change.low, "high": change.high}
+        return out
+
+    # ------------------------------------------------------------------ samples
+
+    def _prompts(self) -> list[tuple[tuple[int, ...], str]]:
+        """The first distinct held-out prompts that have tokens."""
+        seen = dict.fromkeys((e.prompt.token_ids, e.prompt.text) for e in self.data.heldout if e.prompt.token_ids)
+        return list(seen)[: self.config.trainer.num_samples]
+
+    def _generate(self, prompts: list[tuple[int, ...]], what: str, seed: int | None) -> list[Completion]:
+        def checked(items: Any, total: int) -> Any:
+            for item in self.log.progress(what)(items, total):
+                self._check_between(item)
+                yield item
+
+        with self.engine.autocast():
+            return generate(
+                self.engine.policy,
+                self.tokenizer,
+                prompts,
+                max_new_tokens=self.config.trainer.sample_tokens,
+                seed=seed,
+                batch_size=32,
+                progress=checked,
+            )
+
+    def _check_between(self, _: int) -> None:
+        # Before the first step there is nothing to save; after the last the checkpoint is written.
+        self.signals.check()
+
+    def _answer(self, phase: str, step: int) -> list[Sample]:
+        prompts = self._prompts()
+        gold = build.function(self.config.data.gold, "data.gold") if self.config.data.gold else None
+        completions = self._generate([ids for ids, _ in prompts], f"samples {phase}", None)
+        out = []
+        for (_, prompt), completion in zip(prompts, completions, strict=True):
+            text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            score = None if gold is None else float(gold(prompt, text, completion.finished))
+            out.append(Sample(phase, step, prompt, text, completion.finished, len(completion.token_ids), score))
+        return out
+
+    def _kl(self) -> float | None:
+        """Of the trained policy to the reference, on its own samples at temperature 1."""
+        policy = self.engine.policy
+        prompts = [ids for ids, _ in self._prompts()][:32]
+        if self.config.lora.rank == 0 or len(prompts) < 2:
+            return None
+        completions = self._generate(prompts, "samples for the KL", self.config.seed)
+        policy.eval()
+        return sequence_kl(
+            _in_precision(self.engine, policy),
+            self._adapter_off(policy, self.engine),
+            policy,
+            prompts,
+            completions,
+            self.config.trainer.micro_batch_tokens,
+        )
+
+    def _write_samples(self, samples: list[Sample]) -> None:
+        scratch = self.out.path / ".samples.tmp"
+        scratch.write_text("".join(json.dumps(s.as_dict()) + "\n" for s in samples))
+        scratch.replace(self.out.path / "samples.jsonl")
+
+    def _read_samples(self, phase: str) -> list[Sample]:
+        path = self.out.path / "samples.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [s for s in (Sample(**json.loads(line)) for line in lines) if s.phase == phase]
+
+
+def _in_precision(engine: LocalEngine, policy: Policy) -> Callable[[PackedBatch], Stats]:
+    def forward(batch: PackedBatch) -> Stats:
+        with engine.autocast():
+            return policy(batch)
+
+    return forward
+
+
+def _console_line(step: int, plan: Plan, row: dict[str, float]) -> str:
+    left = (plan.num_steps - step) * row["time/step_s"]
+    parts = [f"step {step}/{plan.num_steps}", f"loss {row['loss/total']:.4f}"]
+    names = {
+        "accuracy/train": "accuracy",
+        "reward/margin": "margin",
+        "wpo/weight": "weight",
+        "accuracy/heldout": "held-out",
+    }
+    parts += [f"{short} {row[key]:.3f}" for key, short in names.items() if key in row]
+    parts += [f"{row['tokens/real'] / row['time/step_s']:.0f} tokens/s", f"{left:.0f} s left"]
+    return "  ".join(parts)

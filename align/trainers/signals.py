@@ -1,0 +1,45 @@
+"""SIGTERM, SIGUSR1 and SIGINT ask the loop to save and stop; a second SIGINT stops at once."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+# By what a scheduler should do: 85 start me again, 130 the user's own wish.
+EXIT_CODES = {signal.SIGTERM: 85, signal.SIGUSR1: 85, signal.SIGINT: 130}
+
+
+class Stopped(Exception):
+    """Raised at a safe point after a signal; `code` is the process's exit code."""
+
+    def __init__(self, number: int):
+        super().__init__(f"{signal.Signals(number).name} received")
+        self.code = EXIT_CODES[signal.Signals(number)]
+
+
+class Signals:
+    """Remembers the first signal while inside; asks nothing of the code that runs."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Signals:
+        for number in EXIT_CODES:
+            self.before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def check(self) -> None:
+        """Raises Stopped if a signal has come: call where stopping loses nothing."""
+        if self.received is not None:
+            raise Stopped(self.received)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.received is None:
+            self.received = number

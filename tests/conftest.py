@@ -1,0 +1,77 @@
+"""Small real parts that many tests share: no mocks, no network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+
+from align.models import stock_attention_name
+from align.types import Pair, Row
+
+torch.set_num_threads(1)
+
+VOCABULARY = 96
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A seeded generator: the same data in each run."""
+    return np.random.default_rng(0)
+
+
+def random_pair(rng: np.random.Generator, prompt=(1, 12), completion=(1, 15), shared_answer=0) -> Pair:
+    """A pair of random tokens; `shared_answer` completion tokens are common to both sequences."""
+    p = rng.integers(0, VOCABULARY, rng.integers(*prompt) + 1)
+    common = rng.integers(0, VOCABULARY, shared_answer)
+
+    def row() -> Row:
+        own = rng.integers(0, VOCABULARY, rng.integers(*completion))
+        ids = np.concatenate([p, common, own]).astype(np.int32)
+        targets = np.arange(len(ids)) >= len(p)
+        return Row(ids, targets)
+
+    return Pair(row(), row(), source="random:1", origin="random")
+
+
+@pytest.fixture
+def make_pairs(rng):
+    """A function n -> n random pairs of different lengths, some branching late, some with observation holes."""
+
+    def make(n: int) -> list[Pair]:
+        pairs = []
+        for i in range(n):
+            pair = random_pair(rng, shared_answer=int(rng.integers(0, 4)) if i % 2 else 0)
+            if i % 3 == 2:  # a hole: a token the policy did not write
+                holes = [row.targets.copy() for row in (pair.chosen, pair.rejected)]
+                for hole in holes:
+                    hole[len(hole) // 2] = False
+                pair = Pair(
+                    Row(pair.chosen.token_ids, holes[0]), Row(pair.rejected.token_ids, holes[1]), f"random:{i}", "holes"
+                )
+            pairs.append(pair)
+        return pairs
+
+    return make
+
+
+def tiny_model(family: str, dtype=torch.float64, seed: int = 0, **overrides):
+    """A random two-layer model of a real transformers class."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    common = dict(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    common |= {"gemma2": dict(head_dim=8, sliding_window=8), "mistral": dict(sliding_window=8)}.get(family, {})
+    config = CONFIG_MAPPING[family](**(common | overrides))
+    torch.manual_seed(seed)
+    stock = stock_attention_name(config)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=stock).eval()
