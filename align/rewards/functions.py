@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-FLOOR = -1.0  # of an answer that is empty or off topic; every other answer scores more
+FLOOR = -1.5  # of an answer that is empty or off topic; every other answer scores -1 or more
 
 ON_TOPIC_COVERAGE = 0.25  # part of the prompt's content words an answer must mention
 FULL_COVERAGE = 0.6  # mentioning more than this part earns nothing further
@@ -19,207 +19,23 @@ LARGEST_PENALTY = 0.5  # of mark-up, and of repetition
 # Function words, and the words by which a prompt asks for something ("explain", "short email"):
 # repeating these says nothing of what was asked.
 STOP_WORDS = frozenset(
-    [
-        "a",
-        "about",
-        "above",
-        "after",
-        "again",
-        "against",
-        "all",
-        "also",
-        "although",
-        "am",
-        "an",
-        "and",
-        "any",
-        "are",
-        "aren't",
-        "as",
-        "ask",
-        "asks",
-        "at",
-        "be",
-        "because",
-        "been",
-        "before",
-        "being",
-        "below",
-        "best",
-        "better",
-        "between",
-        "both",
-        "but",
-        "by",
-        "can",
-        "can't",
-        "cannot",
-        "compare",
-        "could",
-        "did",
-        "didn't",
-        "difference",
-        "do",
-        "does",
-        "doesn't",
-        "doing",
-        "don't",
-        "down",
-        "during",
-        "each",
-        "else",
-        "email",
-        "explain",
-        "explaining",
-        "few",
-        "find",
-        "for",
-        "from",
-        "get",
-        "give",
-        "go",
-        "good",
-        "had",
-        "has",
-        "have",
-        "having",
-        "he",
-        "help",
-        "helps",
-        "her",
-        "here",
-        "hers",
-        "him",
-        "his",
-        "how",
-        "i",
-        "i'm",
-        "if",
-        "in",
-        "instead",
-        "into",
-        "is",
-        "isn't",
-        "it",
-        "it's",
-        "its",
-        "just",
-        "keep",
-        "know",
-        "let",
-        "like",
-        "little",
-        "look",
-        "lot",
-        "made",
-        "make",
-        "makes",
-        "making",
-        "many",
-        "may",
-        "me",
-        "mean",
-        "message",
-        "might",
-        "more",
-        "most",
-        "much",
-        "must",
-        "my",
-        "name",
-        "need",
-        "no",
-        "nor",
-        "not",
-        "note",
-        "of",
-        "off",
-        "on",
-        "once",
-        "one",
-        "only",
-        "or",
-        "other",
-        "our",
-        "out",
-        "over",
-        "own",
-        "people",
-        "plan",
-        "please",
-        "recommend",
-        "reply",
-        "s",
-        "same",
-        "say",
-        "she",
-        "short",
-        "should",
-        "simple",
-        "so",
-        "some",
-        "someone",
-        "something",
-        "start",
-        "step",
-        "such",
-        "suggest",
-        "t",
-        "tell",
-        "than",
-        "that",
-        "the",
-        "their",
-        "them",
-        "then",
-        "there",
-        "these",
-        "they",
-        "thing",
-        "things",
-        "this",
-        "those",
-        "through",
-        "tip",
-        "to",
-        "too",
-        "two",
-        "under",
-        "until",
-        "up",
-        "us",
-        "use",
-        "used",
-        "useful",
-        "using",
-        "very",
-        "want",
-        "was",
-        "way",
-        "ways",
-        "we",
-        "well",
-        "were",
-        "what",
-        "when",
-        "where",
-        "which",
-        "while",
-        "who",
-        "whom",
-        "whose",
-        "why",
-        "will",
-        "with",
-        "without",
-        "word",
-        "would",
-        "write",
-        "writing",
-        "yes",
-        "you",
-        "your",
-    ]
+    re.findall(
+        r"\S+",
+        """
+        a about above after again against all also although am an and any are aren't as ask asks
+        at be because been before being below best better between both but by can can't cannot
+        compare could did didn't difference do does doesn't doing don't down during each else
+        email explain explaining few find for from get give go good had has have having he help
+        helps her here hers him his how i i'm if in instead into is isn't it it's its just keep
+        know let like little look lot made make makes making many may me mean message might more
+        most much must my name need no nor not note of off on once one only or other our out
+        over own people plan please recommend reply s same say she short should simple so some
+        someone something start step such suggest t tell than that the their them then there
+        these they thing things this those through tip to too two under until up us use used
+        useful using very want was way ways we well were what when where which while who whom
+        whose why will with without word would write writing yes you your
+        """,
+    )
 )
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
@@ -288,10 +104,10 @@ def repeated_part(sequence: Sequence[str], size: int = 3) -> float:
 
 
 def everyday_gold(prompt: str, completion: str, finished: bool) -> float:
-    """Score in [-1, 3], without unit: how well a completion answers an everyday prompt briefly.
+    """Score in [-1.5, 3], without unit: how well a completion answers an everyday prompt briefly.
 
         on topic:   finished + substance * (brevity + topic) - markup - repetition
-        otherwise:  -1
+        otherwise:  -1.5
 
     on topic    the completion mentions at least a quarter of the prompt's content words
     finished    1 if the model ended its turn by itself, 0 if it was cut
@@ -302,7 +118,7 @@ def everyday_gold(prompt: str, completion: str, finished: bool) -> float:
     markup      0.25 for each list item, heading or bold span, at most 0.5
     repetition  part of the word trigrams that occurred before, at most 0.5
 
-    An on-topic finished answer scores at least 0 and any on-topic one more than -1, so an empty or
+    An on-topic finished answer scores at least 0 and any on-topic one at least -1, so an empty or
     off-topic completion never wins. The rule reads words, not meaning: it cannot see a false
     answer. Rounded to 4 decimals, so that a stored value compares equal on every machine.
     """
