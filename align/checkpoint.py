@@ -16,10 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 MANIFEST = "manifest.json"
 _SCRATCH = ".incomplete-"
+_REPLACED = ".replaced-"  # what atomic_directory replaces, between its two renames
+
+
+class WriteFailed(OSError):
+    """The disk is full, or takes no more for another reason; the message says what to do."""
+
+    def __init__(self, target: Path, error: Exception, needed: int | None = None):
+        want = "" if needed is None else f"{needed} bytes needed, "
+        super().__init__(
+            f"{target} cannot be written: {want}{shutil.disk_usage(target.parent).free} bytes free ({error}); what was "
+            "saved before is intact: make room and give the same command again"
+        )
 
 
 @dataclass(frozen=True)
@@ -35,21 +48,27 @@ class State:
 def save(directory: Path, state: State, keep: int) -> Path:
     """Write step-NNNNNN below `directory` and remove all but the newest `keep` checkpoints.
 
-    Raises OSError when the disk is full; what was written is removed and older checkpoints stay.
+    Raises WriteFailed when the disk is full; what was written is removed and older checkpoints stay.
     """
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / f"step-{state.step:06d}"
-    if target.exists() and not problem(target):
-        shutil.rmtree(target)  # an interrupted evaluation is saved under the same step; the newer one knows more
-    atomic_directory(target, lambda scratch: _write(scratch, state))
-    for old in sorted(directory.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    needed = sum(t.nbytes for t in (*state.model.values(), *state.optimizer.values()))
+    # one of the same step, from an interrupted evaluation, is replaced: the newer one knows more
+    atomic_directory(target, lambda scratch: _write(scratch, state), needed)
+    for old in steps(directory)[:-keep]:
+        gone = directory / f"{_SCRATCH}{old.name}"  # never half a checkpoint under a checkpoint's name
+        os.rename(old, gone)
+        shutil.rmtree(gone)
     return target
 
 
-def atomic_directory(target: Path, write: Callable[[Path], None]) -> None:
-    """`target` appears complete, with a manifest, or not at all; an existing one is replaced."""
+def atomic_directory(target: Path, write: Callable[[Path], None], needed: int | None = None) -> None:
+    """`target` appears complete, with a manifest, or not at all; an existing one is replaced.
+
+    needed: about how many bytes, for the message of WriteFailed.
+    """
     scratch = target.parent / f"{_SCRATCH}{target.name}"
+    old = target.parent / f"{_REPLACED}{target.name}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
@@ -62,32 +81,55 @@ def atomic_directory(target: Path, write: Callable[[Path], None]) -> None:
         _flush(scratch / MANIFEST)
         _flush(scratch)
         if target.exists():
-            old = target.parent / f"{_SCRATCH}old-{target.name}"
             shutil.rmtree(old, ignore_errors=True)
-            os.rename(target, old)
-            os.rename(scratch, target)
-            shutil.rmtree(old)
-        else:
-            os.rename(scratch, target)
+            os.rename(target, old)  # killed here: clean puts it back
+        os.rename(scratch, target)
         _flush(target.parent)
-    except BaseException:
+    except BaseException as error:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
         shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise WriteFailed(target, error, needed) from error
         raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def clean(directory: Path) -> None:
-    """Remove what killed writers left behind."""
+    """Remove what killed writers left behind, and finish or undo a replacement."""
     for path in directory.glob(f"{_SCRATCH}*"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in directory.glob(f"{_REPLACED}*"):
+        target = directory / path.name.removeprefix(_REPLACED)
+        if target.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.rename(path, target)
 
 
 def latest(directory: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files fit its manifest; each newer one that does not is named through `warn`."""
-    for path in sorted(directory.glob("step-*"), reverse=True):
+    """The newest checkpoint whose files fit its manifest, None if there never was one.
+
+    Each newer one that does not fit is named through `warn` and set aside as damaged-step-NNNNNN, where it counts
+    no more. Raises ValueError if there are checkpoints and none is whole: a run never starts over unasked.
+    """
+    damaged = []
+    for path in reversed(steps(directory)):
         fault = problem(path)
         if not fault:
+            for bad, what in damaged:
+                aside = bad.with_name(f"damaged-{bad.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(bad, aside)
+                warn(f"checkpoint {bad} is damaged ({what}) and now named {aside.name}; using {path.name} before it")
             return path
-        warn(f"checkpoint {path} is damaged ({fault}); using the one before it")
+        damaged.append((path, fault))
+    if damaged:
+        faults = "; ".join(f"{path.name}: {fault}" for path, fault in damaged)
+        raise ValueError(
+            f"{directory} holds no undamaged checkpoint ({faults}); restore one from a copy, or remove {directory} to "
+            "start at step 0"
+        )
     return None
 
 
@@ -100,13 +142,18 @@ def problem(path: Path) -> str:
     if not isinstance(manifest, dict) or not manifest:
         return f"{MANIFEST} is empty"
     for name, expected in manifest.items():
+        if not isinstance(expected, dict) or expected.keys() != {"bytes", "sha256"}:
+            return f"{MANIFEST} is not as written"
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}"
-        if _sha256(file) != expected["sha256"]:
-            return f"{name} has other content than was written"
+        try:
+            if file.stat().st_size != expected["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}"
+            if _sha256(file) != expected["sha256"]:
+                return f"{name} has other content than was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return ""
 
 
@@ -119,6 +166,12 @@ def load(path: Path) -> State:
         load_file(path / "optimizer.safetensors"),
         progress,
     )
+
+
+def steps(directory: Path) -> list[Path]:
+    """Checkpoints by step, whole or not."""
+    found = [p for p in directory.glob("step-*") if p.name.removeprefix("step-").isdecimal()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def _write(path: Path, state: State) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,11 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(w in ("-h", "--help") for w in rest):
         print(USAGE, end="")
         return 0
+    logging.getLogger("hydra").addHandler(logging.NullHandler())  # its errors reach the user as our one line
     try:
         config_dir, rest = _config_dir(rest)
         return _COMMANDS[command](rest, config_dir)
     except ValueError as error:  # the user can cure it: one line, no traceback
-        return _refuse(" ".join(str(error).split("\n")))
+        return _refuse(" ".join(str(error).split()))
     except KeyboardInterrupt:
         return 130
 
@@ -74,13 +76,16 @@ def _check(words: list[str], config_dir: Path | None) -> int:
         print("\n".join(keys_with_help()))
         return 0
     config = compose(words, config_dir)
-    from align.build import objective
-    from align.data.sources import locate
+    from align.build import function, objective, pretrained
+    from align.data.sources import locate_all
 
     objective(config)
-    for where in (config.data.train, config.data.heldout):
-        for source in [] if where is None else where if isinstance(where, list) else [where]:
-            locate(source)
+    pretrained(config)
+    locate_all(config.data.train, "data.train")
+    if config.data.heldout is not None:
+        locate_all(config.data.heldout, "data.heldout")
+    if config.data.gold is not None:
+        function(config.data.gold, "data.gold")
     choices = ", ".join(f"{g}={o}" for g, o in sorted(config.choices.items()))
     print(f"ok: {choices}")
     return 0
@@ -92,8 +97,8 @@ def _recipes(words: list[str], config_dir: Path | None) -> int:
     if words:
         raise ValueError("align recipes takes no settings")
     for name, path in recipes(config_dir).items():
-        head = path.read_text().splitlines()[0].lstrip("# ")
-        print(f"{name:24s} {head}")
+        head = path.read_text().partition("\n")[0].lstrip("# ")
+        print(f"{name:24s} {head}".rstrip())
     return 0
 
 

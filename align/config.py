@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -219,9 +220,10 @@ def recipes(config_dir: Path | None = None) -> dict[str, Path]:
     return found
 
 
-def options(group: str) -> list[str]:
-    """Names of the shipped options of a group such as model or objective/loss."""
-    return sorted(p.stem for p in (shipped_root() / "configs" / group).glob("*.yaml"))
+def options(group: str, config_dir: Path | None = None) -> list[str]:
+    """Names of the options of a group such as model or objective/loss: the shipped ones and those in <config_dir>."""
+    roots = [shipped_root() / "configs"] + ([config_dir] if config_dir else [])
+    return sorted({p.stem for root in roots for p in (root / group).glob("*.yaml")})
 
 
 def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
@@ -232,8 +234,11 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
     """
     words = list(overrides)
     for word in words:
-        if word.startswith("-") or "=" not in word.lstrip("~"):
+        key, equals, _ = word.lstrip("+~").partition("=")
+        if word.startswith("-") or not equals or not key:
             raise ConfigError(f"{word}: settings are written key=value, for example optimizer.lr=1e-6")
+        if key.split(".")[0] == "hydra":
+            raise ConfigError(f"{key} is not a setting; `align check --keys` lists them all")
     # Your own training data never meet the shipped held-out set or its gold rule.
     if any(w.startswith("data.train=") for w in words) and not any(w.startswith("data=") for w in words):
         words.append("data=files")
@@ -241,11 +246,12 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str((shipped_root() / "configs").resolve()), version_base="1.3"):
         if config_dir is not None:
-            words.append(f"hydra.searchpath=[file://{config_dir.resolve()}]")
+            quoted = str(config_dir.resolve()).replace("\\", "\\\\").replace("'", "\\'")
+            words.append(f"hydra.searchpath=['file://{quoted}']")
         try:
             full = hydra_compose("config", words, return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(_explain(words, error)) from None
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+            raise ConfigError(_explain(words, error, config_dir)) from None
         choices = {g: o for g, o in full.hydra.runtime.choices.items() if o and not g.startswith("hydra")}
         groups = [f"{g}={o}" for g, o in choices.items() if g != "recipe"]
         known = hydra_compose("config", groups + [w for w in words if w.startswith("hydra.")])
@@ -283,7 +289,12 @@ def _register_recipes(config_dir: Path | None) -> None:
     store = ConfigStore.instance()
     store.repo.pop("recipe", None)
     for name, path in recipes(config_dir).items():
-        node = OmegaConf.create(yaml.safe_load(path.read_text()) or {})
+        try:
+            node = OmegaConf.load(path)
+        except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: is not YAML: {_one_line(error)}") from None
+        if not isinstance(node, DictConfig):
+            raise ConfigError(f"{path}: must hold settings, `key: value` a line")
         group, _, option = f"recipe/{name}".rpartition("/")
         store.store(group=group, name=option, node=node, package="_global_")
 
@@ -293,22 +304,29 @@ def _refuse_unknown(full: DictConfig, known: DictConfig, choices: dict[str, str]
     allowed = {key for key, _ in leaves(known)}
     for key, _ in leaves(full):
         if key not in allowed and not any(key.startswith(f"{a}.") for a in allowed):
+            if key.replace(".", "/") in _groups():
+                raise ConfigError(f"{key} is a group of settings: choose one with {key.replace('.', '/')}=...")
             group = key.split(".")[0]
             hint = f"; {group}={choices[group]} has no such key" if group in choices else ""
             raise ConfigError(f"{key} is not a setting{hint}{_nearest(key, allowed)}")
 
 
-def _explain(words: Sequence[str], error: Exception) -> str:
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _explain(words: Sequence[str], error: Exception, config_dir: Path | None) -> str:
     """One line for what Hydra refuses, with the nearest name that it would accept."""
-    text = " ".join(str(error).split())
-    found = {g: options(g) for g in _groups()} | {"recipe": sorted(recipes())}
+    text = _one_line(error)
+    found = {g: options(g, config_dir) for g in _groups()} | {"recipe": sorted(recipes(config_dir))}
     for word in words:
         key, _, value = word.lstrip("+~").partition("=")
         key = key.split("@")[0]
-        if key in found and value not in found[key] and re.search(rf"\b{re.escape(key)}\b", text):
+        named = value == "null" or re.search(rf"\b{re.escape(key)}\b", text)
+        if key in found and value not in found[key] and named:
             near = difflib.get_close_matches(value, found[key], 1, 0.5)
-            tip = f"; did you mean {near[0]}?" if near else ""
-            return f"{key}={value}: no such option{tip} Options: {', '.join(found[key])}"
+            tip = f"did you mean {near[0]}? " if near else ""
+            return f"{key}={value}: no such option; {tip}Options: {', '.join(found[key])}"
     with_groups = [w for w in words if w.partition("=")[0] in found or w.startswith("hydra.")]
     try:
         base = hydra_compose("config", with_groups)
@@ -341,62 +359,85 @@ def _typed(tree: DictConfig, choices: dict[str, str]) -> Config:
     missing = [key for key, value in leaves(tree) if value == "???"]
     if missing:
         raise ConfigError(f"{missing[0]} is required: add {missing[0]}=...")
+    try:  # the tree itself keeps its interpolations: an environment variable's value is not for config.yaml
+        values = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise ConfigError(f"{key}{_first_line(error)}") from None
+    assert isinstance(values, dict)
     sections = {}
     for name, cls in _SECTIONS.items():
         schema = OmegaConf.structured(cls)
         OmegaConf.set_readonly(schema, False)
         try:
-            sections[name] = OmegaConf.to_object(OmegaConf.merge(schema, tree[name]))
+            sections[name] = OmegaConf.to_object(OmegaConf.merge(schema, values[name]))
         except OmegaConfBaseException as error:
-            key = f"{name}.{error.full_key}" if getattr(error, "full_key", "") else name
-            given = OmegaConf.select(tree, key)
-            raise ConfigError(f"{key}={given}: {' '.join(str(error.msg or error).split())}") from None
+            key = f"{name}.{error.full_key}" if error.full_key else name
+            raise ConfigError(f"{key}={_written(OmegaConf.select(tree, key))}: {_first_line(error)}") from None
     for key, kind in (("seed", int), ("merge", bool)):
-        if not isinstance(tree[key], kind) or (kind is int and isinstance(tree[key], bool)):
-            raise ConfigError(f"{key}={tree[key]}: must be {'true or false' if kind is bool else 'an integer'}")
+        if not isinstance(values[key], kind) or (kind is int and isinstance(values[key], bool)):
+            given = _written(values[key])
+            raise ConfigError(f"{key}={given}: must be {'true or false' if kind is bool else 'an integer'}")
     config = Config(
-        seed=tree.seed,
-        merge=tree.merge,
+        seed=values["seed"],
+        merge=values["merge"],
         model=tree.model,
         objective=tree.objective,
         choices=choices,
         tree=tree,
         **sections,
     )
-    _check_values(tree)
+    _check_values(config)
     return config
 
 
-def _check_values(tree: DictConfig) -> None:
+def _first_line(error: OmegaConfBaseException) -> str:
+    """OmegaConf's message without the key and type that it appends."""
+    return str(error.msg or error).splitlines()[0]
+
+
+def _written(value: Any) -> str:
+    """A value as the user types it."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)
+
+
+def _check_values(config: Config) -> None:
     for key, allowed in _CHOICES.items():
-        value = OmegaConf.select(tree, key)
+        value = attrgetter(key)(config)
         if value not in allowed:
             near = difflib.get_close_matches(str(value), allowed, 1)
             tip = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{key}={value}: must be one of {', '.join(allowed)}{tip}")
     for key, (low, high, low_in, high_in) in _RANGES.items():
-        value = OmegaConf.select(tree, key)
+        value = attrgetter(key)(config)
         if value is None:
             continue
-        value = float(value)
         below = low is not None and (value < low or (value == low and not low_in))
         above = high is not None and (value > high or (value == high and not high_in))
-        if below or above or value != value:
+        if below or above or value != value or value in (float("inf"), float("-inf")):
             bounds = []
             if low is not None:
                 bounds.append(f"{'at least' if low_in else 'greater than'} {low:g}")
             if high is not None:
                 bounds.append(f"{'at most' if high_in else 'below'} {high:g}")
-            raise ConfigError(f"{key}={OmegaConf.select(tree, key)}: must be {' and '.join(bounds)}")
-    betas = list(tree.optimizer.betas)
+            raise ConfigError(f"{key}={value}: must be {' and '.join(bounds)}")
+    betas = config.optimizer.betas
     if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
         raise ConfigError(f"optimizer.betas={betas}: must be two numbers in [0, 1)")
-    if tree.reference.mode == "adapter" and tree.lora.rank == 0:
+    lora, targets = config.lora, config.lora.targets
+    names = isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets)
+    if targets != "all-linear" and not names:
+        raise ConfigError(f"lora.targets={targets}: must be all-linear or a list of names such as [q_proj, v_proj]")
+    if config.reference.mode == "adapter" and lora.rank == 0:
         raise ConfigError("reference.mode=adapter needs LoRA: set lora.rank, or use reference.mode=cached")
-    if tree.lora.dropout > 0 and tree.trainer.layout == "shared":
+    if lora.dropout > 0 and config.trainer.layout == "shared":
         raise ConfigError("lora.dropout above 0 and trainer.layout=shared: use trainer.layout=packed")
-    if tree.lora.dropout > 0 and tree.lora.rank == 0:
+    if lora.dropout > 0 and lora.rank == 0:
         raise ConfigError("lora.dropout has no effect with lora.rank=0; remove it or set lora.rank")
+    if config.merge and lora.rank == 0:
+        raise ConfigError("merge=true has no effect with lora.rank=0; remove it or set lora.rank")
 
 
 def keys_with_help() -> list[str]:

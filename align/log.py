@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from align.checkpoint import WriteFailed
 from align.config import LogConfig
 
 
@@ -23,7 +25,7 @@ class Log:
     def __init__(self, directory: Path, config: LogConfig, run_config: dict[str, Any]):
         self.path = directory / "metrics.jsonl"
         self.config = config
-        self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self.console = _Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self.mirrors: list[tuple[str, Callable[[dict[str, Any]], None], Callable[[], None]]] = []
         if config.tensorboard:
             self._add("tensorboard", lambda: _tensorboard(directory))
@@ -32,12 +34,25 @@ class Log:
 
     def say(self, line: str) -> None:
         """One line for people."""
-        self.console.print(line, markup=False)
+        try:
+            self.console.print(line, markup=False)
+        except OSError:  # the terminal is gone; the run goes on
+            self.console.quiet = True
 
     def row(self, row: dict[str, Any]) -> None:
-        """One optimiser step: a line of metrics.jsonl, and the mirrors."""
-        with self.path.open("a") as stream:
-            stream.write(json.dumps(row, allow_nan=False) + "\n")
+        """One optimiser step: a line of metrics.jsonl, and the mirrors. What is no number is null in the line.
+
+        Raises WriteFailed when the disk is full.
+        """
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        lost = [k for k, v in line.items() if v is None]
+        if lost:
+            self.say(f"step {row['step']}: {', '.join(lost)} not finite; null in {self.path.name}")
+        try:
+            with self.path.open("a") as stream:
+                stream.write(json.dumps(line, allow_nan=False) + "\n")
+        except OSError as error:
+            raise WriteFailed(self.path, error) from error
         for name, write, close in list(self.mirrors):
             try:
                 write(row)
@@ -50,7 +65,7 @@ class Log:
         if not self.path.exists():
             return
         rows = []
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_text(errors="replace").splitlines():
             try:
                 row = json.loads(line)
             except ValueError:  # cut short by the kill
@@ -110,17 +125,30 @@ class Log:
         self.mirrors.append((name, write, close))
 
 
+class _Console(Console):
+    """A console whose closed pipe ends nothing but its own output."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 def _tensorboard(directory: Path) -> tuple[Callable[[dict[str, Any]], None], Callable[[], None]]:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(directory / "tensorboard"))
+    writers: list[Any] = []  # made at the first row, so that what an interrupted run wrote from there on is void
 
     def write(row: dict[str, Any]) -> None:
+        if not writers:
+            writers.append(SummaryWriter(str(directory / "tensorboard"), purge_step=row["step"]))
         for key, value in row.items():
             if key != "step":
-                writer.add_scalar(key, value, row["step"])
+                writers[0].add_scalar(key, value, row["step"])
 
-    return write, writer.close
+    def close() -> None:
+        for writer in writers:
+            writer.close()
+
+    return write, close
 
 
 def _wandb(

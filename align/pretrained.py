@@ -128,7 +128,9 @@ def _tokenizer(path: str, common: dict[str, Any], chat_template: str | None) -> 
 def _model(path: str, common: dict[str, Any], dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # a run tells its own progress
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     with _named(path):
         return AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **common)

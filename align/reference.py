@@ -22,7 +22,7 @@ from align.types import Layout, PackedBatch, Pair, Stats
 
 # Rows of one file. A chunk is computed whole whatever of it is missing elsewhere, so that its numbers do not
 # depend on where an earlier run was killed.
-CHUNK_ROWS = 64
+CHUNK_ROWS = 32
 
 
 def pair_key(pair: Pair) -> str:
@@ -93,10 +93,15 @@ class ReferenceCache:
         for path in sorted(self.directory.glob("*.safetensors")):
             try:
                 with safe_open(path, "numpy") as file:
-                    for key in wanted & set(file.keys()):
-                        self.values[key] = file.get_tensor(key)
+                    keys = file.keys()
+                    values = {key: file.get_tensor(key) for key in keys}
+                    digest = (file.metadata() or {}).get("blake2b")
             except SafetensorError:
-                path.unlink(missing_ok=True)  # cut short by a full disk; its rows are computed again
+                values, digest = {}, None
+            if digest != _digest(values):
+                path.unlink(missing_ok=True)  # damaged, or cut short by a full disk; its rows are computed again
+                continue
+            self.values |= {key: values[key] for key in wanted & values.keys()}
 
     def _write(self, new: dict[str, np.ndarray]) -> None:
         if not new:
@@ -104,5 +109,13 @@ class ReferenceCache:
         self.directory.mkdir(parents=True, exist_ok=True)
         name = hashlib.blake2b("".join(sorted(new)).encode(), digest_size=12).hexdigest()
         scratch = self.directory / f".{name}-{os.getpid()}"
-        save_file(new, scratch)
+        save_file(new, scratch, {"blake2b": _digest(new)})
         os.replace(scratch, self.directory / f"{name}.safetensors")
+
+
+def _digest(values: dict[str, np.ndarray]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for key, value in sorted(values.items()):
+        digest.update(f"{key} {value.dtype} {value.shape};".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()

@@ -17,9 +17,11 @@ from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
+from align import checkpoint
 from align.config import Config, differences
 
 _PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "hydra-core", "numpy", "vllm", "deepspeed")
+_OF_A_START = ("resolved.json", "samples.jsonl", "nonfinite.json", "metrics.jsonl")
 
 
 class RunDirectory:
@@ -34,11 +36,30 @@ class RunDirectory:
         self._lock = self._take_lock()
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
+        try:
+            self._open(config)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, config: Config) -> None:
+        checkpoint.clean(self.checkpoints)
+        checkpoint.clean(self.path)
         saved = self.path / "config.yaml"
-        # a start that failed before its first step binds nobody
-        self.resumed = saved.exists() and any(self.checkpoints.glob("step-*"))
+        # a start that failed before its first checkpoint binds nobody, and leaves nothing to the next one
+        self.resumed = bool(checkpoint.steps(self.checkpoints))
         if self.resumed:
+            if not saved.exists():
+                raise ValueError(f"{self.checkpoints} has checkpoints but {saved} is gone; give another run.dir")
             self._compare(config)
+        elif (self.path / "summary.json").exists():
+            raise ValueError(
+                f"{self.path} holds a finished run without its checkpoints; give another run.dir, or remove it to "
+                "start at step 0"
+            )
+        else:
+            for name in _OF_A_START:
+                (self.path / name).unlink(missing_ok=True)
         _write_atomically(saved, OmegaConf.to_yaml(config.tree, resolve=False))
 
     def write_json(self, name: str, value: Any) -> None:
@@ -55,13 +76,16 @@ class RunDirectory:
         self._lock.close()
 
     def _take_lock(self) -> TextIO:
-        stream = (self.path / ".lock").open("a+")
         try:
+            stream = (self.path / ".lock").open("a+")
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             stream.seek(0)
             owner = stream.read().strip() or "another process"
+            stream.close()
             raise ValueError(f"run.dir={self.path} is in use by {owner}; wait for it or give another run.dir") from None
+        except OSError as error:  # read-only, or a file system without locks
+            raise ValueError(f"run.dir={self.path}: cannot be locked ({error.strerror}); give another") from error
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {socket.gethostname()}")
         stream.flush()
@@ -73,8 +97,8 @@ class RunDirectory:
             key, (there, now) = next(iter(changed.items()))
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise ValueError(
-                f"{self.path} holds a run with {key}={there}, now it is {key}={now}{more}; give another run.dir, or the "
-                "same setting to resume"
+                f"{self.path} holds a run with {key}={there}, now it is {key}={now}{more}; give another run.dir, or "
+                "the same setting to resume"
             )
 
 

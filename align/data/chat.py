@@ -21,18 +21,16 @@ ROLES = ("system", "user", "assistant", "tool")
 def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message]) -> list[int]:
     """The tokens generation starts from."""
     if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
+        ids = tokenizer(prompt).input_ids
+        return ids[:-1] if _appends_eos(tokenizer) else ids
     return _ids(tokenizer, _render(tokenizer, prompt, generation=True))
 
 
 def text_row(tokenizer: Any, prompt: str, completion: str, finished: bool) -> Row:
     """Prompt and completion as they stand, without a chat template; a finished completion ends in EOS."""
-    head = tokenizer(prompt).input_ids if prompt else _beginning(tokenizer)
+    head = prompt_ids(tokenizer, prompt) if prompt else _beginning(tokenizer)
     if not head:
         raise BadRow("empty_prompt", "no prompt, and the tokenizer has no BOS to begin with; add a prompt")
-    # special tokens a tokenizer puts at the end of every text are not part of the prompt
-    if prompt and tokenizer.eos_token_id is not None and head[-1] == tokenizer.eos_token_id != head[0]:
-        head = head[:-1]
     rest = _continue(tokenizer, prompt, completion, special=True)
     if finished and tokenizer.eos_token_id is not None and rest[-1:] != [tokenizer.eos_token_id]:
         rest = [*rest, tokenizer.eos_token_id]
@@ -57,8 +55,8 @@ def chat_row(tokenizer: Any, prompt: Sequence[Message], completion: Sequence[Mes
         if not head.startswith(done) or not body.startswith(head):
             raise BadRow(
                 "template",
-                f"message {i + 1}: the chat template does not extend what it rendered before\n"
-                f"  before: {_tail(head)!r}\n  after:  {_tail(body)!r}\nuse another chat template",
+                f"message {i + 1}: the chat template does not extend what it rendered before "
+                f"(before: {_tail(head)!r}, after: {_tail(body)!r}); use another chat template",
             )
         emitted = body[len(head) :].rstrip()
         text = messages[i]["content"]
@@ -68,7 +66,7 @@ def chat_row(tokenizer: Any, prompt: Sequence[Message], completion: Sequence[Mes
             emitted = emitted[: at + len(text.strip())] if at >= 0 else emitted
         parts.append((_continue(tokenizer, done, head[len(done) :]), False))
         target = _continue(tokenizer, head, emitted)
-        if last and finished and emitted == text.rstrip() and tokenizer.eos_token_id is not None:
+        if last and finished and emitted.strip() == text.strip() and tokenizer.eos_token_id is not None:
             target = [*target, tokenizer.eos_token_id]  # a template without an end of turn
         parts.append((target, True))
         done = head + emitted
@@ -96,17 +94,26 @@ def _continue(tokenizer: Any, before: str, text: str, special: bool = False) -> 
     """Tokens of `text` standing after `before`, whose tokens are already fixed.
 
     Tokenised together, so that tokenizers which mark the start of a text see it in its place; where a token
-    would reach across the border, the text is tokenised alone, as generation would have met it.
+    would reach across the border, the text is tokenised after a character that it does not merge with: generation
+    starts from fixed tokens too.
     """
     if not before:
-        return tokenizer(text, add_special_tokens=special).input_ids
-    whole = tokenizer(before + text, add_special_tokens=special).input_ids
-    head = tokenizer(before, add_special_tokens=special).input_ids
-    if special and head and whole[-1:] == head[-1:] == [tokenizer.eos_token_id] and len(head) > 1:
-        head, whole = head[:-1], whole[:-1]
-    if whole[: len(head)] == head:
-        return whole[len(head) :]
+        return _ids(tokenizer, text)
+    appended = special and _appends_eos(tokenizer)
+    # after these characters no token reaches into most texts, and no tokenizer marks the start of a text any more
+    for start, add in ((before, special), ("\n", False), ("a", False)):
+        whole = tokenizer(start + text, add_special_tokens=add).input_ids
+        head = tokenizer(start, add_special_tokens=add).input_ids
+        if add and appended:
+            whole, head = whole[:-1], head[:-1]
+        if whole[: len(head)] == head:
+            return whole[len(head) :]
     return _ids(tokenizer, text)
+
+
+def _appends_eos(tokenizer: Any) -> bool:
+    """Whether the tokenizer ends every text with EOS, which is then no part of a prompt."""
+    return tokenizer.eos_token_id is not None and tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]
 
 
 def _beginning(tokenizer: Any) -> list[int]:

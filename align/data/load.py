@@ -13,7 +13,7 @@ import numpy as np
 from align.config import DataConfig
 from align.data.audit import Audit, SplitAudit
 from align.data.pairs import Example, example
-from align.data.sources import BadRow, content_hash, locate, read
+from align.data.sources import BadRow, Source, content_hash, locate_all, read
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,11 @@ def load(config: DataConfig, tokenizer: Any) -> Data:
     max_bad_fraction of them with drop, and for a split of which nothing is left.
     """
     audit = Audit()
-    train = _split(config.train, audit.train, config, tokenizer, "data.train")
-    if config.heldout is not None:
-        heldout = _split(config.heldout, audit.heldout, config, tokenizer, "data.heldout")
+    sources = locate_all(config.train, "data.train")
+    heldout_sources = None if config.heldout is None else locate_all(config.heldout, "data.heldout")
+    train = _split(sources, audit.train, config, tokenizer, f"data.train={config.train}")
+    if heldout_sources is not None:
+        heldout = _split(heldout_sources, audit.heldout, config, tokenizer, f"data.heldout={config.heldout}")
     else:
         train, heldout = _keep_back(train, config.heldout_fraction)
         audit.heldout.rows_in = len(heldout)
@@ -62,12 +64,11 @@ def fingerprint(examples: list[Example]) -> str:
     return digest.hexdigest()
 
 
-def _split(names: Any, audit: SplitAudit, config: DataConfig, tokenizer: Any, key: str) -> list[Example]:
+def _split(sources: list[Source], audit: SplitAudit, config: DataConfig, tokenizer: Any, setting: str) -> list[Example]:
     examples = []
     first_bad = ""
-    for name in [names] if isinstance(names, str) else list(names):
-        source = locate(name)
-        audit.sources.append(name)
+    for source in sources:
+        audit.sources.append(source.name)
         audit.sha256.append(content_hash(source))
         for where, record in read(source):
             audit.rows_in += 1
@@ -83,27 +84,27 @@ def _split(names: Any, audit: SplitAudit, config: DataConfig, tokenizer: Any, ke
                 audit.drop(where, bad.reason)
                 first_bad = first_bad or f"{where}: {bad}"
     if audit.rows_in == 0:
-        raise ValueError(f"{key}={names}: has no rows; give a file with at least one preference pair")
+        raise ValueError(f"{setting}: has no rows; give a file with at least one preference pair")
     bad_fraction = sum(audit.dropped.values()) / audit.rows_in
     if not examples:
-        raise ValueError(f"{key}={names}: 0 usable rows of {audit.rows_in}; the first: {first_bad}")
+        raise ValueError(f"{setting}: 0 usable rows of {audit.rows_in}; the first: {first_bad}")
     if bad_fraction > config.max_bad_fraction:
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(audit.dropped.items()))
         raise ValueError(
-            f"{key}={names}: {bad_fraction:.1%} of {audit.rows_in} rows are bad ({counts}), more than "
+            f"{setting}: {bad_fraction:.1%} of {audit.rows_in} rows are bad ({counts}), more than "
             f"data.max_bad_fraction={config.max_bad_fraction}; mend them or raise it. The first: {first_bad}"
         )
     return examples
 
 
 def _keep_back(examples: list[Example], fraction: float) -> tuple[list[Example], list[Example]]:
-    """Split by prompt: the prompts with the smallest hashes are held out, at least one if there are two."""
+    """Split by prompt: the prompts with the smallest hashes are held out; if there are two, each side gets one."""
     prompts = {e.prompt.token_ids for e in examples}
 
     def order(ids: tuple[int, ...]) -> bytes:
         return hashlib.sha256(np.array(ids, dtype=np.int64).tobytes()).digest()
 
-    count = math.ceil(fraction * len(prompts)) if len(prompts) > 1 else 0
+    count = min(math.ceil(fraction * len(prompts)), len(prompts) - 1)
     held = set(sorted(prompts, key=order)[:count])
     return (
         [e for e in examples if e.prompt.token_ids not in held],

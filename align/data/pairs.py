@@ -50,13 +50,14 @@ def example(record: dict[str, Any], source: str, tokenizer: Any, max_tokens: int
     _check_length(rows, len(ids), max_tokens)
     if all(len(a) == len(b) and (a == b).all() for a, b in [(rows[0].token_ids, rows[1].token_ids)]):
         raise BadRow("identical", "chosen and rejected have the same tokens; remove the row or mend one of them")
-    origin = record.get("origin", "")
-    if not isinstance(origin, str):
+    origin = record.get("origin")
+    if not isinstance(origin, (str, type(None))):
         raise BadRow("wrong_type", f"origin must be a string, found {type(origin).__name__}")
+    _check_text("origin", origin or "")
     text = (
         prompt if isinstance(prompt, str) else next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")
     )
-    return Example(Pair(rows[0], rows[1], source, origin), Prompt(tuple(ids), text))
+    return Example(Pair(rows[0], rows[1], source, origin or ""), Prompt(tuple(ids), text))
 
 
 def _normalise(record: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -85,9 +86,9 @@ def _normalise(record: dict[str, Any]) -> tuple[Any, Any, Any]:
         for name, completion in (("chosen", chosen), ("rejected", rejected)):
             _check_completion(name, completion)
         if not prompt:
-            raise BadRow("empty_prompt", "there is no message before the assistant's; add the prompt")
-        if prompt[-1]["role"] == "assistant":
-            raise BadRow("role_order", "the prompt ends with an assistant message; it must end with another role")
+            raise BadRow("empty_prompt", "no message stands before the answers; give prompt as a list of messages")
+        for name, completion in (("chosen", chosen), ("rejected", rejected)):
+            _check_order(name, prompt, completion)
     else:
         if prompt is None:
             prompt, chosen, rejected = _common_text(chosen, rejected)
@@ -143,6 +144,17 @@ def _check_completion(name: str, messages: Sequence[Message]) -> None:
     for message in messages:
         if message["role"] == "assistant" and not message["content"].strip():
             raise BadRow("empty_completion", f"an assistant message of {name} is empty; remove the row or fill it")
+
+
+def _check_order(name: str, prompt: Sequence[Message], completion: Sequence[Message]) -> None:
+    if prompt[-1]["role"] == "assistant":
+        raise BadRow("role_order", "the prompt ends with an assistant message; it must end with another role")
+    roles = [message["role"] for message in [*prompt, *completion]]
+    for number, (before, role) in enumerate(zip(roles, roles[1:], strict=False), 2):
+        if role == "system" and before != "system":
+            raise BadRow("role_order", f"{name}: message {number} is a system message; those stand at the beginning")
+        if role == before == "assistant":
+            raise BadRow("role_order", f"{name}: message {number} is a second answer in a row; join the two")
 
 
 def _check_text(name: str, text: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,16 +34,23 @@ class Source:
     path: Path | None  # None on the hub
 
 
+def locate_all(names: Any, key: str) -> list[Source]:
+    """The sources that the setting `key` means: one name or a list. Raises ValueError; reads nothing."""
+    listed = names if isinstance(names, list) else [names]
+    if not listed or not all(isinstance(name, str) and name for name in listed):
+        raise ValueError(f"{key}={names}: must be a file, a directory or a hub data set, or a list of them")
+    return [locate(name) for name in listed]
+
+
 def locate(name: str) -> Source:
-    """The source a setting such as data.train means. Raises ValueError when there is none; reads nothing."""
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"data.train={name}: must be a file, a directory or a hub data set, or a list of them")
+    """The source a name means. Raises ValueError when there is none; reads nothing."""
     if name.startswith("align:"):
-        path = Path(__file__).parent / name.removeprefix("align:")
-        if not path.exists():
-            raise ValueError(f"{name}: no such file ships with the package")
+        here = Path(__file__).parent
+        path = (here / name.removeprefix("align:")).resolve()
+        if not path.is_file() or path.suffix not in _SUFFIXES or not path.is_relative_to(here.resolve()):
+            raise ValueError(f"{name}: no such data file ships with the package")
         return Source(name, _SUFFIXES[path.suffix], path)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # leaves ~nobody as it is, where Path.expanduser raises
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             return Source(name, "saved", path)
@@ -104,20 +112,29 @@ def _jsonl(source: Source) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
 
 def _json(source: Source) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     assert source.path is not None
-    text = source.path.read_bytes()
+    text = source.path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if not text.lstrip().startswith(b"["):
         yield from _jsonl(source)
         return
     try:
-        rows = json.loads(text.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        rows = _value(text.decode("utf-8"))
+    except (UnicodeDecodeError, BadRow) as error:
         raise ValueError(f"{source.name}: {error}; mend the file or use .jsonl, one object a line") from None
     for number, row in enumerate(rows, 1):
-        wrong = BadRow("not_an_object", f"expected an object, found {type(row).__name__}")
+        wrong = BadRow("not_an_object", f"expected an object like {{...}}, found {type(row).__name__}")
         yield f"{source.name}:{number}", row if isinstance(row, dict) else wrong
 
 
 def _object(line: str) -> dict[str, Any]:
+    value = _value(line)
+    if not isinstance(value, dict):
+        raise BadRow("not_an_object", f"expected an object like {{...}}, found {type(value).__name__}")
+    return value
+
+
+def _value(text: str) -> Any:
+    """Strict JSON: Python's reader also takes NaN and the last of two fields of one name."""
+
     def refuse_constant(name: str) -> None:
         raise BadRow("invalid_json", f"{name} is not JSON; leave the field out or write null")
 
@@ -129,27 +146,29 @@ def _object(line: str) -> dict[str, Any]:
         return out
 
     try:
-        value = json.loads(line, parse_constant=refuse_constant, object_pairs_hook=unique)
+        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique)
+    except BadRow:
+        raise
     except json.JSONDecodeError as error:
+        line = f"line {error.lineno} " if error.lineno > 1 else ""
         raise BadRow(
-            "invalid_json", f"invalid JSON at column {error.colno} ({error.msg}); each line must be one JSON object"
+            "invalid_json", f"invalid JSON at {line}column {error.colno} ({error.msg}); a row must be one JSON object"
         ) from None
+    except ValueError:  # Python's limit for the digits of an integer
+        raise BadRow("invalid_json", "holds a number of thousands of digits; leave the field out") from None
     except RecursionError:
-        raise BadRow("invalid_json", "nested too deeply; each line must be one flat JSON object") from None
-    if not isinstance(value, dict):
-        raise BadRow("not_an_object", f"expected an object like {{...}}, found {type(value).__name__}")
-    return value
+        raise BadRow("invalid_json", "nested too deeply; a row must be one flat JSON object") from None
 
 
 def _table(source: Source) -> Any:
     import datasets
 
-    if source.kind == "parquet":
-        return datasets.Dataset.from_parquet(str(source.path), keep_in_memory=False)
     name, _, split = source.name.partition(":") if source.kind == "hub" else (source.name, "", "")
     split = split or "train"
     try:
-        if source.kind == "saved":
+        if source.kind == "parquet":
+            data = datasets.Dataset.from_parquet(str(source.path), keep_in_memory=False)
+        elif source.kind == "saved":
             data = datasets.load_from_disk(str(source.path))
         elif source.kind == "directory":
             data = datasets.load_dataset(str(source.path), split=split)
@@ -159,7 +178,8 @@ def _table(source: Source) -> Any:
     except Exception as error:  # the library raises a dozen kinds; each means that the data cannot be had
         first = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"{source.name}: cannot be loaded ({type(error).__name__}: {first}); check the name, the split and the network"
+            f"{source.name}: cannot be loaded ({type(error).__name__}: {first}); "
+            "check the name, the split and the network"
         ) from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:

@@ -83,6 +83,12 @@ class LocalEngine:
         if model.keys() != self.parameters.keys():
             odd = sorted(model.keys() ^ self.parameters.keys())[0]
             raise ValueError(f"the checkpoint belongs to another model: it differs in {odd}; use another run.dir")
+        for name, p in self.parameters.items():
+            if model[name].shape != p.shape:
+                raise ValueError(
+                    f"the checkpoint belongs to another model: {name} is {list(model[name].shape)} there and "
+                    f"{list(p.shape)} here; use another run.dir"
+                )
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(model[name])
@@ -105,7 +111,7 @@ def learning_rate(config: OptimizerConfig, step: int, schedule_steps: int) -> fl
 
     The last step of the schedule has lr * final_fraction, and so have steps beyond it.
     """
-    warmup = round(config.warmup_fraction * schedule_steps)
+    warmup = min(round(config.warmup_fraction * schedule_steps), schedule_steps - 1)
     if step <= warmup:
         return config.lr * step / warmup
     if config.schedule == "constant":

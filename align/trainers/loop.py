@@ -144,6 +144,7 @@ class _Totals:
         targets = [int(row.targets.sum()) for p in pairs for row in (p.chosen, p.rejected)]
         self.counts = {"pair": len(pairs), "row": 2 * len(pairs), "token": max(1, sum(targets))}
         self.real = sum(len(row.token_ids) for p in pairs for row in (p.chosen, p.rejected))
+        self.named = any(p.origin for p in pairs)  # of the whole step, not of a micro-batch
         self.processed = 0
         self.num_parts = 0
         self.loss = 0.0
@@ -160,7 +161,7 @@ class _Totals:
         self.num_parts += 1
         for name, values in out.metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(values.sum())
-            if name in out.by_origin and any(batch.origins):
+            if name in out.by_origin and self.named:
                 for origin, value in zip(batch.origins, values.tolist(), strict=True):
                     key = f"{name}_{origin or 'unnamed'}"
                     self.origin_sums[key] = self.origin_sums.get(key, 0.0) + value

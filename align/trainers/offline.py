@@ -33,6 +33,10 @@ from align.types import PackedBatch, Stats
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 
 
+class SelfCheckError(RuntimeError):
+    """Policy, reference and layout do not fit together; training would be on wrong numbers."""
+
+
 def train(config: Config, command: str) -> int:
     """Run or resume; returns the exit code. Raises ValueError for what the user can cure."""
     if config.launch.threads is not None:
@@ -49,6 +53,12 @@ def train(config: Config, command: str) -> int:
             except Stopped as stop:
                 log.say(f"{stop}; everything is saved, the same command goes on (exit code {stop.code})")
                 return stop.code
+            except SelfCheckError as error:
+                log.say(f"stopped before the first step: {error}")
+                return 1
+            except checkpoint.WriteFailed as error:
+                log.say(f"stopped: {error}")
+                return 1
             except NonFinite as error:
                 run.write_json("nonfinite.json", {"error": str(error)})
                 log.say(f"stopped: {error}; the last checkpoint is intact (see docs/troubleshooting.md)")
@@ -83,18 +93,21 @@ class Training:
         self.train_pairs = [e.pair for e in data.train]
         self.heldout_pairs = [e.pair for e in data.heldout]
 
-        checkpoint.clean(self.out.checkpoints)
-        checkpoint.clean(self.out.path)
         saved = checkpoint.latest(self.out.checkpoints, log.say)
         state = checkpoint.load(saved) if saved is not None else None
-        self.data_hash = fingerprint(data.train)
-        if state is not None and state.progress["data"] != self.data_hash:
-            raise ValueError(
-                f"data.train={config.data.train} has other rows than when {self.out.path} was started; give another "
-                "run.dir or the same data"
-            )
+        self.data_hash = {"data.train": fingerprint(data.train), "data.heldout": fingerprint(data.heldout)}
+        for key, digest in self.data_hash.items():
+            if state is not None and state.progress["data"][key] != digest:
+                raise ValueError(
+                    f"{key} has other rows than when {self.out.path} was started; give another run.dir or the same data"
+                )
         self.plan = plan(config.trainer, len(self.train_pairs), state.progress["schedule_steps"] if state else None)
-        if state is not None and state.step >= self.plan.num_steps and self._complete(state.step):
+        if state is not None and state.step > self.plan.num_steps:
+            raise ValueError(
+                f"trainer.max_steps={config.trainer.max_steps}: {self.out.path} already has {state.step} steps; give "
+                "at least as many, or another run.dir"
+            )
+        if state is not None and state.step == self.plan.num_steps and self._complete(state.step):
             log.say(f"{self.out.path} is complete at step {state.step}; a larger trainer.max_steps goes on")
             return 0
 
@@ -198,8 +211,14 @@ class Training:
                 yield item
 
         start = time.perf_counter()
+        # A run of few steps over many rows pays for the rows it will see; the first two are the self-check's.
+        visited = {0, min(1, len(self.train_pairs) - 1)}
+        for step in range(1, self.plan.num_steps + 1):
+            visited |= set(self.plan.indices(step, config.seed))
+            if len(visited) == len(self.train_pairs):
+                break
         done = cache.fill(
-            self.train_pairs + self.heldout_pairs,
+            [self.train_pairs[i] for i in sorted(visited)] + self.heldout_pairs,
             _in_precision(engine, policy),
             policy.layout,
             config.trainer.micro_batch_tokens,
@@ -222,7 +241,7 @@ class Training:
             gap = probe_layout(self.engine.policy, pairs)
         limit = SELF_CHECK_TOLERANCE[self.precision]
         if gap > limit:
-            raise RuntimeError(
+            raise SelfCheckError(
                 f"self-check: {self.engine.policy.layout} log-probs differ from the model's own attention by {gap:.2g} nats "
                 "per token; use trainer.layout=padded and report the model"
             )
@@ -233,7 +252,7 @@ class Training:
         ratio = max(abs(metrics["heldout/reward_chosen"]), abs(metrics["heldout/reward_rejected"]))
         num_targets = min(max(1, int(row.targets.sum())) for p in pairs for row in (p.chosen, p.rejected))
         if not ratio / num_targets <= limit:
-            raise RuntimeError(
+            raise SelfCheckError(
                 f"self-check: policy and reference differ by {ratio / num_targets:.2g} nats per token before training; "
                 "the reference is miswired (stale cache? remove reference.cache_dir, or use reference.mode=model)"
             )
@@ -258,13 +277,14 @@ class Training:
         saved = step
         if pending:
             self._row(step, pending)
+            self._save(step, None)
         while step < self.plan.num_steps:
             start = time.perf_counter()
             indices = self.plan.indices(step + 1, self.config.seed)
             lr = learning_rate(self.config.optimizer, step + 1, self.plan.schedule_steps)
             row = train_step(trainee, [self.train_pairs[i] for i in indices], lr)
             step += 1
-            row["data/epoch"] = step * config.batch_size / self.plan.num_pairs
+            row["data/epoch"] = min(step * config.batch_size, self.plan.limit) / self.plan.num_pairs
             row["time/step_s"] = time.perf_counter() - start
             self._or_save(step, row, self.signals.check)
             self._or_save(step, row, lambda step=step, row=row: self._row(step, row))
@@ -339,7 +359,7 @@ class Training:
         last = json.loads((self.out.path / "metrics.jsonl").read_text().splitlines()[-1])
         out: dict[str, Any] = {"step": self.plan.num_steps, "merged": self.config.merge, "seconds": seconds}
         keep = ("loss/", "accuracy/", "heldout/")
-        out["metrics"] = {k: v for k, v in last.items() if k.startswith(keep)}
+        out["metrics"] = {k: v for k, v in last.items() if k.startswith(keep) and v is not None}
         out["heldout_pairs"] = len(self.heldout_pairs)
         out["kl"] = kl
         phases = {p: [s for s in samples if s.phase == p] for p in ("before", "after")}

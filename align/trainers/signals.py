@@ -22,6 +22,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.interrupts = 0
         self.before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Signals:
@@ -39,7 +40,8 @@ class Signals:
             raise Stopped(self.received)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        self.interrupts += number == signal.SIGINT
+        if self.interrupts > 1:
             raise KeyboardInterrupt
         if self.received is None:
             self.received = number

@@ -98,7 +98,11 @@ def test_vector(entry):
             values = token_stats(logits[:, :-1][mask], identity, ids[mask], extras, chunk=3)
             row, lengths = mask.nonzero()[:, 0], mask.sum(1)
             return Stats(
-                values[0], row_sums(values[0], row, len(lengths)), lengths, row, **dict(zip(extras, values[1:], strict=True))
+                values[0],
+                row_sums(values[0], row, len(lengths)),
+                lengths,
+                row,
+                **dict(zip(extras, values[1:], strict=True)),
             )
 
         policy, reference = opinion(leaf), opinion(tensor(inputs["ref_logits"]))

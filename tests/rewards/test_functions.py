@@ -59,9 +59,7 @@ def test_a_prompt_without_content_words_has_no_topic_to_miss():
     assert coverage("Why is it so?", "Cats sleep.") == 1.0
 
 
-@pytest.mark.parametrize(
-    "count, value", [(0, 0), (4, 0), (5, 1), (40, 1), (50, 0.75), (60, 0.5), (80, 0), (200, 0)]
-)
+@pytest.mark.parametrize("count, value", [(0, 0), (4, 0), (5, 1), (40, 1), (50, 0.75), (60, 0.5), (80, 0), (200, 0)])
 def test_brevity(count, value):
     assert brevity(count) == value
 

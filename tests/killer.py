@@ -1,0 +1,235 @@
+"""Runs `align` many times, each in a process of its own that may be made to die or be signalled at a chosen moment.
+
+python -m tests.killer is a server: it imports everything once, reads one JSON request a line from stdin, forks a
+child that runs align.cli.main on its words, and answers with one JSON line. Nothing of align is replaced: a hook
+counts the calls of a function and sends the signal before or after the n-th.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import importlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Send `number` to the own process at the n-th call of `target` (module:attribute.attribute)."""
+
+    target: str
+    n: int
+    number: int = signal.SIGKILL
+    when: str = "before"  # or after
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended: its exit code, or minus the signal that killed it; and all it said."""
+
+    code: int
+    said: str
+    seconds: float
+
+
+class Killer:
+    """The client's side of the server."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.killer"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    def run(
+        self,
+        words: Sequence[str],
+        hooks: Sequence[Hook] = (),
+        after_seconds: float | None = None,
+        file_limit: int | None = None,
+    ) -> Ended:
+        """`align <words>`. after_seconds: SIGKILL from outside; file_limit: no file may grow beyond these bytes."""
+        request = {
+            "words": list(words),
+            "hooks": [asdict(h) for h in hooks],
+            "after": after_seconds,
+            "file_limit": file_limit,
+        }
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return Ended(**json.loads(self.process.stdout.readline()))
+
+    def close(self) -> None:
+        """End the server."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+@functools.cache
+def shared() -> Killer:
+    """One server per test process: the imports cost seconds, a run tenths of one."""
+    killer = Killer()
+    atexit.register(killer.close)
+    return killer
+
+
+def settings(directory: Path, *more: str) -> list[str]:
+    """The words of a 30-step WPO run on random rows below `directory`; the last word for a key wins."""
+    train, heldout = directory / "train.jsonl", directory / "heldout.jsonl"
+    if not train.exists():
+        rows_file(train, 0, 70)  # more than one chunk of the reference cache, no multiple of the batch
+        rows_file(heldout, 1, 6)
+    words = {
+        "recipe": "wpo", "model": "tiny", "model.hidden_size": 16, "model.num_layers": 1,
+        "data.train": train, "data.heldout": heldout, "seed": 0, "optimizer.lr": 1e-3, "lora.dropout": 0.1,
+        "trainer.max_steps": 30, "trainer.batch_size": 8, "trainer.micro_batch_tokens": 1024, "trainer.save_every": 3,
+        "trainer.eval_every": 5, "trainer.num_samples": 0, "trainer.precision": "float32", "log.tensorboard": "false",
+        "reference.cache_dir": directory / "cache",
+    } | dict(word.split("=", 1) for word in more)  # fmt: skip
+    return ["train", *(f"{key}={value}" for key, value in words.items())]
+
+
+def evidence(run: Path) -> dict[str, Any]:
+    """What must be bit-equal between a run that was killed and one that was not."""
+    last = max((run / "checkpoints").glob("step-*"))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    out: dict[str, Any] = {
+        "last": last.name,
+        "steps": [row["step"] for row in rows],
+        "rows": [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows],
+    }
+    files = [last / "model.safetensors", last / "optimizer.safetensors", *sorted((run / "final").glob("*.safetensors"))]
+    for path in files:
+        with safe_open(path, "np") as file:
+            out[path.name] = {k: file.get_tensor(k).tobytes() for k in sorted(file.keys())}
+    return out
+
+
+def leftovers(run: Path) -> list[str]:
+    """Names of unfinished files and directories."""
+    return [p.name for p in run.rglob(".*") if p.name != ".lock"]
+
+
+def _install(hook: Hook) -> None:
+    module, _, dotted = hook.target.partition(":")
+    *path, name = dotted.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in path:
+        owner = getattr(owner, part)
+    inner = getattr(owner, name)
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == hook.n and hook.when == "before":
+            os.kill(os.getpid(), hook.number)
+        out = inner(*args, **kwargs)
+        if calls == hook.n and hook.when == "after":
+            os.kill(os.getpid(), hook.number)
+        return out
+
+    setattr(owner, name, counted)
+
+
+def _child(request: dict[str, Any], said: int) -> int:
+    from align.cli import main
+
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    if request["file_limit"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], resource.RLIM_INFINITY))
+    for hook in request["hooks"]:
+        _install(Hook(**hook))
+    return main(request["words"])
+
+
+def _serve() -> None:
+    import time
+    import traceback
+
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from peft import LoraConfig, get_peft_model  # noqa: F401
+
+    import align.trainers.offline  # noqa: F401
+
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        request = json.loads(line)
+        start = time.monotonic()
+        with tempfile.TemporaryFile() as said:
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    code = _child(request, said.fileno())
+                except SystemExit as error:
+                    code = error.code if isinstance(error.code, int) else 1
+                except BaseException:
+                    traceback.print_exc()
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+            timer = None
+            if request["after"] is not None:
+                timer = threading.Timer(request["after"], os.kill, (pid, signal.SIGKILL))
+                timer.start()
+            # not reaped before the timer is off: its number cannot belong to another process
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            if timer is not None:
+                timer.cancel()
+                timer.join()
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            said.seek(0)
+            text = said.read().decode(errors="replace")
+        print(json.dumps(asdict(Ended(code, text, time.monotonic() - start))), file=answers, flush=True)
+
+
+def rows_file(path: Path, seed: int, count: int) -> Path:
+    """A small preference file of nonsense words."""
+    import random
+
+    words = ["rain", "snow", "tree", "dog", "fish", "bird", "run", "jump", "red", "blue", "moon", "star"]
+    generator = random.Random(seed)
+
+    def text() -> str:
+        return " ".join(generator.choices(words, k=generator.randint(2, 6)))
+
+    def turn(role: str, content: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": content}]
+
+    lines = [
+        {
+            "prompt": turn("user", f"question {i} {text()}"),
+            "chosen": turn("assistant", f"{text()} good"),
+            "rejected": turn("assistant", f"{text()} bad"),
+        }
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    return path
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,121 @@
+"""Who may import whom, read from the sources; and that every module can be imported."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import align
+
+ROOT = Path(align.__file__).parent
+FILES = {p.relative_to(ROOT).as_posix(): ast.parse(p.read_text()) for p in sorted(ROOT.rglob("*.py"))}
+MAKE = "data/everyday/make.py"
+
+
+def imports(file: str) -> set[str]:
+    """Dotted names that a file imports, inside functions too; `from align import x` counts as align.x."""
+    found = set()
+    for node in ast.walk(FILES[file]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            assert node.module
+            found |= {f"align.{a.name}" for a in node.names} if node.module == "align" else {node.module}
+    return found
+
+
+def ours(file: str) -> set[str]:
+    return {name for name in imports(file) if name.split(".")[0] == "align"}
+
+
+def packages(file: str) -> set[str]:
+    return {name.split(".")[0] for name in imports(file)}
+
+
+def below(folder: str) -> list[str]:
+    return [f for f in FILES if f.startswith(f"{folder}/")]
+
+
+@pytest.mark.parametrize(
+    "file, allowed",
+    [
+        ("types.py", set()),
+        ("packing.py", {"align.types"}),
+        ("attention.py", {"align.types"}),
+        ("stats.py", {"align.types"}),
+        ("config.py", set()),
+        *((file, {"align.types", "align.stats"}) for file in below("objectives")),
+    ],
+)
+def test_lower_layers(file, allowed):
+    assert ours(file) <= allowed
+
+
+@pytest.mark.parametrize("file", below("objectives"))
+def test_objectives_need_torch_only(file):
+    assert packages(file) <= {"__future__", "collections", "dataclasses", "typing", "math", "torch", "align"}
+
+
+@pytest.mark.parametrize(
+    "package, allowed",
+    [
+        ("hydra", {"cli.py", "config.py", "build.py"}),
+        ("deepspeed", {"engine/deepspeed.py"}),
+        ("vllm", {"rollout/vllm.py", MAKE}),
+        ("wandb", {"log.py"}),
+        ("peft", {"models.py"}),
+    ],
+)
+def test_owner_of_a_heavy_package(package, allowed):
+    assert {file for file in FILES if package in packages(file)} <= allowed
+
+
+@pytest.mark.parametrize("file", [f for f in below("data") if f != MAKE])
+def test_data_knows_no_model(file):
+    assert not any(name.startswith(("align.models", "align.trainers", "align.engine")) for name in ours(file))
+    assert "torch" not in packages(file)
+
+
+def test_only_the_command_line_prints():
+    printing = {
+        file
+        for file, tree in FILES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    }
+    assert "cli.py" in printing
+    assert printing <= {"cli.py", MAKE}
+
+
+def token_comparisons(tree: ast.AST) -> list[str]:
+    """Comparisons with a special token's id, as in `ids != pad_token_id`; with None is a question about its being."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            operands = [node.left, *node.comparators]
+            if any(isinstance(o, ast.Constant) and o.value is None for o in operands):
+                continue
+            names = {n.attr if isinstance(n, ast.Attribute) else n.id for o in operands for n in ast.walk(o)
+                     if isinstance(n, (ast.Attribute, ast.Name))}  # fmt: skip
+            if names & {"pad_token_id", "pad_id", "pad_token", "pad"}:
+                found.append(ast.unparse(node))
+    return found
+
+
+def test_no_mask_from_token_identity():
+    assert token_comparisons(ast.parse("mask = ids != tok.pad_token_id")) == ["ids != tok.pad_token_id"]
+    assert {file: found for file, tree in FILES.items() if (found := token_comparisons(tree))} == {}
+
+
+@pytest.mark.parametrize("name", [m.name for m in pkgutil.walk_packages([str(ROOT)], "align.")])
+def test_every_module_can_be_imported(name):
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("vllm", "deepspeed"):  # optional or absent on this platform
+            raise

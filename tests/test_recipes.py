@@ -1,0 +1,42 @@
+"""Shipped recipes: each composes into an objective, tells its source, and lists the command that runs it."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from align import build
+from align.config import compose, recipes
+from align.data.sources import locate_all
+from align.objectives import preference
+
+ALL = sorted(recipes())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_recipe_builds_the_objective_it_names(name):
+    config = compose([f"recipe={name}"])
+    objective = build.objective(config)
+    assert type(objective) is (preference.WPO if "wpo" in name else preference.DPO)
+    assert objective.loss == preference.Sigmoid(0.0)
+    assert objective.beta == yaml.safe_load(recipes()[name].read_text())["objective"]["beta"]
+    for where in (config.data.train, config.data.heldout):
+        assert locate_all(where, "data")[0].kind in ("jsonl", "hub")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_header_tells_source_command_and_hardware(name):
+    text = recipes()[name].read_text()
+    header = [line for line in text.split("\n\n")[0].splitlines() if line.startswith("#")]
+    assert "arXiv" in " ".join(header)
+    assert f"# Command:  align train recipe={name}" in header
+    assert any(line.startswith("# Hardware: ") for line in header)
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if n.startswith("paper/")])
+def test_paper_recipes_hold_the_papers_batch_and_beta(name):
+    """Both papers' released configurations: 128 pairs a step, beta 0.01, a tenth of the steps to warm up."""
+    config = compose([f"recipe={name}"])
+    assert (config.trainer.batch_size, config.objective.beta) == (128, 0.01)
+    assert (config.optimizer.warmup_fraction, config.lora.rank) == (0.1, 0)
+    assert config.optimizer.lr == (1e-6 if "llama3" in name else 5e-7)

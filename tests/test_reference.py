@@ -1,0 +1,188 @@
+"""The reference cache: computed once, by what it depends on, the same numbers whatever interrupted it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from align.models import Policy, lora, weights_hash
+from align.packing import pack
+from align.reference import CHUNK_ROWS, ReferenceCache, pair_key
+from align.types import Row
+from tests.conftest import tiny_model
+
+CPU = torch.device("cpu")
+
+
+def through(items, _total):
+    return items
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return Policy(tiny_model("llama", torch.float32), "shared")
+
+
+def fill(root, pairs, policy, model="m", precision=torch.float32, max_tokens=300, progress=through):
+    cache = ReferenceCache(root, model, precision)
+    calls = []
+
+    def forward(batch):
+        calls.append(len(batch.sources))
+        return policy(batch)
+
+    done = cache.fill(pairs, forward, policy.layout, max_tokens, CPU, progress)
+    return cache, done, sum(calls)
+
+
+def equal(a: ReferenceCache, b: ReferenceCache, pairs) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a(pairs), b(pairs), strict=True))
+
+
+def test_values_are_the_direct_ones(tmp_path, make_pairs, policy):
+    pairs = make_pairs(10)
+    cache, done, _ = fill(tmp_path, pairs, policy)
+    assert (done.found, done.computed) == (0, 10)
+    for pair, values in zip(pairs, cache(pairs), strict=True):
+        with torch.no_grad():
+            direct = policy(pack([pair], "packed")).token_logps
+        torch.testing.assert_close(torch.from_numpy(values), direct, rtol=1e-5, atol=1e-5)
+        assert values.dtype == np.float32
+    batch = pack(pairs, "shared", cache(pairs))
+    with torch.no_grad():
+        torch.testing.assert_close(batch.reference_token_logps, policy(batch).token_logps, rtol=1e-5, atol=1e-5)
+
+
+def test_second_fill_computes_nothing(tmp_path, make_pairs, policy):
+    pairs = make_pairs(CHUNK_ROWS + 6)
+    first, _, _ = fill(tmp_path, pairs, policy)
+    again, done, calls = fill(tmp_path, pairs[::-1], policy, max_tokens=100)
+    assert (done.found, done.computed, calls) == (len(pairs), 0, 0)
+    assert equal(first, again, pairs)
+
+
+def test_repeated_rows_count_once(tmp_path, make_pairs, policy):
+    pairs = make_pairs(4)
+    cache, done, _ = fill(tmp_path, pairs + pairs, policy)
+    assert (done.found, done.computed) == (0, 4)
+    assert len(cache(pairs + pairs)) == 8
+
+
+def test_added_rows_cost_the_new_ones(tmp_path, make_pairs, policy):
+    pairs = make_pairs(2 * CHUNK_ROWS + 10)
+    first, _, _ = fill(tmp_path, pairs[: 2 * CHUNK_ROWS], policy)
+    more, done, calls = fill(tmp_path, pairs, policy)
+    assert (done.found, done.computed, calls) == (2 * CHUNK_ROWS, 10, 10)
+    assert equal(first, more, pairs[: 2 * CHUNK_ROWS])
+
+
+@pytest.mark.parametrize("change", [{"model": "n"}, {"precision": torch.bfloat16}])
+def test_other_weights_or_precision_have_another_address(tmp_path, make_pairs, policy, change):
+    pairs = make_pairs(3)
+    fill(tmp_path, pairs, policy)
+    assert fill(tmp_path, pairs, policy, **change)[1].computed == 3
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_weights_hash_is_of_the_base_alone():
+    same = [weights_hash(tiny_model("llama", torch.float32)) for _ in range(2)]
+    assert same[0] == same[1]
+    with_adapter = lora(
+        tiny_model("llama", torch.float32), rank=2, alpha=4.0, dropout=0.0, targets="all-linear", seed=0
+    )
+    assert weights_hash(with_adapter) == same[0]
+    other = tiny_model("llama", torch.float32)
+    with torch.no_grad():
+        other.model.norm.weight[3] = torch.nextafter(other.model.norm.weight[3], torch.tensor(9.0))
+    assert weights_hash(other) != same[0]
+    assert weights_hash(tiny_model("llama", torch.float64)) != same[0]
+
+
+def test_key_depends_on_ids_targets_and_sides(make_pairs):
+    pair = make_pairs(1)[0]
+    keys = {pair_key(pair), pair_key(replace(pair, chosen=pair.rejected, rejected=pair.chosen))}
+    for side in ("chosen", "rejected"):
+        row = getattr(pair, side)
+        ids, targets = row.token_ids.copy(), row.targets.copy()
+        ids[-1] += 1
+        targets[-1] = False
+        keys |= {pair_key(replace(pair, **{side: Row(ids, row.targets)}))}
+        keys |= {pair_key(replace(pair, **{side: Row(row.token_ids, targets)}))}
+    # a token moved over the border between the two rows
+    a, b = pair.chosen, pair.rejected
+    ids, targets = np.concatenate([a.token_ids, b.token_ids]), np.concatenate([a.targets, b.targets])
+    for cut in (3, 4):
+        halves = Row(ids[:cut], targets[:cut]), Row(ids[cut:], targets[cut:])
+        keys |= {pair_key(replace(pair, chosen=halves[0], rejected=halves[1]))}
+    assert len(keys) == 8
+    assert pair_key(replace(pair, source="elsewhere:9", origin="other")) == pair_key(pair)
+
+
+def test_changed_targets_are_computed(tmp_path, make_pairs, policy):
+    pair = make_pairs(1)[0]
+    fill(tmp_path, [pair], policy)
+    targets = pair.chosen.targets.copy()
+    targets[-1] = False
+    changed = replace(pair, chosen=Row(pair.chosen.token_ids, targets))
+    cache, done, _ = fill(tmp_path, [changed], policy)
+    assert done.computed == 1
+    assert len(cache([changed])[0]) == targets.sum() + pair.rejected.targets.sum()
+
+
+@pytest.mark.parametrize("how", ["empty", "half", "last byte", "header", "value", "first byte"])
+def test_damaged_file_is_computed_again(tmp_path, make_pairs, policy, how):
+    pairs = make_pairs(CHUNK_ROWS + 6)
+    whole, _, _ = fill(tmp_path, pairs, policy)
+    path = max(tmp_path.rglob("*.safetensors"), key=lambda p: p.stat().st_size)
+    content = bytearray(path.read_bytes())
+    if how in ("header", "value", "first byte"):
+        content[{"header": 40, "value": -6, "first byte": 0}[how]] ^= 2
+    else:
+        content = content[: {"empty": 0, "half": len(content) // 2, "last byte": len(content) - 1}[how]]
+    path.write_bytes(bytes(content))
+    again, done, _ = fill(tmp_path, pairs, policy)
+    assert (done.found, done.computed) == (6, CHUNK_ROWS)
+    assert equal(whole, again, pairs)
+    assert fill(tmp_path, pairs, policy)[1].computed == 0
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_killed_in_the_middle(tmp_path, make_pairs, policy, stop):
+    pairs = make_pairs(3 * CHUNK_ROWS + 5)
+    whole, _, _ = fill(tmp_path / "whole", pairs, policy)
+
+    def dying(items, _total):
+        for item in items:
+            if item == stop:
+                os.kill(os.getpid(), 9)
+            yield item
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            fill(tmp_path / "killed", pairs, policy, progress=dying)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9
+    cache, done, _ = fill(tmp_path / "killed", pairs, policy)
+    assert (done.found, done.computed) == (stop * CHUNK_ROWS, len(pairs) - stop * CHUNK_ROWS)
+    assert equal(whole, cache, pairs)
+
+
+def test_killed_between_writing_and_renaming(tmp_path, make_pairs, policy):
+    pairs = make_pairs(5)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.replace = lambda *_: os.kill(os.getpid(), 9)
+            fill(tmp_path, pairs, policy)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9
+    cache, done, _ = fill(tmp_path, pairs, policy)
+    assert done.computed == 5
+    assert equal(cache, fill(tmp_path, pairs, policy)[0], pairs)

@@ -1,0 +1,335 @@
+"""A run that is killed, damaged or starved of disk ends like one that was not; and what may change on a resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from align.config import compose
+from align.rundir import RunDirectory
+from tests.killer import Hook, evidence, leftovers, rows_file, settings, shared
+
+SAVE = "align.checkpoint:"
+ENGINE = "align.engine.local:LocalEngine."
+CHECKPOINT_FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")
+
+# Every one dies inside checkpoint.save: a file half of a set, flushed or not, hashed or not, renamed or not.
+INSIDE_SAVE = [
+    Hook(SAVE + "save_file", 1),
+    Hook(SAVE + "save_file", 1, when="after"),
+    Hook(SAVE + "save_file", 6),
+    Hook(SAVE + "_flush", 2),
+    Hook(SAVE + "_flush", 16, when="after"),
+    Hook(SAVE + "_sha256", 8),
+    Hook("os:rename", 1),
+    Hook("os:rename", 1, when="after"),
+    Hook("os:rename", 4),  # the removal of the oldest
+    Hook("os:unlink", 6, when="after"),
+    Hook("os:rmdir", 1),
+]
+
+
+def _elsewhere() -> list[Hook]:
+    seeded = random.Random(20)
+    hooks = [Hook(ENGINE + "step", seeded.randint(1, 30), when=w) for w in ("before", "after") for _ in range(3)]
+    hooks += [Hook(ENGINE + "backward", seeded.randint(1, 60)) for _ in range(2)]
+    hooks += [Hook("align.models:Policy.forward", seeded.randint(1, 60)) for _ in range(2)]
+    hooks += [Hook("align.log:Log.row", seeded.randint(1, 30), when=w) for w in ("before", "after")]
+    hooks += [Hook("os:fsync", seeded.randint(5, 80)) for _ in range(2)]
+    hooks += [
+        Hook("align.reference:ReferenceCache._write", 1, when="after"),
+        Hook("align.trainers.offline:write_final", 1),
+        Hook("align.trainers.offline:write_final", 1, when="after"),
+    ]
+    return hooks
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def whole(base) -> Path:
+    """The run that nothing happens to."""
+    run = base / "whole"
+    ended = shared().run(settings(base, f"run.dir={run}"))
+    assert ended.code == 0, ended.said
+    assert evidence(run)["steps"] == list(range(1, 31))
+    return run
+
+
+@pytest.fixture
+def copy(whole, tmp_path) -> Path:
+    """A completed run of one's own."""
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("hook", INSIDE_SAVE + _elsewhere(), ids=lambda h: f"{h.target.split(':')[1]}-{h.when}-{h.n}")
+def test_killed_anywhere(base, whole, tmp_path, hook):
+    # the pass over the reference is part of what is killed
+    cache = tmp_path / "cache" if "reference" in hook.target else base / "cache"
+    words = settings(base, f"run.dir={tmp_path / 'run'}", f"reference.cache_dir={cache}")
+    killed = shared().run(words, [hook])
+    assert killed.code == -9, killed.said
+    done = shared().run(words)
+    assert done.code == 0, done.said
+    assert "damaged" not in done.said
+    assert evidence(tmp_path / "run") == evidence(whole)
+    assert leftovers(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+def test_killed_again_and_again(base, tmp_path, layout):
+    """From outside, at seeded times, until the run is complete; then once more."""
+    more = ["lora.dropout=0" if layout == "shared" else "lora.dropout=0.2", "trainer.save_every=1"]
+    straight = shared().run(settings(base, f"run.dir={tmp_path / 'straight'}", *more))
+    assert straight.code == 0, straight.said
+    assert f"layout {layout}" in straight.said
+    words = settings(base, f"run.dir={tmp_path / 'run'}", *more)
+    seeded = random.Random(layout)
+    for _ in range(5):
+        ended = shared().run(words, after_seconds=seeded.uniform(0.3, 0.9) * straight.seconds)
+        assert ended.code in (0, -9), ended.said
+    done = shared().run(words)
+    assert done.code == 0, done.said
+    assert evidence(tmp_path / "run") == evidence(tmp_path / "straight")
+
+
+def _damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "deleted":
+        path.unlink()
+        return
+    if how == "bit":
+        content[len(content) * 2 // 3] ^= 4
+    else:
+        content = content[: {"empty": 0, "half": len(content) // 2, "last byte": len(content) - 1}[how]]
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("how", ["empty", "half", "last byte", "deleted", "bit"])
+@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+def test_damaged_newest_checkpoint(base, whole, copy, name, how):
+    _damage(copy / "checkpoints" / "step-000030" / name, how)
+    done = shared().run(settings(base, f"run.dir={copy}"))
+    assert done.code == 0, done.said
+    warning = next(line for line in done.said.splitlines() if "damaged" in line)
+    assert "step-000030" in warning
+    if (name, how) != ("manifest.json", "bit"):  # a wrong sum in the manifest looks like a wrong file
+        assert name in warning
+    assert "using step-000027" in warning
+    assert "resumed" in done.said
+    assert "step 27" in done.said
+    assert evidence(copy) == evidence(whole)
+    assert (copy / "checkpoints" / "damaged-step-000030").is_dir()
+
+
+def test_all_checkpoints_damaged_is_never_a_silent_start(base, copy):
+    for step in ("step-000027", "step-000030"):
+        _damage(copy / "checkpoints" / step / "model.safetensors", "half")
+    before = (copy / "metrics.jsonl").read_text()
+    refused = shared().run(settings(base, f"run.dir={copy}"))
+    assert refused.code == 2
+    assert "no undamaged checkpoint" in refused.said
+    assert "step-000027: model.safetensors has" in refused.said
+    assert "remove" in refused.said
+    assert (copy / "metrics.jsonl").read_text() == before
+    assert (copy / "checkpoints" / "step-000030").is_dir()
+
+
+def test_finished_run_whose_checkpoints_are_gone_is_not_overwritten(base, copy):
+    shutil.rmtree(copy / "checkpoints")
+    refused = shared().run(settings(base, f"run.dir={copy}"))
+    assert refused.code == 2
+    assert "without its checkpoints" in refused.said
+    assert (copy / "final" / "adapter_model.safetensors").exists()
+
+
+def _extended(base: Path, run: Path, steps: int) -> list[str]:
+    return settings(base, f"run.dir={run}", f"trainer.max_steps={steps}", "trainer.schedule_steps=12")
+
+
+def test_file_system_that_takes_no_more(base, tmp_path):
+    """A limit on file sizes makes the write of the optimiser fail in the middle of a save."""
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    assert shared().run(_extended(base, straight, 12)).code == 0
+    assert shared().run(_extended(base, run, 6)).code == 0
+    size = (run / "checkpoints" / "step-000006" / "optimizer.safetensors").stat().st_size
+    failed = shared().run(_extended(base, run, 12), file_limit=size // 2)
+    _says_disk_full(failed, run)
+    assert shared().run(_extended(base, run, 12)).code == 0
+    ours, theirs = evidence(run), evidence(straight)
+    assert [r for r in ours.pop("rows") if r["step"] != 6] == [r for r in theirs.pop("rows") if r["step"] != 6]
+    assert ours == theirs
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A tmpfs; needs the right to mount."""
+    where = tmp_path / "disk"
+    where.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(where)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no right to mount a tmpfs")
+    yield where
+    subprocess.run(["umount", str(where)], check=True)
+
+
+def test_full_disk(base, small_disk):
+    run = small_disk / "run"
+    assert shared().run(_extended(base, run, 6)).code == 0
+    ballast = small_disk / "ballast"
+    free = shutil.disk_usage(small_disk).free
+    size = sum(p.stat().st_size for p in (run / "checkpoints" / "step-000006").iterdir())
+    ballast.write_bytes(bytes(free - size // 2))
+    failed = shared().run(_extended(base, run, 12))
+    _says_disk_full(failed, run)
+    ballast.unlink()
+    assert shared().run(_extended(base, run, 12)).code == 0
+    assert evidence(run)["steps"] == list(range(1, 13))
+
+
+def _says_disk_full(failed, run: Path) -> None:
+    assert failed.code == 1, failed.said
+    assert "Traceback" not in failed.said
+    line = next(line for line in failed.said.splitlines() if "cannot be written" in line)
+    assert "step-000009" in line
+    assert "bytes needed" in line
+    assert "bytes free" in line
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000003", "step-000006"]
+
+
+# ---------------------------------------------------------------------- what may change
+
+
+def test_complete_run_says_so(base, copy):
+    before = evidence(copy)
+    again = shared().run(settings(base, f"run.dir={copy}"))
+    assert again.code == 0
+    assert "complete at step 30" in again.said
+    assert evidence(copy) == before
+
+
+def test_more_steps_keep_the_schedule(base, whole, copy):
+    done = shared().run(settings(base, f"run.dir={copy}", "trainer.max_steps=36"))
+    assert done.code == 0, done.said
+    rows = evidence(copy)["rows"]
+    assert [row["step"] for row in rows] == list(range(1, 37))
+    assert rows[:30] == evidence(whole)["rows"]
+    assert {row["optimizer/lr"] for row in rows[29:]} == {rows[29]["optimizer/lr"]}
+    assert rows[29]["optimizer/lr"] == pytest.approx(1e-4)
+    assert json.loads((copy / "summary.json").read_text())["step"] == 36
+
+
+def test_fewer_steps_than_done_are_refused_or_complete(base, copy):
+    """summary.json never claims a step that the weights are not of."""
+    (copy / "summary.json").unlink()
+    ended = shared().run(settings(base, f"run.dir={copy}", "trainer.max_steps=20"))
+    assert ended.code == 2, ended.said
+    assert "trainer.max_steps=20" in ended.said
+
+
+@pytest.mark.parametrize(
+    "word", ["optimizer.lr=1e-4", "objective.beta=0.2", "lora.rank=4", "trainer.batch_size=4", "seed=1"]
+)
+def test_changed_setting_is_refused_by_name(base, copy, word):
+    refused = shared().run(settings(base, f"run.dir={copy}", word))
+    assert refused.code == 2
+    assert word.split("=")[0] in refused.said
+    assert "Traceback" not in refused.said
+
+
+def test_changed_data_setting_is_refused_by_name(base, copy, tmp_path):
+    other = rows_file(tmp_path / "other.jsonl", 5, 70)
+    refused = shared().run(settings(base, f"run.dir={copy}", f"data.train={other}"))
+    assert refused.code == 2
+    assert "data.train" in refused.said
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_changed_data_content_is_refused(tmp_path, split):
+    words = settings(tmp_path, f"run.dir={tmp_path / 'run'}", "trainer.max_steps=3")
+    assert shared().run(words).code == 0
+    lines = (tmp_path / f"{split}.jsonl").read_text().splitlines()
+    lines[-1] = lines[-1].replace("question", "Question")
+    (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    refused = shared().run([*words, "log.console_every=2"])
+    assert refused.code == 2, refused.said
+    assert f"data.{split}" in refused.said
+
+
+def test_what_is_no_part_of_the_run_may_change(base, whole, tmp_path):
+    run = tmp_path / "run"
+    killed = shared().run(settings(base, f"run.dir={run}"), [Hook(ENGINE + "step", 8)])
+    assert killed.code == -9
+    more = ["log.console_every=5", "trainer.save_every=4", "trainer.keep_checkpoints=1", "launch.threads=1"]
+    done = shared().run(settings(base, f"run.dir={run}", *more))
+    assert done.code == 0, done.said
+    assert "step 6" in done.said
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000030"]
+    assert evidence(run) == evidence(whole)
+
+
+def test_second_process_is_refused_by_host_and_pid(base, copy):
+    words = settings(base, f"run.dir={copy}")
+    held = RunDirectory(compose(words[1:]))
+    try:
+        refused = shared().run(words)
+    finally:
+        held.close()
+    assert refused.code == 2
+    assert f"process {os.getpid()} on {socket.gethostname()}" in refused.said
+    assert refused.seconds < 5
+    assert shared().run(words).code == 0
+
+
+def test_start_that_failed_binds_nobody(base, whole, tmp_path):
+    """Bad data, then other settings: nothing of the first start is left in the second."""
+    run = tmp_path / "run"
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": 3}\n')
+    failed = shared().run(settings(base, f"run.dir={run}", f"data.train={bad}", "optimizer.lr=1e-4"))
+    assert failed.code == 2
+    # another model writes its samples and dies before its first checkpoint
+    words = settings(base, f"run.dir={run}", "model.seed=5", "trainer.num_samples=2", "trainer.sample_tokens=4")
+    assert shared().run(words, [Hook(ENGINE + "step", 2)]).code == -9
+    assert (run / "samples.jsonl").exists()
+    done = shared().run(settings(base, f"run.dir={run}"))
+    assert done.code == 0, done.said
+    assert not (run / "samples.jsonl").exists()
+    assert evidence(run) == evidence(whole)
+
+
+def test_merge_of_a_complete_run(base, copy):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from align.pretrained import tiny
+
+    adapted = PeftModel.from_pretrained(tiny(0, 16, 1).model(), copy / "final").eval()
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        with adapted.disable_adapter():
+            assert float((adapted(ids).logits - expected).abs().max()) > 1e-3  # the adapter does something
+    steps = evidence(copy)["rows"]
+    done = shared().run(settings(base, f"run.dir={copy}", "merge=true"))
+    assert done.code == 0, done.said
+    assert not (copy / "final" / "adapter_model.safetensors").exists()
+    plain = AutoModelForCausalLM.from_pretrained(copy / "final").eval()
+    assert not hasattr(plain, "peft_config")
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    assert evidence(copy)["rows"] == steps
+    assert "complete" in shared().run(settings(base, f"run.dir={copy}", "merge=true")).said
