@@ -242,8 +242,8 @@ class Training:
         limit = SELF_CHECK_TOLERANCE[self.precision]
         if gap > limit:
             raise SelfCheckError(
-                f"self-check: {self.engine.policy.layout} log-probs differ from the model's own attention by {gap:.2g} nats "
-                "per token; use trainer.layout=padded and report the model"
+                f"self-check: {self.engine.policy.layout} log-probs differ from the model's own attention by "
+                f"{gap:.2g} nats per token; use trainer.layout=padded and report the model"
             )
         if trainee.cached is None and trainee.reference is None:
             return

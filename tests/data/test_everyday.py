@@ -117,7 +117,7 @@ def test_part_of_the_pairs_has_an_off_policy_completion():
     assert {row["origin"] for row in TRAIN} == {"on_policy", "hot", "system_prompt"}
     for rows in (TRAIN, HELDOUT):
         off = sum(row["origin"] != "on_policy" for row in rows)
-        assert 0.25 <= off / len(rows) <= 0.30
+        assert 0.2 <= off / len(rows) <= 0.35
 
 
 def test_no_completion_holds_an_address_or_a_word_of_the_list():

@@ -1,6 +1,6 @@
 """WPO and DPO on the everyday pairs over several seeds: held-out accuracy and the change of the gold score.
 
-    python -m tests.experiments.wpo_everyday [--seeds 3] [--steps 18] [--out docs/experiments]
+    python -m tests.experiments.wpo_everyday [--seeds 3] [--steps 16] [--out docs/experiments]
 
 Each run is a real `align train`; the figures are read from its summary.json. Writes wpo_everyday.md and .json.
 """
@@ -41,7 +41,7 @@ def main() -> None:
     """Run all seeds and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=18)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments"))
     parser.add_argument("--out", type=Path, default=Path("docs/experiments"))
     args = parser.parse_args()
@@ -56,7 +56,7 @@ def main() -> None:
     (args.out / "wpo_everyday.md").write_text(
         f"""# WPO and DPO on the everyday pairs
 
-SmolLM2-135M-Instruct, LoRA rank 16, {args.steps} steps of 16 pairs, held out: 72 pairs, 64 greedy answers.
+SmolLM2-135M-Instruct, LoRA rank 16, {args.steps} steps of 8 pairs, held out: 72 pairs, 64 greedy answers.
 Made by `python -m tests.experiments.wpo_everyday --seeds {args.seeds} --steps {args.steps}`. Gold is the rule the
 pairs were made by; its change has a 95 % paired bootstrap interval over prompts. KL in nats per sampled answer.
 

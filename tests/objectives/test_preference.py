@@ -46,7 +46,8 @@ def batch_of(lengths: torch.Tensor, row: torch.Tensor) -> PackedBatch:
     empty = torch.zeros(0, dtype=torch.long)
     return PackedBatch(
         input_ids=empty, position_ids=empty, segments=(), padded_shape=None, row_lengths=(), target_index=empty,
-        target_ids=empty, row=row, lengths=lengths, pairs=torch.stack([torch.arange(half), half + torch.arange(half)], 1),
+        target_ids=empty, row=row, lengths=lengths,
+        pairs=torch.stack([torch.arange(half), half + torch.arange(half)], 1),
         reference_token_logps=None, sources=("",) * half, origins=("",) * half,
     )  # fmt: skip
 

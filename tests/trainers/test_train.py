@@ -11,7 +11,7 @@ import torch
 from align.config import compose
 from align.trainers.offline import train
 
-WORDS = "red blue green cat dog house tree run jump sun moon star rain snow fish bird".split()
+WORDS = ["red", "blue", "green", "cat", "dog", "house", "tree", "run", "sun", "moon", "star", "rain", "fish"]
 
 
 def write_pairs(path, count: int, seed: int, origins: bool = False) -> str:
@@ -63,7 +63,7 @@ def test_a_run_leaves_what_is_documented(words, tmp_path):
     rows = metrics(tmp_path)
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5]
     assert all({"loss/total", "time/step_s", "tokens/real", "wpo/weight"} <= r.keys() for r in rows)
-    assert "wpo/weight_on_policy" in rows[0] and "wpo/weight_hot" in rows[0]
+    assert {"wpo/weight_on_policy", "wpo/weight_hot"} <= rows[0].keys()
     # policy = reference at the first step: the loss is the mean weight times ln 2
     assert rows[0]["loss/total"] == pytest.approx(rows[0]["wpo/weight"] * 0.6931472, abs=1e-5)
     assert "accuracy/heldout" in rows[-1]
@@ -86,7 +86,8 @@ def test_a_run_leaves_what_is_documented(words, tmp_path):
     )
     assert torch.isfinite(model(**ids).logits).all()
     card = (tmp_path / "run" / "final" / "README.md").read_text()
-    assert "preference accuracy" in card and "alignment: sampled" in card
+    assert "preference accuracy" in card
+    assert "alignment: sampled" in card
 
 
 def test_adapter_in_peft_format_gives_the_merged_models_logits(words, tmp_path):

@@ -26,7 +26,7 @@ PLAIN_SYSTEM = "Answer in one or two short plain sentences. Do not use lists."
 HOT_TEMPERATURE = 1.4
 OFF_POLICY_EVERY = 3  # every third prompt also gets off-policy samples
 OFF_POLICY_SAMPLES = 2  # of each off-policy kind
-MIN_CHOSEN = 2.0  # gold of a chosen completion at least: finished, on topic, with substance
+MIN_CHOSEN = 2.2  # gold of a chosen completion at least: finished, on topic, with substance
 MIN_MARGIN = 0.75  # gold(chosen) - gold(rejected) at least
 HELDOUT_PROMPTS = 72
 # Sampled text can hold rude words, and addresses or numbers that might be someone's; such a
@@ -227,13 +227,13 @@ class Pair:
 
 
 def scored(samples: Iterable[Sample]) -> list[Scored]:
-    """The fit, non-empty completions, each once, best gold first (ties: in the samples' order)."""
+    """The fit, non-empty completions, each once, best gold first (ties: the shorter one first)."""
     fit = (row for row in samples if words(row.completion) and not UNFIT.search(row.completion))
     rows = [
         Scored(row, everyday_gold(row.prompt, row.completion, row.finished))
         for row in {row.completion: row for row in fit}.values()
     ]
-    return sorted(rows, key=lambda row: -row.gold)
+    return sorted(rows, key=lambda row: (-row.gold, len(words(row.sample.completion))))
 
 
 def may_be_chosen(row: Scored) -> bool:
@@ -242,9 +242,7 @@ def may_be_chosen(row: Scored) -> bool:
     return sample.finished and row.gold >= MIN_CHOSEN and len(words(sample.completion)) >= SHORTEST
 
 
-def match(
-    chosen: Sequence[Scored], rejected: Sequence[Scored], used: Sequence[Scored]
-) -> tuple[Scored, Scored] | None:
+def match(chosen: Sequence[Scored], rejected: Sequence[Scored], used: Sequence[Scored]) -> tuple[Scored, Scored] | None:
     """The best unused `chosen` with the worst unused `rejected`, or None below the margin.
 
     Both sequences are best first. A rejected completion that speaks of the prompt goes before one at
@@ -280,8 +278,7 @@ def pairs_of_prompt(number: int, samples: Iterable[Sample]) -> list[Pair]:
         found = match(chosen, rejected, used) if len(used) < 4 else None
         used += found or ()
     return [
-        Pair(number, letter, used[at], used[at + 1])
-        for letter, at in zip("ab", range(0, len(used), 2), strict=False)
+        Pair(number, letter, used[at], used[at + 1]) for letter, at in zip("ab", range(0, len(used), 2), strict=False)
     ]
 
 
@@ -291,9 +288,7 @@ def make_pairs(prompts: Sequence[str], samples: Iterable[Sample]) -> list[Pair]:
     for row in samples:
         by_prompt[row.prompt].append(row)
     return [
-        pair
-        for number, prompt in enumerate(prompts, start=1)
-        for pair in pairs_of_prompt(number, by_prompt[prompt])
+        pair for number, prompt in enumerate(prompts, start=1) for pair in pairs_of_prompt(number, by_prompt[prompt])
     ]
 
 
