@@ -150,5 +150,5 @@ class _named:
             first = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"model.path={self.path} cannot be loaded ({first}); give a hub name or a local directory in Hugging "
-                "Face format; pickled weights need model.allow_pickle=true, code of its own model.trust_remote_code=true"
+                "Face format; pickled weights need model.allow_pickle=true, own code model.trust_remote_code=true"
             ) from error

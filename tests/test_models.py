@@ -46,7 +46,8 @@ def test_granite_and_cohere_scale_their_logits(make_pairs):
 def test_probe_sees_an_attention_the_packed_path_does_not_know(make_pairs):
     # Gemma 2's stock attention takes its softmax in float32
     assert probe_layout(Policy(tiny_model("gemma2"), "shared"), make_pairs(2)) < 1e-5
-    policy = Policy(tiny_model("mistral", sliding_window=3), "shared")
+    policy = Policy(tiny_model("qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=0), "shared")
+    assert probe_layout(policy, make_pairs(4)) < 1e-9
     for layer in policy.model.model.layers:
         layer.self_attn.sliding_window = None  # the stock mask still has the window of the config
     assert probe_layout(policy, make_pairs(4)) > 1e-3
