@@ -7,6 +7,7 @@ again. Scaled-dot-product attention per segment on the CPU; one variable-length 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,13 @@ class SegmentPlan:
                 keep &= query - keys < window
             self.cache[key] = keep
         return self.cache[key]
+
+    def owners(self) -> list[int]:
+        """[S] the segment in which a segment's prefix lies; segments are consecutive parts of the stream."""
+        if "owners" not in self.cache:
+            starts = [start for start, _, _, _ in self.segments]
+            self.cache["owners"] = [bisect_right(starts, prefix) - 1 for _, _, prefix, _ in self.segments]
+        return self.cache["owners"]
 
     def varlen(self, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor, int, int]:
         """cu_seq_q [S+1], gather index of keys or None if it is the identity, cu_seq_k [S+1], longest q, k."""
@@ -93,12 +101,18 @@ def packed_attention(
     if query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, segments, scaling, sliding_window), None
     grouped = query.shape[1] != key.shape[1]
+    # Split, not sliced: the backward of a slice fills a tensor as large as the whole stream, for every segment.
+    lengths = [end - start for start, end, _, _ in segments.segments]
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     outputs = []
-    for start, end, prefix_start, prefix_end in segments.segments:
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+    for (_, _, prefix_start, prefix_end), owner, q, k, v in zip(
+        segments.segments, segments.owners(), queries, keys, values, strict=True
+    ):
         if prefix_end > prefix_start:
-            k = torch.cat([key[:, :, prefix_start:prefix_end], k], dim=2)
-            v = torch.cat([value[:, :, prefix_start:prefix_end], v], dim=2)
+            first = prefix_start - segments.segments[owner][0]
+            last = first + prefix_end - prefix_start
+            k = torch.cat([keys[owner][:, :, first:last], k], dim=2)
+            v = torch.cat([values[owner][:, :, first:last], v], dim=2)
         window = sliding_window if sliding_window is not None and sliding_window < k.shape[2] else None
         plain = q.shape[2] == k.shape[2] and window is None
         mask = None if plain else segments.mask(q.shape[2], k.shape[2], window, q.device)

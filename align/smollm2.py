@@ -64,7 +64,9 @@ def convert(gguf: Path, out: Path) -> None:
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The GGUF names its pre-tokenizer ("smollm") but transformers builds plain byte-level for it; the
     # original splits digits one by one first.

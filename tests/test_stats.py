@@ -103,3 +103,13 @@ def test_bfloat16_inputs_are_normalised_in_float32():
 def test_no_targets_give_empty_stats():
     (logp,) = token_stats(torch.zeros(0, 3), Head(torch.zeros(5, 3)), torch.zeros(0, dtype=torch.long))
     assert logp.shape == (0,)
+
+
+def test_a_second_backward_through_the_same_graph_gives_the_same_gradient():
+    # the kept chunk is used up by the first one
+    hidden, weight, _, ids = problem()
+    weight.requires_grad_()
+    (logp,) = token_stats(hidden, Head(weight), ids, chunk=10)
+    first = torch.autograd.grad(logp.sum(), weight, retain_graph=True)[0]
+    second = torch.autograd.grad(logp.sum(), weight)[0]
+    torch.testing.assert_close(first, second, rtol=1e-14, atol=1e-14)

@@ -58,9 +58,7 @@ def worker(kind: str, regime: data.Regime, *options: str) -> dict[str, Any]:
         return json.loads(out.read_text())
 
 
-def run(
-    regimes: list[data.Regime], rounds: int | None, memory: bool, epoch: bool
-) -> dict[str, Any]:
+def run(regimes: list[data.Regime], rounds: int | None, memory: bool, epoch: bool) -> dict[str, Any]:
     """All measurements, one after the other."""
     figures: dict[str, Any] = {
         "machine": measure.machine(),
@@ -84,8 +82,7 @@ def run(
         if memory and regime.name in MEMORY:
             _say(f"{regime.name}: memory")
             figures["memory"][regime.name] = {
-                variant: worker("memory", regime, "--variant", variant)
-                for variant in MEMORY[regime.name]
+                variant: worker("memory", regime, "--variant", variant) for variant in MEMORY[regime.name]
             }
             _say(report.memory_table(figures["memory"][regime.name]))
     return figures
@@ -106,13 +103,9 @@ def _say(text: str) -> None:
 
 def main() -> int:
     """Measure, print, and write the document when everything was measured."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--regimes", default=",".join(data.REGIMES), help="comma-separated")
-    parser.add_argument(
-        "--rounds", type=int, help="alternations of each regime; default 3, slow ones 2"
-    )
+    parser.add_argument("--rounds", type=int, help="alternations of each regime; default 3, slow ones 2")
     parser.add_argument("--quick", action="store_true", help="a tiny model, one round, no memory")
     parser.add_argument("--write", action="store_true", help="update docs/ with some regimes")
     parser.add_argument("--render", action="store_true", help="write the document, measure nothing")

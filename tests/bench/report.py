@@ -130,9 +130,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown, aligned for reading in a terminal as well."""
     lines = [list(head), *(list(row) for row in rows)]
     widths = [max(3, *(len(line[k]) for line in lines)) for k in range(len(head))]
-    text = [
-        " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines
-    ]
+    text = [" | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines]
     text.insert(1, " | ".join("-" * w for w in widths))
     return "\n".join(f"| {line} |" for line in text)
 

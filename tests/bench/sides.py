@@ -87,9 +87,7 @@ class Align:
         with tempfile.TemporaryDirectory() as root:
             cache = ReferenceCache(Path(root), "bench", torch.float32)
             forward = _in_layout(self.reference, "shared")
-            cache.fill(
-                pairs, forward, "shared", CACHE_TOKENS, forward.device, lambda steps, _: steps
-            )
+            cache.fill(pairs, forward, "shared", CACHE_TOKENS, forward.device, lambda steps, _: steps)
             return {p.source: values for p, values in zip(pairs, cache(pairs), strict=True)}
 
 
@@ -168,9 +166,7 @@ def _dpo_trainer(policy: Any, reference: Any | None) -> Any:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    with (
-        tempfile.TemporaryDirectory() as scratch
-    ):  # the trainer makes its directory, writes nothing
+    with tempfile.TemporaryDirectory() as scratch:  # the trainer makes its directory, writes nothing
         config = DPOConfig(
             output_dir=scratch,
             beta=BETA,

@@ -34,9 +34,7 @@ def adamw(model: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
 
 
-def step(
-    side: Side, variant: str, pairs: Sequence[Pair], optimizer: torch.optim.Optimizer
-) -> float:
+def step(side: Side, variant: str, pairs: Sequence[Pair], optimizer: torch.optim.Optimizer) -> float:
     """A whole optimiser step, batch to weights; the loss."""
     loss = side.loss(variant, pairs)
     loss.backward()
@@ -120,9 +118,7 @@ def measure_epoch(regime: data.Regime, steps: int) -> dict[str, Any]:
         batch = pairs[start : start + regime.num_pairs]
         losses = {}
         for variant, side in sides.items():
-            c, _, losses[variant] = measure.timed(
-                partial(step, side, variant, batch, optimizers[id(side)])
-            )
+            c, _, losses[variant] = measure.timed(partial(step, side, variant, batch, optimizers[id(side)]))
             seconds[variant].append(c)
         for variant, loss in losses.items():
             if abs(loss - losses["trl default"]) > LOSS_TOLERANCE * abs(losses["trl default"]):
