@@ -112,6 +112,12 @@ class Training:
             return 0
 
         policy = self._policy(pretrained)
+        self.model_hash = weights_hash(policy.model)
+        if state is not None and state.progress["model"] != self.model_hash:
+            raise ValueError(
+                f"model {pretrained.name} has other weights than when {self.out.path} was started; give another run.dir "
+                "or the same weights"
+            )
         trainee = self._trainee(policy, pretrained)
         self.trainee = trainee
         self._self_check()
@@ -202,7 +208,7 @@ class Training:
         """Filled before a checkpoint is restored, so that the policy still is its own reference."""
         config = self.config
         root = config.reference.cache_dir or cache_root() / "reference"
-        cache = ReferenceCache(Path(root), weights_hash(policy.model), self.precision)
+        cache = ReferenceCache(Path(root), self.model_hash, self.precision)
         policy.eval()
 
         def checked(items: Any, total: int) -> Any:
@@ -318,6 +324,7 @@ class Training:
         progress = {
             "schedule_steps": self.plan.schedule_steps,
             "data": self.data_hash,
+            "model": self.model_hash,
             "pending": pending,
         }
         state = checkpoint.State(step, self.engine.model_state(), self.engine.optimizer_state(), progress)

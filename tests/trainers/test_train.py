@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -142,13 +143,32 @@ def test_training_all_weights_without_lora(words, tmp_path):
     assert metrics(tmp_path)[-1]["accuracy/heldout"] >= 0.5
 
 
-def test_a_stale_reference_is_stopped_before_the_first_step(words, tmp_path):
-    # a cache entry of other weights under this model's address: what a copied cache directory does
-    from safetensors.numpy import load_file, save_file
-
+def test_a_reference_of_other_weights_is_stopped_before_the_first_step(words, tmp_path):
+    # another model's cache under this model's address: what a hand-copied cache directory does
     assert train(compose(words), "test") == 0
-    for path in (tmp_path / "cache").rglob("*.safetensors"):
-        save_file({k: v - 1 for k, v in load_file(path).items()}, path)
-    again = [w for w in words if not w.startswith("run.dir")] + [f"run.dir={tmp_path / 'other'}"]
-    assert train(compose(again), "test") == 1
-    assert not (tmp_path / "other" / "metrics.jsonl").exists()
+    (own,) = (tmp_path / "cache").iterdir()
+    here = [w for w in words if not w.startswith("run.dir")]
+    assert train(compose([*here, f"run.dir={tmp_path / 'second'}", "model.seed=1"]), "test") == 0
+    (other,) = set((tmp_path / "cache").iterdir()) - {own}
+    shutil.rmtree(own)
+    other.rename(own)
+    assert train(compose([*here, f"run.dir={tmp_path / 'third'}"]), "test") == 1
+    assert not (tmp_path / "third" / "metrics.jsonl").exists()
+
+
+def test_base_weights_that_changed_under_an_adapter_are_refused(words, tmp_path):
+    # a checkpoint holds the adapter only: resuming it on another base would be another model
+    from align.pretrained import tiny
+
+    source = tiny(seed=0, hidden_size=64, num_layers=2)
+    model = source.model()
+    model.save_pretrained(tmp_path / "base")
+    source.tokenizer().save_pretrained(tmp_path / "base")
+    here = [w for w in words if not w.startswith("model=")] + ["model=hub", f"model.path={tmp_path / 'base'}"]
+    assert train(compose(here), "test") == 0
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    model.save_pretrained(tmp_path / "base")
+    longer = [w for w in here if not w.startswith("trainer.max_steps")] + ["trainer.max_steps=6"]
+    with pytest.raises(ValueError, match="has other weights than when"):
+        train(compose(longer), "test")
