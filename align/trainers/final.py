@@ -11,6 +11,7 @@ from rich.table import Table
 
 from align.checkpoint import atomic_directory
 from align.config import Config
+from align.evaluate.samples import Sample, paired_bootstrap
 from align.models import Policy, is_peft, stock_attention
 
 
@@ -93,6 +94,29 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
             )
             interval = f"{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
             out.append(("  change, 95 % paired bootstrap", "", interval))
+    return out
+
+
+def summarise(last: dict[str, Any], samples: list[Sample], kl: float | None) -> dict[str, Any]:
+    """What was measured, for summary.json: the last line of metrics.jsonl, the answers, the KL."""
+    keep = ("loss/", "accuracy/", "heldout/")
+    out: dict[str, Any] = {"metrics": {k: v for k, v in last.items() if k.startswith(keep) and v is not None}, "kl": kl}
+    phases = {phase: [s for s in samples if s.phase == phase] for phase in ("before", "after")}
+    if not all(phases.values()):
+        return out
+    gold = {phase: [s.gold for s in part if s.gold is not None] for phase, part in phases.items()}
+    out["samples"] = {
+        phase: {
+            "count": len(part),
+            "tokens": sum(s.tokens for s in part) / len(part),
+            "finished_fraction": sum(s.finished for s in part) / len(part),
+            "gold": sum(gold[phase]) / len(part) if gold[phase] else None,
+        }
+        for phase, part in phases.items()
+    }
+    if gold["before"]:
+        change = paired_bootstrap(gold["before"], gold["after"])
+        out["gold_change"] = {"mean": change.mean, "low": change.low, "high": change.high}
     return out
 
 

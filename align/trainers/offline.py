@@ -16,15 +16,14 @@ from align.config import Config, cache_root
 from align.data.load import fingerprint, load
 from align.device import available_bytes, memory_plan, pick_device, pick_precision, pick_recompute
 from align.engine.local import LocalEngine, learning_rate
-from align.evaluate.samples import Sample, paired_bootstrap, sequence_kl
 from align.log import Log
 from align.models import Policy, choose_layout, enable_recompute, lora, probe_layout, weights_hash
 from align.objectives.preference import DPO, Sigmoid
 from align.pretrained import Pretrained
 from align.reference import ReferenceCache
-from align.rollout.hf import Completion, generate
 from align.rundir import RunDirectory, environment
-from align.trainers.final import final_table, write_final
+from align.trainers.answers import Answers
+from align.trainers.final import final_table, summarise, write_final
 from align.trainers.loop import NonFinite, Plan, Trainee, evaluate, plan, token_plan, train_step
 from align.trainers.signals import Signals, Stopped
 from align.types import PackedBatch, Stats
@@ -89,7 +88,6 @@ class Training:
         self.out.write_json("environment.json", environment(command))
         for line in data.audit.lines():
             log.say(line)
-        self.data = data
         self.train_pairs = [e.pair for e in data.train]
         self.heldout_pairs = [e.pair for e in data.heldout]
 
@@ -115,13 +113,16 @@ class Training:
         self.model_hash = weights_hash(policy.model)
         if state is not None and state.progress["model"] != self.model_hash:
             raise ValueError(
-                f"model {pretrained.name} has other weights than when {self.out.path} was started; give another run.dir "
-                "or the same weights"
+                f"model {pretrained.name} has other weights than when {self.out.path} was started; give another "
+                "run.dir or the same weights"
             )
         trainee = self._trainee(policy, pretrained)
         self.trainee = trainee
         self._self_check()
-        self._samples_before()
+        self.answers = Answers(
+            config, self.engine, self.tokenizer, data.heldout, self.out.path, log, self.signals.check
+        )
+        self.answers.before()
         torch.manual_seed(config.seed)
         if state is not None:
             trainee.engine.restore(state.model, state.optimizer)
@@ -192,10 +193,20 @@ class Training:
             elif mode == "adapter":
                 network = self._adapter_off(policy, engine)
             else:
-                twin = Policy(pretrained.model().to(policy.device).float(), policy.layout).eval().requires_grad_(False)
-                network = _in_precision(engine, twin)
+                network = self._twin(policy, engine, pretrained)
         self.engine = engine
         return Trainee(engine, self.objective, policy.layout, config.trainer.micro_batch_tokens, cached, network)
+
+    def _reference(self, pretrained: Pretrained) -> Callable[[PackedBatch], Stats]:
+        """The reference as a network, for batches that no cache knows."""
+        policy, engine = self.engine.policy, self.engine
+        if self.config.lora.rank > 0:
+            return self._adapter_off(policy, engine)
+        return self.trainee.reference or self._twin(policy, engine, pretrained)
+
+    def _twin(self, policy: Policy, engine: LocalEngine, pretrained: Pretrained) -> Callable[[PackedBatch], Stats]:
+        twin = Policy(pretrained.model().to(policy.device).float(), policy.layout).eval().requires_grad_(False)
+        return torch.no_grad()(_in_precision(engine, twin))
 
     def _adapter_off(self, policy: Policy, engine: LocalEngine) -> Callable[[PackedBatch], Stats]:
         def forward(batch: PackedBatch) -> Stats:
@@ -267,12 +278,6 @@ class Training:
             f"layouts agree to {gap:.1e} nats"
         )
 
-    def _samples_before(self) -> None:
-        path = self.out.path / "samples.jsonl"
-        if path.exists() or self.config.trainer.num_samples == 0:
-            return
-        self._write_samples(self._answer("before", 0))
-
     # ------------------------------------------------------------------ the loop
 
     def _fit(self, state: checkpoint.State | None) -> None:
@@ -340,14 +345,16 @@ class Training:
 
     def _finish(self, pretrained: Pretrained, command: str, seconds: float) -> None:
         step = self.plan.num_steps
-        samples = self._read_samples("before")
-        kl = None
-        if self.config.trainer.num_samples:
-            after = self._answer("after", step)
-            self._write_samples([*samples, *after])
-            kl = self._kl()
-            samples += after
-        summary = self._summary(samples, kl, seconds)
+        samples = self.answers.after(step)
+        kl = self.answers.kl(self._reference(pretrained)) if samples else None
+        last = json.loads((self.out.path / "metrics.jsonl").read_text().splitlines()[-1])
+        summary = {
+            "step": step,
+            "merged": self.config.merge,
+            "seconds": seconds,
+            "heldout_pairs": len(self.heldout_pairs),
+        }
+        summary |= summarise(last, samples, kl)
         write_final(
             self.out.final,
             self.engine.policy,
@@ -361,97 +368,6 @@ class Training:
         self.out.write_json("summary.json", summary)
         self.log.console.print(final_table(summary))
         self.log.say(f"model {self.out.final}, evidence {self.out.path}")
-
-    def _summary(self, samples: list[Sample], kl: float | None, seconds: float) -> dict[str, Any]:
-        last = json.loads((self.out.path / "metrics.jsonl").read_text().splitlines()[-1])
-        out: dict[str, Any] = {"step": self.plan.num_steps, "merged": self.config.merge, "seconds": seconds}
-        keep = ("loss/", "accuracy/", "heldout/")
-        out["metrics"] = {k: v for k, v in last.items() if k.startswith(keep) and v is not None}
-        out["heldout_pairs"] = len(self.heldout_pairs)
-        out["kl"] = kl
-        phases = {p: [s for s in samples if s.phase == p] for p in ("before", "after")}
-        if not phases["before"] or not phases["after"]:
-            return out
-        out["samples"] = {
-            phase: {
-                "count": len(part),
-                "tokens": sum(s.tokens for s in part) / len(part),
-                "finished_fraction": sum(s.finished for s in part) / len(part),
-                "gold": None if part[0].gold is None else sum(s.gold or 0.0 for s in part) / len(part),
-            }
-            for phase, part in phases.items()
-        }
-        if phases["before"][0].gold is not None:
-            gold = [[s.gold or 0.0 for s in phases[p]] for p in ("before", "after")]
-            change = paired_bootstrap(*gold)
-            out["gold_change"] = {"mean": change.mean, "low": change.low, "high": change.high}
-        return out
-
-    # ------------------------------------------------------------------ samples
-
-    def _prompts(self) -> list[tuple[tuple[int, ...], str]]:
-        """The first distinct held-out prompts that have tokens."""
-        seen = dict.fromkeys((e.prompt.token_ids, e.prompt.text) for e in self.data.heldout if e.prompt.token_ids)
-        return list(seen)[: self.config.trainer.num_samples]
-
-    def _generate(self, prompts: list[tuple[int, ...]], what: str, seed: int | None) -> list[Completion]:
-        def checked(items: Any, total: int) -> Any:
-            for item in self.log.progress(what)(items, total):
-                self._check_between(item)
-                yield item
-
-        with self.engine.autocast():
-            return generate(
-                self.engine.policy,
-                self.tokenizer,
-                prompts,
-                max_new_tokens=self.config.trainer.sample_tokens,
-                seed=seed,
-                batch_size=32,
-                progress=checked,
-            )
-
-    def _check_between(self, _: int) -> None:
-        # Before the first step there is nothing to save; after the last the checkpoint is written.
-        self.signals.check()
-
-    def _answer(self, phase: str, step: int) -> list[Sample]:
-        prompts = self._prompts()
-        gold = build.function(self.config.data.gold, "data.gold") if self.config.data.gold else None
-        completions = self._generate([ids for ids, _ in prompts], f"samples {phase}", None)
-        out = []
-        for (_, prompt), completion in zip(prompts, completions, strict=True):
-            text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-            score = None if gold is None else float(gold(prompt, text, completion.finished))
-            out.append(Sample(phase, step, prompt, text, completion.finished, len(completion.token_ids), score))
-        return out
-
-    def _kl(self) -> float | None:
-        """Of the trained policy to the reference, on its own samples at temperature 1."""
-        policy = self.engine.policy
-        prompts = [ids for ids, _ in self._prompts()][:32]
-        if self.config.lora.rank == 0 or len(prompts) < 2:
-            return None
-        completions = self._generate(prompts, "samples for the KL", self.config.seed)
-        policy.eval()
-        return sequence_kl(
-            _in_precision(self.engine, policy),
-            self._adapter_off(policy, self.engine),
-            policy,
-            prompts,
-            completions,
-            self.config.trainer.micro_batch_tokens,
-        )
-
-    def _write_samples(self, samples: list[Sample]) -> None:
-        scratch = self.out.path / ".samples.tmp"
-        scratch.write_text("".join(json.dumps(s.as_dict()) + "\n" for s in samples))
-        scratch.replace(self.out.path / "samples.jsonl")
-
-    def _read_samples(self, phase: str) -> list[Sample]:
-        path = self.out.path / "samples.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [s for s in (Sample(**json.loads(line)) for line in lines) if s.phase == phase]
 
 
 def _in_precision(engine: LocalEngine, policy: Policy) -> Callable[[PackedBatch], Stats]:

@@ -46,8 +46,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/experiments"))
     args = parser.parse_args()
     lines, found = [], {}
-    for seed in range(args.seeds):
-        for recipe in RECIPES:
+    for recipe in RECIPES:
+        for seed in range(args.seeds):
             summary = run(recipe, seed, args.steps, args.runs)
             found[f"{recipe}-seed{seed}"] = summary
             lines.append(row(recipe, seed, summary))

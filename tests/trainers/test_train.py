@@ -140,6 +140,8 @@ def test_training_all_weights_without_lora(words, tmp_path):
     from transformers import AutoModelForCausalLM
 
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final").dtype == torch.float32
+    # no adapter to switch off: the KL is to the starting weights, loaded again
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["kl"] != 0
     assert metrics(tmp_path)[-1]["accuracy/heldout"] >= 0.5
 
 

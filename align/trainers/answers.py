@@ -1,0 +1,108 @@
+"""The held-out prompts of a run answered before and after training: samples.jsonl, gold scores, KL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from align import build
+from align.config import Config
+from align.data.pairs import Example
+from align.engine.local import LocalEngine
+from align.evaluate.samples import Sample, sequence_kl
+from align.log import Log
+from align.rollout.hf import Completion, generate
+from align.types import PackedBatch, Stats
+
+BATCH_SIZE = 32
+# The KL needs samples of its own, at temperature 1; so many bound its cost.
+MAX_KL_PROMPTS = 32
+
+
+class Answers:
+    """Asks the policy the first trainer.num_samples distinct held-out prompts."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine: LocalEngine,
+        tokenizer: Any,
+        heldout: list[Example],
+        directory: Path,
+        log: Log,
+        check: Callable[[], None],
+    ):
+        self.config = config
+        self.engine = engine
+        self.tokenizer = tokenizer
+        seen = dict.fromkeys((e.prompt.token_ids, e.prompt.text) for e in heldout if e.prompt.token_ids)
+        self.prompts = list(seen)[: config.trainer.num_samples]
+        self.path = directory / "samples.jsonl"
+        self.log = log
+        self.check = check
+        self.gold = build.function(config.data.gold, "data.gold") if config.data.gold else None
+
+    def before(self) -> None:
+        """Greedy answers of the untrained policy; a resumed run already has them."""
+        if self.prompts and not self.path.exists():
+            self._write(self._answer("before", 0))
+
+    def after(self, step: int) -> list[Sample]:
+        """Greedy answers now; returned with those from before, both written."""
+        if not self.prompts:
+            return []
+        samples = [s for s in self._read() if s.phase == "before"] + self._answer("after", step)
+        self._write(samples)
+        return samples
+
+    def kl(self, reference: Callable[[PackedBatch], Stats]) -> float | None:
+        """Of the policy to the reference, nats per answer sampled at temperature 1; None without two prompts."""
+        prompts = [ids for ids, _ in self.prompts][:MAX_KL_PROMPTS]
+        if len(prompts) < 2:
+            return None
+        completions = self._generate(prompts, "samples for the KL", self.config.seed)
+        policy = self.engine.policy
+        policy.eval()
+
+        def forward(batch: PackedBatch) -> Stats:
+            return self.engine.forward(batch, frozenset())
+
+        return sequence_kl(forward, reference, policy, prompts, completions, self.config.trainer.micro_batch_tokens)
+
+    def _answer(self, phase: str, step: int) -> list[Sample]:
+        completions = self._generate([ids for ids, _ in self.prompts], f"samples {phase}", None)
+        out = []
+        for (_, prompt), completion in zip(self.prompts, completions, strict=True):
+            text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            score = None if self.gold is None else float(self.gold(prompt, text, completion.finished))
+            out.append(Sample(phase, step, prompt, text, completion.finished, len(completion.token_ids), score))
+        return out
+
+    def _generate(self, prompts: list[tuple[int, ...]], what: str, seed: int | None) -> list[Completion]:
+        def checked(items: Iterable[int], total: int) -> Iterator[int]:
+            # Before the first step there is nothing to save, after the last one it is saved: stopping is safe.
+            for item in self.log.progress(what)(items, total):
+                self.check()
+                yield item
+
+        with self.engine.autocast():
+            return generate(
+                self.engine.policy,
+                self.tokenizer,
+                prompts,
+                max_new_tokens=self.config.trainer.sample_tokens,
+                seed=seed,
+                batch_size=BATCH_SIZE,
+                progress=checked,
+            )
+
+    def _read(self) -> list[Sample]:
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return [Sample(**json.loads(line)) for line in lines]
+
+    def _write(self, samples: list[Sample]) -> None:
+        scratch = self.path.with_name(".samples.tmp")
+        scratch.write_text("".join(json.dumps(s.as_dict()) + "\n" for s in samples))
+        scratch.replace(self.path)
