@@ -17,12 +17,12 @@ SAMPLES = ["trainer.num_samples=2", "trainer.sample_tokens=4"]
 # stage -> where the signal comes, and the newest checkpoint then
 STAGES = {
     "reference": (Hook("align.reference:ReferenceCache._write", 1), None),
-    "samples before": (Hook("align.trainers.offline:generate", 1), None),
+    "samples before": (Hook("align.trainers.answers:generate", 1), None),
     "step": (Hook(STEP, 7), "step-000007"),
     "evaluation": (Hook("align.trainers.offline:evaluate", 3), "step-000010"),  # the first is the self-check
     "last evaluation": (Hook("align.trainers.offline:evaluate", 7), "step-000030"),
     "save": (Hook("align.checkpoint:save_file", 4), "step-000007"),
-    "samples after": (Hook("align.trainers.offline:generate", 2), "step-000030"),
+    "samples after": (Hook("align.trainers.answers:generate", 2), "step-000030"),
 }
 CODES = {signal.SIGTERM: 85, signal.SIGUSR1: 85, signal.SIGINT: 130}
 
