@@ -1,6 +1,6 @@
 """WPO and DPO on the everyday pairs over several seeds: held-out accuracy and the change of the gold score.
 
-    python -m tests.experiments.wpo_everyday [--seeds 3] [--steps 16] [--out docs/experiments]
+    python -m tests.experiments.wpo_everyday [--recipes wpo,dpo] [--seeds 3] [--steps 16] [--out docs/experiments]
 
 Each run is a real `align train`; the figures are read from its summary.json. Writes wpo_everyday.md and .json.
 """
@@ -13,8 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-
-RECIPES = ("wpo", "dpo")
 
 
 def run(recipe: str, seed: int, steps: int, out: Path) -> dict[str, Any]:
@@ -40,13 +38,14 @@ def row(recipe: str, seed: int, summary: dict[str, Any]) -> str:
 def main() -> None:
     """Run all seeds and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipes", default="wpo,dpo")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments"))
     parser.add_argument("--out", type=Path, default=Path("docs/experiments"))
     args = parser.parse_args()
     lines, found = [], {}
-    for recipe in RECIPES:
+    for recipe in args.recipes.split(","):
         for seed in range(args.seeds):
             summary = run(recipe, seed, args.steps, args.runs)
             found[f"{recipe}-seed{seed}"] = summary
@@ -57,8 +56,9 @@ def main() -> None:
         f"""# WPO and DPO on the everyday pairs
 
 SmolLM2-135M-Instruct, LoRA rank 16, {args.steps} steps of 8 pairs, held out: 72 pairs, 64 greedy answers.
-Made by `python -m tests.experiments.wpo_everyday --seeds {args.seeds} --steps {args.steps}`. Gold is the rule the
-pairs were made by; its change has a 95 % paired bootstrap interval over prompts. KL in nats per sampled answer.
+Made by `python -m tests.experiments.wpo_everyday --recipes {args.recipes} --seeds {args.seeds}
+--steps {args.steps}`.
+Gold is the rule the pairs were made by; its change has a 95 % paired bootstrap interval over prompts. KL in nats per sampled answer.
 
 | recipe | seed | held-out accuracy | KL | gold before | gold after | change | tokens before | after | finished |
 |---|---|---|---|---|---|---|---|---|---|
