@@ -24,9 +24,9 @@ $(STAMP): $(LOCK) pyproject.toml Makefile
 	rm -f $(VENV)/.stamp-*
 	touch $@
 
-# Aligns SmolLM2-135M by WPO on 208 of the shipped pairs; a second call resumes or says that it is complete.
+# Aligns SmolLM2-135M by WPO on 128 of the shipped pairs; a second call resumes or says that it is complete.
 demo: $(STAMP)
-	$(VENV)/bin/align train recipe=wpo trainer.max_steps=26 run.dir=runs/demo
+	$(VENV)/bin/align train recipe=wpo trainer.max_steps=16 run.dir=runs/demo
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not gpu"

@@ -1,6 +1,6 @@
 """WPO and DPO on the everyday pairs over several seeds: held-out accuracy and the change of the gold score.
 
-    python -m tests.experiments.wpo_everyday [--recipes wpo,dpo] [--seeds 3] [--steps 26] [--out docs/experiments]
+    python -m tests.experiments.wpo_everyday [--recipes wpo,dpo] [--seeds 3] [--steps 16] [--out docs/experiments]
 
 Each run is a real `align train`; the figures are read from its summary.json. Writes wpo_everyday.md and .json.
 """
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipes", default="wpo,dpo")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=26)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments"))
     parser.add_argument("--out", type=Path, default=Path("docs/experiments"))
     args = parser.parse_args()
