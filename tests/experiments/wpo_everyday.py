@@ -58,7 +58,8 @@ def main() -> None:
 SmolLM2-135M-Instruct, LoRA rank 16, {args.steps} steps of 8 pairs, held out: 72 pairs, 64 greedy answers.
 Made by `python -m tests.experiments.wpo_everyday --recipes {args.recipes} --seeds {args.seeds}
 --steps {args.steps}`.
-Gold is the rule the pairs were made by; its change has a 95 % paired bootstrap interval over prompts. KL in nats per sampled answer.
+Gold is the rule the pairs were made by; its change has a 95 % paired bootstrap interval over prompts. KL in nats per
+sampled answer.
 
 | recipe | seed | held-out accuracy | KL | gold before | gold after | change | tokens before | after | finished |
 |---|---|---|---|---|---|---|---|---|---|
