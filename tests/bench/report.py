@@ -159,6 +159,8 @@ def document(figures: dict[str, Any]) -> str:
             f"padding, {t['shared']} with shared prompts, {t['completion']} of completions.\n",
             time_table(regime) + "\n",
         ]
+        if "note" in regime:  # by hand, for figures kept from before a change; measuring again drops it
+            parts.append(regime["note"] + "\n")
     parts.append(_EPOCH)
     for name, epoch in figures["epoch"].items():
         parts += [
