@@ -62,8 +62,8 @@ Gold is the rule the pairs were made by; its change has a 95 % paired bootstrap 
 sampled answer.
 
 The number of steps, the learning rate and the batch size were picked among several tries with these held-out pairs and
-prompts in view (docs/log.md), mostly at seed 0: read the figures as those of a demonstration, not as an estimate of what
-an untouched held-out set would show.
+prompts in view (docs/log.md), mostly at seed 0: read the figures as those of a demonstration, not as an estimate of
+what an untouched held-out set would show.
 
 | recipe | seed | held-out accuracy | KL | gold before | gold after | change | tokens before | after | finished |
 |---|---|---|---|---|---|---|---|---|---|
