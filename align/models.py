@@ -18,7 +18,7 @@ from torch.utils import checkpoint
 from align import attention
 from align.packing import pack, to_device
 from align.stats import Head, stats
-from align.types import Layout, PackedBatch, Pair, Stats
+from align.types import Example, Layout, PackedBatch, Stats
 
 Recompute = Literal["off", "selective", "full"]
 
@@ -215,6 +215,13 @@ def lora(lm: Any, *, rank: int, alpha: float, dropout: float, targets: str | lis
     return model
 
 
+def with_adapter(lm: Any, directory: str) -> Any:
+    """A PEFT model: `lm` with the adapter that was saved in `directory`."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(lm, directory)
+
+
 def weights_hash(model: nn.Module) -> str:
     """blake2b over names, dtypes, shapes and bytes of all weights that LoRA did not add: what a cached
     reference log-prob depends on."""
@@ -231,14 +238,14 @@ def weights_hash(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def probe_layout(policy: Policy, pairs: list[Pair]) -> float:
-    """Largest difference (nats per token) between a pair's log-probs in the policy's layout and padded with
+def probe_layout(policy: Policy, examples: list[Example]) -> float:
+    """Largest difference (nats per token) between the examples' log-probs in the policy's layout and padded with
     the model's stock attention. What the packed attention does not know of a model shows here."""
     if policy.layout == "padded":
         return 0.0
     training = policy.training
     policy.eval()
-    packed, padded = pack(pairs, policy.layout), pack(pairs, "padded")
+    packed, padded = pack(examples, policy.layout), pack(examples, "padded")
     a = policy(to_device(packed, policy.device)).token_logps
     with stock_attention(policy.causal_lm):
         b = policy(to_device(padded, policy.device)).token_logps

@@ -5,13 +5,14 @@ Knows nothing of models, text or losses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from align.types import Layout, PackedBatch, Pair, Row
+from align.types import Example, Layout, PackedBatch, Row
 
 
 def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
@@ -21,31 +22,33 @@ def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
     return int(differs[0]) if len(differs) else n
 
 
-def num_tokens(pair: Pair, layout: Layout) -> int:
-    """Tokens of the stream that a pair costs; padding is not counted, see micro_batches."""
-    total = len(pair.chosen.token_ids) + len(pair.rejected.token_ids)
+def num_tokens(rows: Sequence[Row], layout: Layout) -> int:
+    """Tokens of the stream that the rows of an example cost; padding is not counted, see micro_batches."""
+    total = sum(len(row.token_ids) for row in rows)
     if layout == "shared":
-        total -= common_prefix_length(pair.chosen.token_ids, pair.rejected.token_ids)
+        total -= sum(common_prefix_length(rows[0].token_ids, row.token_ids) for row in rows[1:])
     return total
 
 
-def micro_batches(pairs: Sequence[Pair], layout: Layout, max_tokens: int) -> list[list[int]]:
-    """Indices into `pairs`, split so that no part costs more than `max_tokens` tokens.
+def micro_batches(
+    groups: Sequence[Sequence[Row]], sources: Sequence[str], layout: Layout, max_tokens: int
+) -> list[list[int]]:
+    """Indices into `groups` (the rows of each example), split so that no part costs more than `max_tokens` tokens.
 
     Longest first into the part with most room that still takes it: nearly full, nearly equal parts, and the
-    same answer for the same pairs. In the padded layout a row costs the longest row of its part, so rows of
-    like length are put together. Raises ValueError, naming the row, when one pair alone is over the budget.
+    same answer for the same examples. In the padded layout a row costs the longest row of its part, so rows of
+    like length are put together. Raises ValueError, naming the line, when one example alone is over the budget.
     """
-    cost = [num_tokens(p, layout) for p in pairs]
+    cost = [num_tokens(rows, layout) for rows in groups]
     if layout == "padded":
-        cost = [2 * max(len(p.chosen.token_ids), len(p.rejected.token_ids)) for p in pairs]
-    for pair, tokens in zip(pairs, cost, strict=True):
+        cost = [len(rows) * max(len(row.token_ids) for row in rows) for rows in groups]
+    for source, tokens in zip(sources, cost, strict=True):
         if tokens > max_tokens:
             raise ValueError(
-                f"{pair.source}: the pair has {tokens} tokens, trainer.micro_batch_tokens={max_tokens}; "
+                f"{source}: the example has {tokens} tokens, trainer.micro_batch_tokens={max_tokens}; "
                 f"use at least {tokens}, or a smaller data.max_tokens"
             )
-    order = sorted(range(len(pairs)), key=lambda i: (-cost[i], i))
+    order = sorted(range(len(groups)), key=lambda i: (-cost[i], i))
     parts: list[list[int]] = []
     if layout == "padded":
         width = 0
@@ -71,32 +74,36 @@ def micro_batches(pairs: Sequence[Pair], layout: Layout, max_tokens: int) -> lis
 
 
 def pack(
-    pairs: Sequence[Pair],
+    examples: Sequence[Example],
     layout: Layout,
     reference: Sequence[np.ndarray] | None = None,
 ) -> PackedBatch:
-    """One batch of P pairs; sequences 2i and 2i+1 are the chosen and the rejected one of pair i.
+    """One batch of P examples with R rows each, one example's after the other's.
 
-    reference: for each pair the cached log-probs of the targets of both sequences, chosen first, float32.
+    reference: the cached log-probs of the targets of each row, float32, in the same order.
     Raises ValueError for a sequence without tokens or whose first token is a target (nothing predicts it).
     """
-    batch = pack_groups([(p.chosen, p.rejected) for p in pairs], layout, [p.source for p in pairs])
-    cached = None
-    if reference is not None:
-        cached = torch.from_numpy(np.concatenate(reference).astype(np.float32))
-        if len(cached) != len(batch.row):
-            raise ValueError("the cached reference log-probs do not fit the targets of these rows")
+    batch = pack_groups([e.rows for e in examples], layout, [e.source for e in examples])
+    labels = [e.label for e in examples]
+    names = sorted({name for e in examples for name in e.numbers})
     return replace(
         batch,
-        pairs=torch.arange(2 * len(pairs)).view(-1, 2),
-        reference_token_logps=cached,
-        origins=tuple(p.origin for p in pairs),
+        origins=tuple(e.origin for e in examples),
+        labels=None if None in labels else torch.tensor(labels, dtype=torch.bool),
+        # a column that an example lacks is NaN there: no objective may take it for a number
+        numbers={name: torch.tensor([e.numbers.get(name, math.nan) for e in examples]) for name in names},
+        reference_token_logps=None if reference is None else token_column(reference, batch),
     )
 
 
 def pack_groups(groups: Sequence[Sequence[Row]], layout: Layout, sources: Sequence[str]) -> PackedBatch:
-    """One batch of N rows in groups that begin alike (the completions of a prompt); it has no pairs."""
+    """One batch of N rows in groups that begin alike (the completions of a prompt).
+
+    Raises ValueError if the groups are not of one size R; `groups` of the batch is [P, R].
+    """
     rows = [row for group in groups for row in group]
+    if len({len(group) for group in groups}) > 1:
+        raise ValueError("the examples of a batch must have the same number of rows")
     for group, source in zip(groups, sources, strict=True):
         if any(len(row.token_ids) == 0 or row.targets[0] for row in group):
             raise ValueError(f"{source}: a sequence needs a first token that is no target")
@@ -112,6 +119,15 @@ def pack_groups(groups: Sequence[Sequence[Row]], layout: Layout, sources: Sequen
         padded_shape = None
 
     positions = [np.flatnonzero(row.targets) for row in rows]
+    lengths = torch.tensor([len(p) for p in positions], dtype=torch.long)
+    weights = None
+    if any(row.weights is not None for row in rows):
+        parts = [
+            np.ones(len(p), np.float32) if row.weights is None else row.weights[p].astype(np.float32)
+            for row, p in zip(rows, positions, strict=True)
+        ]
+        weights = torch.from_numpy(np.concatenate(parts))
+        lengths = torch.tensor([float(part.sum(dtype=np.float64)) for part in parts])
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
@@ -121,13 +137,21 @@ def pack_groups(groups: Sequence[Sequence[Row]], layout: Layout, sources: Sequen
         # the hidden state before a token predicts it
         target_index=_long([where[n][p - 1] for n, p in enumerate(positions)]),
         target_ids=_long([rows[n].token_ids[p] for n, p in enumerate(positions)]),
+        target_weights=weights,
         row=_long([np.full(len(p), n) for n, p in enumerate(positions)]),
-        lengths=torch.tensor([len(p) for p in positions], dtype=torch.long),
-        pairs=torch.zeros((0, 2), dtype=torch.long),
-        reference_token_logps=None,
+        lengths=lengths,
+        groups=torch.arange(len(rows)).view(len(groups), -1),
         sources=tuple(sources),
         origins=("",) * len(groups),
     )
+
+
+def token_column(parts: Sequence[np.ndarray], batch: PackedBatch) -> torch.Tensor:
+    """Values of the targets of each row as one column [C], float32. Raises ValueError if they do not fit."""
+    values = torch.from_numpy(np.concatenate(parts).astype(np.float32))
+    if len(values) != len(batch.row):
+        raise ValueError("the cached log-probs do not fit the targets of these rows")
+    return values.to(batch.row.device, non_blocking=True)
 
 
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
@@ -137,7 +161,8 @@ def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
         for name, value in vars(batch).items()
         if isinstance(value, torch.Tensor)
     }
-    return replace(batch, **moved)
+    numbers = {name: value.to(device, non_blocking=True) for name, value in batch.numbers.items()}
+    return replace(batch, **moved, numbers=numbers)
 
 
 def _long(parts: list[np.ndarray]) -> torch.Tensor:

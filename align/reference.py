@@ -1,7 +1,7 @@
-"""Reference log-probs: cached per pair on disk, from the policy with its adapter off, or from a second model.
+"""Reference log-probs: cached per sequence on disk, from the policy with its adapter off, or from a second model.
 
-A cached value is addressed by what it depends on: the token ids and targets of both sequences, the weights, the
-precision. Adding rows to a data set costs the new rows only.
+A cached value is addressed by what it depends on: token ids and targets of the sequence, the weights, the precision.
+Adding rows to a data set costs the new rows only.
 """
 
 from __future__ import annotations
@@ -17,34 +17,32 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from align.packing import micro_batches, pack, to_device
-from align.types import Layout, PackedBatch, Pair, Stats
+from align.packing import micro_batches, pack_groups, to_device
+from align.types import Layout, PackedBatch, Row, Stats
 
-# Rows of one file. A chunk is computed whole whatever of it is missing elsewhere, so that its numbers do not
+# Examples of one file. A chunk is computed whole whatever of it is missing elsewhere, so that its numbers do not
 # depend on where an earlier run was killed.
 CHUNK_ROWS = 32
 
 
-def pair_key(pair: Pair) -> str:
-    """Content address of a pair: hash of token ids and targets of both sequences."""
+def row_key(row: Row) -> str:
+    """Content address of a sequence: hash of its token ids and targets."""
     digest = hashlib.blake2b(digest_size=16)
-    for row in (pair.chosen, pair.rejected):
-        digest.update(len(row.token_ids).to_bytes(4, "little"))
-        digest.update(np.ascontiguousarray(row.token_ids, dtype=np.int32).tobytes())
-        digest.update(np.packbits(row.targets).tobytes())
+    digest.update(np.ascontiguousarray(row.token_ids, dtype=np.int32).tobytes())
+    digest.update(np.packbits(row.targets).tobytes())
     return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class CachePass:
-    """What filling the cache took."""
+    """What filling the cache took, in distinct examples."""
 
     found: int
     computed: int
 
 
 class ReferenceCache:
-    """Log-probs [C of a pair] by content address, below one directory per model and precision."""
+    """Log-probs [C of a sequence] by content address, below one directory per model and precision."""
 
     def __init__(self, root: Path, model_hash: str, precision: torch.dtype):
         self.directory = root / f"{model_hash}-{str(precision).removeprefix('torch.')}"
@@ -52,42 +50,46 @@ class ReferenceCache:
 
     def fill(
         self,
-        pairs: Sequence[Pair],
+        groups: Sequence[Sequence[Row]],
+        sources: Sequence[str],
         forward: Callable[[PackedBatch], Stats],
         layout: Layout,
         max_tokens: int,
         device: torch.device,
         progress: Callable[[Iterable[int], int], Iterable[int]],
     ) -> CachePass:
-        """Make `values` hold every pair: read what is on disk, compute the rest and write it there.
+        """Make `values` hold the rows of every example: read what is on disk, compute the rest and write it there.
 
-        forward: the reference's stats of a batch, without gradients.
+        groups: the rows of each example, which begin alike. forward: the reference's stats, without gradients.
         """
-        keys = [pair_key(p) for p in pairs]
-        wanted = set(keys)
+        keys = [tuple(row_key(row) for row in rows) for rows in groups]
+        wanted = {key for part in keys for key in part}
         self._read(wanted)
-        found = len(wanted & self.values.keys())
-        chunks = [range(i, min(i + CHUNK_ROWS, len(pairs))) for i in range(0, len(pairs), CHUNK_ROWS)]
-        missing = [c for c in chunks if any(keys[i] not in self.values for i in c)]
+        examples = set(keys)
+        found = sum(all(key in self.values for key in part) for part in examples)
+        chunks = [range(i, min(i + CHUNK_ROWS, len(groups))) for i in range(0, len(groups), CHUNK_ROWS)]
+        missing = [c for c in chunks if any(key not in self.values for i in c for key in keys[i])]
         for number in progress(range(len(missing)), len(missing)):
             # Sorting by length and packing happen inside the chunk: see CHUNK_ROWS.
-            chunk = [pairs[i] for i in missing[number]]
+            chunk = [groups[i] for i in missing[number]]
+            names = [sources[i] for i in missing[number]]
             new: dict[str, np.ndarray] = {}
-            for part in micro_batches(chunk, layout, max_tokens):
-                batch = pack([chunk[i] for i in part], layout)
+            for part in micro_batches(chunk, names, layout, max_tokens):
+                rows = [row for i in part for row in chunk[i]]
+                batch = pack_groups([chunk[i] for i in part], layout, [names[i] for i in part])
                 with torch.no_grad():
                     values = forward(to_device(batch, device)).token_logps.float().cpu().numpy()
-                counts = batch.lengths.view(-1, 2).sum(1).tolist()
-                for i, own in zip(part, np.split(values, np.cumsum(counts)[:-1]), strict=True):
-                    new[pair_key(chunk[i])] = own
+                counts = [int(row.targets.sum()) for row in rows]
+                for row, own in zip(rows, np.split(values, np.cumsum(counts)[:-1]), strict=True):
+                    new[row_key(row)] = own
             new = {k: v for k, v in new.items() if k not in self.values}
             self._write(new)
             self.values |= new
-        return CachePass(found, len(wanted) - found)
+        return CachePass(found, len(examples) - found)
 
-    def __call__(self, pairs: Iterable[Pair]) -> list[np.ndarray]:
-        """Log-probs of the targets of each pair, chosen first."""
-        return [self.values[pair_key(p)] for p in pairs]
+    def __call__(self, rows: Iterable[Row]) -> list[np.ndarray]:
+        """Log-probs of the targets of each sequence."""
+        return [self.values[row_key(row)] for row in rows]
 
     def _read(self, wanted: set[str]) -> None:
         for path in sorted(self.directory.glob("*.safetensors")):

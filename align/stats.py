@@ -42,18 +42,27 @@ def stats(hidden: Tensor, head: Head, batch: PackedBatch, needs: frozenset[str] 
     token_logps = values[0]
     return Stats(
         token_logps=token_logps,
-        logps=row_sums(token_logps, batch.row, len(batch.lengths)),
+        logps=target_sums(token_logps, batch),
         lengths=batch.lengths,
         row=batch.row,
         **dict(zip(extras, values[1:], strict=True)),
     )
 
 
-def reference_stats(batch: PackedBatch) -> Stats:
-    """The cached reference log-probs of a batch as Stats."""
-    assert batch.reference_token_logps is not None
-    values = batch.reference_token_logps
-    return Stats(values, row_sums(values, batch.row, len(batch.lengths)), batch.lengths, batch.row)
+def cached_stats(token_logps: Tensor, batch: PackedBatch) -> Stats:
+    """Cached log-probs [C] of a batch as Stats."""
+    return Stats(token_logps, target_sums(token_logps, batch), batch.lengths, batch.row)
+
+
+def target_sums(values: Tensor, batch: PackedBatch) -> Tensor:
+    """Sums [N] of token values [C] over the targets of each sequence, each times its weight."""
+    weighted = values if batch.target_weights is None else values * batch.target_weights
+    return row_sums(weighted, batch.row, len(batch.lengths))
+
+
+def positive(lengths: Tensor) -> Tensor:
+    """Lengths to divide by: those of sequences without targets become 1, whose sums are 0."""
+    return torch.where(lengths > 0, lengths, torch.ones_like(lengths))
 
 
 def row_sums(values: Tensor, row: Tensor, num_rows: int) -> Tensor:
@@ -66,7 +75,7 @@ def row_sums(values: Tensor, row: Tensor, num_rows: int) -> Tensor:
 
 def row_means(values: Tensor, row: Tensor, lengths: Tensor) -> Tensor:
     """Means [N] of token values [C]; a sequence without targets has 0, never nan."""
-    return row_sums(values, row, len(lengths)) / lengths.clamp(min=1)
+    return row_sums(values, row, len(lengths)) / positive(lengths)
 
 
 def token_stats(

@@ -1,11 +1,13 @@
 """The data that moves between the parts: frozen, shaped, without behaviour.
 
-Axis letters used in the whole package: T tokens of the stream, C targets, N sequences, P pairs, S attention
-segments, V vocabulary, H hidden size, L tokens of one row.
+Axis letters used in the whole package: T tokens of the stream, C targets, N sequences, P examples (a pair, or one
+labelled or imitated sequence), R sequences of an example, S attention segments, V vocabulary, H hidden size,
+L tokens of one row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -13,8 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-Unit = Literal["pair", "row", "token"]
+Unit = Literal["example", "row", "token"]
 Layout = Literal["shared", "packed", "padded"]
+Kind = Literal["pair", "labelled", "single"]
 
 
 @dataclass(frozen=True)
@@ -23,16 +26,31 @@ class Row:
 
     token_ids: np.ndarray  # [L] int32
     targets: np.ndarray  # [L] bool; True where the policy wrote the token. targets[0] is False
+    weights: np.ndarray | None = None  # [L] float32, > 0 at targets: how much each counts; None: 1
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two sequences of which one is preferred; `source` is "file:line" of the line it came from."""
+class Prompt:
+    """What a completion is written for, to generate from and to judge by."""
 
-    chosen: Row
-    rejected: Row
+    token_ids: tuple[int, ...]
+    text: str  # the plain prompt, or the last user message
+
+
+@dataclass(frozen=True)
+class Example:
+    """What one loss is about. `source` is "file:line" of the line it came from.
+
+    kind pair: rows are chosen, rejected, then those an objective asked for by name. labelled, single: one row.
+    """
+
+    rows: tuple[Row, ...]  # [R]
     source: str
-    origin: str  # free label of how the completions were made, for metrics by origin
+    prompt: Prompt
+    origin: str = ""  # free label of how the completions were made, for metrics by origin
+    label: bool | None = None  # kind labelled: whether the row is desirable
+    mismatched: Row | None = None  # the prompt of the row with the completion of another prompt
+    numbers: Mapping[str, float] = field(default_factory=dict)  # columns of the data that an objective reads
 
 
 @dataclass(frozen=True)
@@ -50,21 +68,27 @@ class PackedBatch:
     row_lengths: tuple[int, ...]  # [N] tokens of each sequence, shared ones counted for each owner
     target_index: Tensor  # [C] int64, the stream position whose hidden state predicts the target
     target_ids: Tensor  # [C] int64
+    target_weights: Tensor | None  # [C] float32; None: all 1
     row: Tensor  # [C] int64, the sequence a target belongs to; ascending
-    lengths: Tensor  # [N] int64, number of targets of each sequence
-    pairs: Tensor  # [P, 2] int64, chosen and rejected sequence
-    reference_token_logps: Tensor | None  # [C] float32, when cached
+    lengths: Tensor  # [N] number of targets of each sequence; with weights their sum, float32
+    groups: Tensor  # [P, R] int64, the sequences of each example; a pair's are chosen, rejected
     sources: tuple[str, ...]  # [P]
     origins: tuple[str, ...]  # [P]
+    labels: Tensor | None = None  # [P] bool
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [P] float32
+    reference_token_logps: Tensor | None = None  # [C] float32, when cached
+    start_token_logps: Tensor | None = None  # [C] float32, of the policy this run started from, when asked for
+    step_values: Tensor | None = None  # [B, K], what the objective computed of all B examples of the step beforehand
+    step_index: Tensor | None = None  # [P] int64, the place of each example among the B
 
 
 @dataclass(frozen=True)
 class Stats:
     """What an objective may know of a network's opinion on a batch."""
 
-    token_logps: Tensor  # [C] float32, log p(target)
-    logps: Tensor  # [N] float32, summed over the targets of a sequence
-    lengths: Tensor  # [N] int64
+    token_logps: Tensor  # [C] float32, log p(target), not weighted
+    logps: Tensor  # [N] float32, summed over the targets of a sequence, each times its weight
+    lengths: Tensor  # [N] number of targets; with weights their sum
     row: Tensor  # [C] int64
     log_collision: Tensor | None = None  # [C] log sum_v p(v)^2, no gradient
     log_max: Tensor | None = None  # [C] log max_v p(v), no gradient
@@ -73,17 +97,22 @@ class Stats:
 
 @dataclass(frozen=True)
 class Term:
-    """One additive part of a loss, not reduced: the loop divides by the global count of its unit."""
+    """One additive part of a loss, not reduced: the loop divides by the global count of its unit.
 
-    losses: Tensor  # [P], [N] or [C], to be minimised
+    The count of tokens is the sum of target weights. With `column`, only the rows of that column of `groups` count.
+    """
+
+    losses: Tensor  # one per example, row or token of the batch (or of the column), to be minimised
     unit: Unit
     weight: float = 1.0
+    column: int | None = None
 
 
 @dataclass(frozen=True)
 class Losses:
-    """What an objective returns. Each metric is a vector over pairs; the loop averages over the global batch."""
+    """What an objective returns. A metric is a vector over examples, NaN where it does not apply; the loop averages
+    the others over the global batch."""
 
     terms: tuple[Term, ...]
     metrics: dict[str, Tensor] = field(default_factory=dict)  # name -> [P], detached
-    by_origin: tuple[str, ...] = ()  # metrics that are also averaged over the pairs of each origin
+    by_origin: tuple[str, ...] = ()  # metrics that are also averaged over the examples of each origin

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from align.models import stock_attention_name
-from align.types import Pair, Row
+from align.types import Example, Prompt, Row
 
 torch.set_num_threads(1)
 
@@ -26,7 +26,13 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-def random_pair(rng: np.random.Generator, prompt=(1, 12), completion=(1, 15), shared_answer=0) -> Pair:
+def pair_of(chosen: Row, rejected: Row, source: str = "random:1", origin: str = "") -> Example:
+    """A pair whose prompt ends before the first target of chosen."""
+    ids = chosen.token_ids[: int(np.argmax(chosen.targets))].tolist()
+    return Example((chosen, rejected), source, Prompt(tuple(ids), ""), origin)
+
+
+def random_pair(rng: np.random.Generator, prompt=(1, 12), completion=(1, 15), shared_answer=0) -> Example:
     """A pair of random tokens; `shared_answer` completion tokens are common to both sequences."""
     p = rng.integers(0, VOCABULARY, rng.integers(*prompt) + 1)
     common = rng.integers(0, VOCABULARY, shared_answer)
@@ -37,23 +43,23 @@ def random_pair(rng: np.random.Generator, prompt=(1, 12), completion=(1, 15), sh
         targets = np.arange(len(ids)) >= len(p)
         return Row(ids, targets)
 
-    return Pair(row(), row(), source="random:1", origin="random")
+    return pair_of(row(), row(), source="random:1", origin="random")
 
 
 @pytest.fixture
 def make_pairs(rng):
     """A function n -> n random pairs of different lengths, some branching late, some with observation holes."""
 
-    def make(n: int) -> list[Pair]:
+    def make(n: int) -> list[Example]:
         pairs = []
         for i in range(n):
             pair = random_pair(rng, shared_answer=int(rng.integers(0, 4)) if i % 2 else 0)
             if i % 3 == 2:  # a hole: a token the policy did not write
-                holes = [row.targets.copy() for row in (pair.chosen, pair.rejected)]
+                holes = [row.targets.copy() for row in (pair.rows[0], pair.rows[1])]
                 for hole in holes:
                     hole[len(hole) // 2] = False
-                pair = Pair(
-                    Row(pair.chosen.token_ids, holes[0]), Row(pair.rejected.token_ids, holes[1]), f"random:{i}", "holes"
+                pair = pair_of(
+                    Row(pair.rows[0].token_ids, holes[0]), Row(pair.rows[1].token_ids, holes[1]), f"random:{i}", "holes"
                 )
             pairs.append(pair)
         return pairs

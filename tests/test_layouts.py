@@ -9,18 +9,19 @@ import pytest
 import torch
 
 from align.models import Policy, enable_recompute, lora
-from align.objectives.preference import DPO, Sigmoid
+from align.objectives.losses import Sigmoid
+from align.objectives.preference import DPO
 from align.packing import micro_batches, pack
-from align.types import Pair
-from tests.conftest import random_pair, tiny_model
+from align.types import Example
+from tests.conftest import pair_of, random_pair, tiny_model
 
 FAMILIES = ["llama", "qwen2", "mistral", "gemma2"]
 
 
-def naive_logps(model, pair: Pair) -> list[torch.Tensor]:
+def naive_logps(model, pair: Example) -> list[torch.Tensor]:
     """Log-probs of both sequences, one at a time, full logits, stock attention: the definition."""
     out = []
-    for row in (pair.chosen, pair.rejected):
+    for row in (pair.rows[0], pair.rows[1]):
         ids = torch.from_numpy(row.token_ids.astype(np.int64))[None]
         logits = model(input_ids=ids).logits[0]
         token = torch.log_softmax(logits[:-1], -1).gather(1, ids[0, 1:, None])[:, 0]
@@ -172,7 +173,7 @@ def test_recompute_runs_with_lora(make_pairs):
 def test_shared_stream_holds_each_common_token_once(rng):
     # prompt of 5 (drawn by its seed), 3 common answer tokens, then they part
     pair = random_pair(rng, prompt=(4, 5), shared_answer=3)
-    a, b = pair.chosen.token_ids, pair.rejected.token_ids
+    a, b = pair.rows[0].token_ids, pair.rows[1].token_ids
     batch = pack([pair], "shared")
     assert len(batch.input_ids) == len(a) + len(b) - 8 - int(a[8] == b[8])
     # the rejected answer's targets inside the shared part point at the chosen sequence's tokens
@@ -183,9 +184,9 @@ def test_shared_stream_holds_each_common_token_once(rng):
 
 def test_rejected_that_is_a_prefix_of_chosen_needs_no_segment(rng):
     pair = random_pair(rng, completion=(6, 7))
-    short = Pair(
-        pair.chosen,
-        type(pair.chosen)(pair.chosen.token_ids[:-2], pair.chosen.targets[:-2]),
+    short = pair_of(
+        pair.rows[0],
+        type(pair.rows[0])(pair.rows[0].token_ids[:-2], pair.rows[0].targets[:-2]),
         "x:1",
         "",
     )
@@ -199,11 +200,12 @@ def test_rejected_that_is_a_prefix_of_chosen_needs_no_segment(rng):
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
 def test_micro_batches_hold_every_pair_once_within_the_budget(layout, make_pairs):
     pairs = make_pairs(40)
-    parts = micro_batches(pairs, layout, 120)
+    parts = micro_batches([p.rows for p in pairs], [p.source for p in pairs], layout, 120)
     assert sorted(i for part in parts for i in part) == list(range(40))
     assert max(len(pack([pairs[i] for i in part], layout).input_ids) for part in parts) <= 120
 
 
 def test_pair_over_the_budget_is_named_with_the_cure(make_pairs):
+    pairs = make_pairs(3)
     with pytest.raises(ValueError, match=r"random:.*trainer.micro_batch_tokens=5; use at least \d+"):
-        micro_batches(make_pairs(3), "shared", 5)
+        micro_batches([p.rows for p in pairs], [p.source for p in pairs], "shared", 5)

@@ -11,7 +11,7 @@ import torch
 
 from align.models import Policy, lora, weights_hash
 from align.packing import pack
-from align.reference import CHUNK_ROWS, ReferenceCache, pair_key
+from align.reference import CHUNK_ROWS, ReferenceCache, row_key
 from align.types import Row
 from tests.conftest import tiny_model
 
@@ -35,24 +35,30 @@ def fill(root, pairs, policy, model="m", precision=torch.float32, max_tokens=300
         calls.append(len(batch.sources))
         return policy(batch)
 
-    done = cache.fill(pairs, forward, policy.layout, max_tokens, CPU, progress)
+    groups, sources = [p.rows for p in pairs], [p.source for p in pairs]
+    done = cache.fill(groups, sources, forward, policy.layout, max_tokens, CPU, progress)
     return cache, done, sum(calls)
 
 
+def rows_of(pairs) -> list[Row]:
+    return [row for p in pairs for row in p.rows]
+
+
 def equal(a: ReferenceCache, b: ReferenceCache, pairs) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(a(pairs), b(pairs), strict=True))
+    return all(np.array_equal(x, y) for x, y in zip(a(rows_of(pairs)), b(rows_of(pairs)), strict=True))
 
 
 def test_values_are_the_direct_ones(tmp_path, make_pairs, policy):
     pairs = make_pairs(10)
     cache, done, _ = fill(tmp_path, pairs, policy)
     assert (done.found, done.computed) == (0, 10)
-    for pair, values in zip(pairs, cache(pairs), strict=True):
+    for pair in pairs:
+        values = np.concatenate(cache(pair.rows))
         with torch.no_grad():
             direct = policy(pack([pair], "packed")).token_logps
         torch.testing.assert_close(torch.from_numpy(values), direct, rtol=1e-5, atol=1e-5)
         assert values.dtype == np.float32
-    batch = pack(pairs, "shared", cache(pairs))
+    batch = pack(pairs, "shared", cache(rows_of(pairs)))
     with torch.no_grad():
         torch.testing.assert_close(batch.reference_token_logps, policy(batch).token_logps, rtol=1e-5, atol=1e-5)
 
@@ -69,7 +75,7 @@ def test_repeated_rows_count_once(tmp_path, make_pairs, policy):
     pairs = make_pairs(4)
     cache, done, _ = fill(tmp_path, pairs + pairs, policy)
     assert (done.found, done.computed) == (0, 4)
-    assert len(cache(pairs + pairs)) == 8
+    assert len(cache(rows_of(pairs + pairs))) == 16
 
 
 def test_added_rows_cost_the_new_ones(tmp_path, make_pairs, policy):
@@ -102,35 +108,26 @@ def test_weights_hash_is_of_the_base_alone():
     assert weights_hash(tiny_model("llama", torch.float64)) != same[0]
 
 
-def test_key_depends_on_ids_targets_and_sides(make_pairs):
-    pair = make_pairs(1)[0]
-    keys = {pair_key(pair), pair_key(replace(pair, chosen=pair.rejected, rejected=pair.chosen))}
-    for side in ("chosen", "rejected"):
-        row = getattr(pair, side)
-        ids, targets = row.token_ids.copy(), row.targets.copy()
-        ids[-1] += 1
-        targets[-1] = False
-        keys |= {pair_key(replace(pair, **{side: Row(ids, row.targets)}))}
-        keys |= {pair_key(replace(pair, **{side: Row(row.token_ids, targets)}))}
-    # a token moved over the border between the two rows
-    a, b = pair.chosen, pair.rejected
-    ids, targets = np.concatenate([a.token_ids, b.token_ids]), np.concatenate([a.targets, b.targets])
-    for cut in (3, 4):
-        halves = Row(ids[:cut], targets[:cut]), Row(ids[cut:], targets[cut:])
-        keys |= {pair_key(replace(pair, chosen=halves[0], rejected=halves[1]))}
-    assert len(keys) == 8
-    assert pair_key(replace(pair, source="elsewhere:9", origin="other")) == pair_key(pair)
+def test_key_depends_on_ids_and_targets(make_pairs):
+    row = make_pairs(1)[0].rows[0]
+    ids, targets = row.token_ids.copy(), row.targets.copy()
+    ids[-1] += 1
+    targets[-1] = False
+    longer = Row(np.append(row.token_ids, 0).astype(np.int32), np.append(row.targets, False))
+    keys = {row_key(r) for r in (row, Row(ids, row.targets), Row(row.token_ids, targets), longer)}
+    assert len(keys) == 4
+    assert row_key(Row(row.token_ids.copy(), row.targets.copy(), np.ones(len(ids), np.float32))) == row_key(row)
 
 
 def test_changed_targets_are_computed(tmp_path, make_pairs, policy):
     pair = make_pairs(1)[0]
     fill(tmp_path, [pair], policy)
-    targets = pair.chosen.targets.copy()
+    targets = pair.rows[0].targets.copy()
     targets[-1] = False
-    changed = replace(pair, chosen=Row(pair.chosen.token_ids, targets))
+    changed = replace(pair, rows=(Row(pair.rows[0].token_ids, targets), pair.rows[1]))
     cache, done, _ = fill(tmp_path, [changed], policy)
     assert done.computed == 1
-    assert len(cache([changed])[0]) == targets.sum() + pair.rejected.targets.sum()
+    assert len(cache(changed.rows)[0]) == targets.sum()
 
 
 @pytest.mark.parametrize("how", ["empty", "half", "last byte", "header", "value", "first byte"])

@@ -1,4 +1,4 @@
-"""The offline loop: which pairs make a step, forward, loss over the global count, backward, step, metrics.
+"""The offline loop: which examples make a step, forward, loss over the global count, backward, step, metrics.
 
 Blind to the algorithm: an objective says what it needs and what it returns.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,9 @@ import torch
 
 from align.config import TrainerConfig
 from align.engine.local import LocalEngine
-from align.packing import micro_batches, num_tokens, pack, to_device
-from align.stats import reference_stats
-from align.types import Layout, Losses, PackedBatch, Pair, Stats
+from align.packing import micro_batches, num_tokens, pack, pack_groups, to_device, token_column
+from align.stats import cached_stats, positive
+from align.types import Example, Layout, Losses, PackedBatch, Row, Stats, Term, Unit
 
 
 class NonFinite(RuntimeError):
@@ -28,13 +28,13 @@ class NonFinite(RuntimeError):
 class Plan:
     """Which steps a run takes."""
 
-    num_pairs: int
+    num_examples: int
     batch_size: int
     num_steps: int  # after which the run is complete
     schedule_steps: int
 
     def indices(self, step: int, seed: int) -> list[int]:
-        """Pairs of optimiser step 1, 2, ...: consecutive parts of one permutation per epoch, each pair once.
+        """Examples of optimiser step 1, 2, ...: consecutive parts of one permutation per epoch, each example once.
 
         A function of the step alone: a resumed run needs no position, and no row is skipped or seen twice. With
         the number of epochs fixed the last step has what is left.
@@ -43,11 +43,11 @@ class Plan:
         last = min(first + self.batch_size, self.limit)
         out = []
         for k in range(first, last):
-            epoch, position = divmod(k, self.num_pairs)
-            out.append(int(_permutation(self.num_pairs, seed, epoch)[position]))
+            epoch, position = divmod(k, self.num_examples)
+            out.append(int(_permutation(self.num_examples, seed, epoch)[position]))
         return out
 
-    limit: float = math.inf  # pairs seen in the whole run
+    limit: float = math.inf  # examples seen in the whole run
 
 
 _permutations: dict[tuple[int, int, int], np.ndarray] = {}
@@ -62,15 +62,23 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return _permutations[key]
 
 
-def plan(config: TrainerConfig, num_pairs: int, schedule_steps: int | None) -> Plan:
+def plan(config: TrainerConfig, num_examples: int, schedule_steps: int | None) -> Plan:
     """The steps of a run; schedule_steps: the horizon fixed at its first start, None at that start."""
     if config.max_steps is not None:
         steps, limit = config.max_steps, math.inf
     else:
-        limit = config.epochs * num_pairs
+        limit = config.epochs * num_examples
         steps = -(-limit // config.batch_size)
     horizon = schedule_steps or config.schedule_steps or steps
-    return Plan(num_pairs, config.batch_size, steps, horizon, limit)
+    return Plan(num_examples, config.batch_size, steps, horizon, limit)
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A fixed network that log-probs are compared with: cached by row, or asked at each batch."""
+
+    cached: Callable[[Sequence[Row]], list[np.ndarray]] | None
+    network: Callable[[PackedBatch], Stats] | None
 
 
 @dataclass(frozen=True)
@@ -81,21 +89,22 @@ class Trainee:
     objective: Any
     layout: Layout
     max_tokens: int  # of a micro-batch
-    cached: Callable[[Sequence[Pair]], list[np.ndarray]] | None  # reference log-probs by pair
-    reference: Callable[[PackedBatch], Stats] | None  # or the network to ask
+    reference: Anchor | None
+    start: Anchor | None = None  # the policy that the run started from, where it is not the reference
 
 
-def train_step(trainee: Trainee, pairs: Sequence[Pair], lr: float) -> dict[str, float]:
-    """One optimiser step over all of `pairs`; returns its metrics.
+def train_step(trainee: Trainee, examples: Sequence[Example], lr: float) -> dict[str, float]:
+    """One optimiser step over all of `examples`; returns its metrics.
 
     Raises NonFinite before the weights are touched.
     """
     engine = trainee.engine
+    values = _step_values(trainee, examples)
     engine.policy.train()
-    totals = _Totals(pairs)
+    totals = _Totals(examples)
     blamed = []
-    for part in micro_batches(pairs, trainee.layout, trainee.max_tokens):
-        batch, out = _losses(trainee, [pairs[i] for i in part])
+    for part in _parts(trainee, examples):
+        batch, out = _losses(trainee, examples, part, values)
         loss = totals.add(batch, out)
         if not torch.isfinite(loss.detach()):
             blamed += _blame(batch, out)
@@ -105,74 +114,173 @@ def train_step(trainee: Trainee, pairs: Sequence[Pair], lr: float) -> dict[str, 
         raise NonFinite(f"the loss is not a number for {', '.join(blamed[:8])}")
     norm = engine.gradient_norm()
     if not math.isfinite(norm):
-        rows = ", ".join(p.source for p in pairs[:8])
+        rows = ", ".join(e.source for e in examples[:8])
         raise NonFinite(f"the gradient is not a number; its batch holds {rows}")
     engine.step(lr)
     return totals.metrics("train") | {"optimizer/gradient_norm": norm, "optimizer/lr": lr}
 
 
 @torch.no_grad()
-def evaluate(trainee: Trainee, pairs: Sequence[Pair], check: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """Metrics over held-out pairs. check is called between micro-batches and may raise."""
+def evaluate(
+    trainee: Trainee, examples: Sequence[Example], check: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """Metrics over held-out examples, taken as one step. check is called between micro-batches and may raise."""
     trainee.engine.policy.eval()
-    totals = _Totals(pairs)
-    for part in micro_batches(pairs, trainee.layout, trainee.max_tokens):
+    values = _step_values(trainee, examples, check)
+    totals = _Totals(examples)
+    for part in _parts(trainee, examples):
         check()
-        totals.add(*_losses(trainee, [pairs[i] for i in part]))
+        totals.add(*_losses(trainee, examples, part, values))
     return {k: v for k, v in totals.metrics("heldout").items() if not k.startswith("tokens/")}
 
 
-def _losses(trainee: Trainee, pairs: Sequence[Pair]) -> tuple[PackedBatch, Losses]:
+@torch.no_grad()
+def reference_gap(trainee: Trainee, examples: Sequence[Example]) -> float:
+    """Largest difference between policy and reference over the rows of the examples, nats per target token."""
+    trainee.engine.policy.eval()
+    gap = 0.0
+    for part in _parts(trainee, examples):
+        chosen = [examples[i] for i in part]
+        packed = to_device(pack(chosen, trainee.layout), trainee.engine.policy.device)
+        batch = _with_anchors(trainee, packed, [row for e in chosen for row in e.rows])
+        policy, reference = trainee.engine.forward(batch, frozenset()), _reference(trainee, batch)
+        assert reference is not None
+        gap = max(gap, float(((policy.logps - reference.logps).abs() / positive(policy.lengths)).max()))
+    return gap
+
+
+def _parts(trainee: Trainee, examples: Sequence[Example]) -> list[list[int]]:
+    return micro_batches([e.rows for e in examples], [e.source for e in examples], trainee.layout, trainee.max_tokens)
+
+
+@torch.no_grad()
+def _step_values(
+    trainee: Trainee, examples: Sequence[Example], check: Callable[[], None] = lambda: None
+) -> torch.Tensor | None:
+    """What the objective must know of the whole step before its first loss [B, K], or None.
+
+    A point that all losses of a step share (KTO's) or an order among them (AOT's) would depend on the split into
+    micro-batches if each of these made its own.
+    """
+    objective = trainee.objective
+    which = getattr(objective, "step_rows", None)
+    if which is None:
+        return None
+    own = which == "examples"
+    groups = [e.rows if own else (_mismatched(e),) for e in examples]
+    sources = [e.source for e in examples]
+    engine = trainee.engine
+    engine.policy.eval()
+    out: torch.Tensor | None = None
+    for part in micro_batches(groups, sources, trainee.layout, trainee.max_tokens):
+        check()
+        rows = [row for i in part for row in groups[i]]
+        if own:
+            packed = pack([examples[i] for i in part], trainee.layout)
+        else:
+            packed = pack_groups([groups[i] for i in part], trainee.layout, [sources[i] for i in part])
+        batch = _with_anchors(trainee, to_device(packed, engine.policy.device), rows)
+        policy = engine.forward(batch, objective.needs)
+        values = objective.step_values(policy, _reference(trainee, batch), batch)
+        if out is None:
+            out = values.new_zeros((len(examples), values.shape[1]))
+        out[torch.tensor(part, device=out.device)] = values
+    return out
+
+
+def _mismatched(example: Example) -> Row:
+    assert example.mismatched is not None, example.source
+    return example.mismatched
+
+
+def _losses(
+    trainee: Trainee, examples: Sequence[Example], part: Sequence[int], step_values: torch.Tensor | None
+) -> tuple[PackedBatch, Losses]:
     device = trainee.engine.policy.device
-    cached = trainee.cached(pairs) if trainee.cached is not None else None
-    batch = to_device(pack(pairs, trainee.layout, cached), device)
-    if cached is not None:
-        reference = reference_stats(batch)
-    elif trainee.reference is not None:
-        with torch.no_grad():
-            reference = trainee.reference(batch)
-    else:
-        reference = None
+    chosen = [examples[i] for i in part]
+    rows = [row for e in chosen for row in e.rows]
+    batch = _with_anchors(trainee, to_device(pack(chosen, trainee.layout), device), rows)
+    if step_values is not None:
+        batch = replace(batch, step_values=step_values, step_index=torch.tensor(part, device=device))
+    reference = _reference(trainee, batch)
     policy = trainee.engine.forward(batch, trainee.objective.needs)
     return batch, trainee.objective(policy, reference, batch)
+
+
+def _with_anchors(trainee: Trainee, batch: PackedBatch, rows: Sequence[Row]) -> PackedBatch:
+    """The batch with the log-probs that are cached, or that only a network of its own can give."""
+    out = {}
+    if trainee.reference is not None and trainee.reference.cached is not None:
+        out["reference_token_logps"] = token_column(trainee.reference.cached(rows), batch)
+    if trainee.start is not None:
+        if trainee.start.cached is not None:
+            out["start_token_logps"] = token_column(trainee.start.cached(rows), batch)
+        else:
+            with torch.no_grad():
+                out["start_token_logps"] = trainee.start.network(batch).token_logps
+    return replace(batch, **out)
+
+
+def _reference(trainee: Trainee, batch: PackedBatch) -> Stats | None:
+    if trainee.reference is None:
+        return None
+    if batch.reference_token_logps is not None:
+        return cached_stats(batch.reference_token_logps, batch)
+    with torch.no_grad():
+        return trainee.reference.network(batch)
 
 
 class _Totals:
     """Sums over the micro-batches of a step, divided by counts known before the first of them."""
 
-    def __init__(self, pairs: Sequence[Pair]):
-        targets = [int(row.targets.sum()) for p in pairs for row in (p.chosen, p.rejected)]
-        self.counts = {"pair": len(pairs), "row": 2 * len(pairs), "token": max(1, sum(targets))}
-        self.real = sum(len(row.token_ids) for p in pairs for row in (p.chosen, p.rejected))
-        self.named = any(p.origin for p in pairs)  # of the whole step, not of a micro-batch
+    def __init__(self, examples: Sequence[Example]):
+        self.examples = examples
+        self.counts: dict[tuple[Unit, int | None], float] = {}
+        rows = [row for e in examples for row in e.rows]
+        self.real = sum(len(row.token_ids) for row in rows)
+        self.targets = sum(int(row.targets.sum()) for row in rows)
+        self.named = any(e.origin for e in examples)  # of the whole step, not of a micro-batch
         self.processed = 0
         self.num_parts = 0
         self.loss = 0.0
-        self.sums: dict[str, float] = {}
-        self.origin_sums: dict[str, float] = {}
-        self.origin_counts: dict[str, int] = {}
+        # sum and number of the values that apply, by metric
+        self.means: dict[str, tuple[float, int]] = {}
 
     def add(self, batch: PackedBatch, out: Losses) -> torch.Tensor:
         """The share of a micro-batch in the loss of the step."""
-        loss = sum(term.weight * term.losses.sum() / self.counts[term.unit] for term in out.terms)
+        loss = sum(term.weight * term.losses.sum() / self._count(term) for term in out.terms)
         assert isinstance(loss, torch.Tensor)
         self.loss += float(loss.detach())
         self.processed += len(batch.input_ids)
         self.num_parts += 1
         for name, values in out.metrics.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(values.sum())
+            listed = values.tolist()
+            self._mean(name, listed)
             if name in out.by_origin and self.named:
-                for origin, value in zip(batch.origins, values.tolist(), strict=True):
-                    key = f"{name}_{origin or 'unnamed'}"
-                    self.origin_sums[key] = self.origin_sums.get(key, 0.0) + value
-                    self.origin_counts[key] = self.origin_counts.get(key, 0) + 1
+                for origin, value in zip(batch.origins, listed, strict=True):
+                    self._mean(f"{name}_{origin or 'unnamed'}", [value])
         return loss
 
+    def _mean(self, name: str, values: Sequence[float]) -> None:
+        total, count = self.means.get(name, (0.0, 0))
+        given = [v for v in values if not math.isnan(v)]
+        self.means[name] = (total + sum(given), count + len(given))
+
+    def _count(self, term: Term) -> float:
+        key = (term.unit, term.column)
+        if key not in self.counts:
+            if term.unit == "example":
+                count: float = len(self.examples)
+            else:
+                rows = [row for e in self.examples for row in _column_of(e.rows, term.column)]
+                count = len(rows) if term.unit == "row" else sum(_target_weight(row) for row in rows)
+            self.counts[key] = count or 1.0
+        return self.counts[key]
+
     def metrics(self, split: str) -> dict[str, float]:
-        """Means over all pairs. A name without a group gets the split as its second part; in held-out metrics the
-        other names go into the group heldout."""
-        means = {name: total / self.counts["pair"] for name, total in self.sums.items()}
-        means |= {name: total / self.origin_counts[name] for name, total in self.origin_sums.items()}
+        """Means over the examples they apply to; left out where they apply to none. A name without a group gets the
+        split as its second part; in held-out metrics the other names go into the group heldout."""
+        means = {name: total / count for name, (total, count) in self.means.items() if count}
         out = {"loss/total" if split == "train" else "loss/heldout": self.loss}
         for name, value in sorted(means.items()):
             if "/" not in name:
@@ -184,27 +292,40 @@ class _Totals:
         out |= {
             "tokens/real": self.real,
             "tokens/processed": self.processed,
-            "tokens/targets": self.counts["token"],
+            "tokens/targets": self.targets,
             "tokens/micro_batches": self.num_parts,
         }
         return out
+
+
+def _column_of(rows: Sequence[Row], column: int | None) -> Sequence[Row]:
+    return rows if column is None else (rows[column],)
+
+
+def _target_weight(row: Row) -> float:
+    if row.weights is None:
+        return int(row.targets.sum())
+    return float(row.weights[row.targets].sum(dtype=np.float64))
 
 
 def _blame(batch: PackedBatch, out: Losses) -> list[str]:
     """The rows of a micro-batch whose own loss is not finite, or all of them if none is singled out."""
     bad = []
     for term in out.terms:
-        if term.unit == "pair":
+        if term.unit == "example":
             finite = torch.isfinite(term.losses.detach()).tolist()
             bad += [s for s, ok in zip(batch.sources, finite, strict=True) if not ok]
     return bad or list(batch.sources)
 
 
-def token_plan(pairs: Sequence[Pair], layout: Layout, max_tokens: int) -> tuple[int, int]:
-    """Tokens of a pass over the pairs in this layout, and with every sequence on its own.
+def token_plan(examples: Sequence[Example], layout: Layout, max_tokens: int) -> tuple[int, int]:
+    """Tokens of a pass over the examples in this layout, and with every sequence on its own.
 
-    Raises ValueError if a pair does not fit a micro-batch: better now than in the middle of the run.
+    Raises ValueError if an example does not fit a micro-batch: better now than in the middle of the run.
     """
-    micro_batches(pairs, layout, max_tokens)
-    stream = sum(num_tokens(p, layout) for p in pairs)
-    return stream, sum(num_tokens(p, "packed") for p in pairs)
+    sources = [e.source for e in examples]
+    micro_batches([e.rows for e in examples], sources, layout, max_tokens)
+    if any(e.mismatched is not None for e in examples):
+        micro_batches([(_mismatched(e),) for e in examples], sources, layout, max_tokens)
+    stream = sum(num_tokens(e.rows, layout) for e in examples)
+    return stream, sum(num_tokens(e.rows, "packed") for e in examples)

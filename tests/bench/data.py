@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from align.packing import num_tokens
-from align.types import Pair, Row
+from align.types import Example, Prompt, Row
 
 EOS = 2  # last token of every completion, and TRL's padding
 
@@ -72,7 +72,7 @@ REGIMES = {
 QUICK = Regime("quick", "nano", 2, 1, (16, 32), 24, 0.7, (8, 64), "smoke test, says nothing")
 
 
-def make_pairs(regime: Regime, num_pairs: int, seed: int = 0) -> list[Pair]:
+def make_pairs(regime: Regime, num_pairs: int, seed: int = 0) -> list[Example]:
     """Pairs of random tokens with the regime's lengths, the same for the same seed."""
     rng = np.random.default_rng(seed)
 
@@ -87,7 +87,8 @@ def make_pairs(regime: Regime, num_pairs: int, seed: int = 0) -> list[Pair]:
     for i in range(num_pairs):
         prompt = tokens(int(rng.integers(regime.prompt[0], regime.prompt[1] + 1)))
         chosen, rejected = (_row(prompt, tokens(length() - 1) + [EOS]) for _ in range(2))
-        pairs.append(Pair(chosen, rejected, source=f"random:{i}", origin="random"))
+        prompt = Prompt(tuple(chosen.token_ids[: int(np.argmax(chosen.targets))].tolist()), "")
+        pairs.append(Example((chosen, rejected), f"random:{i}", prompt, "random"))
     return pairs
 
 
@@ -96,13 +97,13 @@ def _row(prompt: list[int], completion: list[int]) -> Row:
     return Row(ids, np.arange(len(ids)) >= len(prompt))
 
 
-def token_counts(pairs: list[Pair]) -> dict[str, int]:
+def token_counts(pairs: list[Example]) -> dict[str, int]:
     """Tokens of a step: real, padded to the longest row, with shared prompts, targets."""
-    rows = [row for pair in pairs for row in (pair.chosen, pair.rejected)]
+    rows = [row for pair in pairs for row in (pair.rows[0], pair.rows[1])]
     return {
         "real": sum(len(row.token_ids) for row in rows),
         "padded": len(rows) * max(len(row.token_ids) for row in rows),
-        "shared": sum(num_tokens(pair, "shared") for pair in pairs),
+        "shared": sum(num_tokens(pair.rows, "shared") for pair in pairs),
         "completion": sum(int(row.targets.sum()) for row in rows),
     }
 

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from align.models import Policy, stock_attention_name
-from align.objectives.preference import DPO, Sigmoid
+from align.objectives.losses import Sigmoid
+from align.objectives.preference import DPO
 from align.packing import pack
 from align.reference import ReferenceCache
-from align.stats import reference_stats
-from align.types import Layout, Pair
+from align.stats import cached_stats
+from align.types import Example, Layout
 from tests.bench.data import EOS
 
 BETA = 0.1
@@ -56,7 +57,7 @@ class Side(Protocol):
 
     policy: Any
 
-    def loss(self, variant: str, pairs: Sequence[Pair]) -> Tensor:
+    def loss(self, variant: str, pairs: Sequence[Example]) -> Tensor:
         """Mean DPO loss of the pairs, with a graph to the policy."""
         ...
 
@@ -70,25 +71,26 @@ class Align:
         self.cache: Cache = cache if cache is not None else {}
         self.objective = DPO(beta=BETA, loss=Sigmoid(0.0))
 
-    def loss(self, variant: str, pairs: Sequence[Pair]) -> Tensor:
+    def loss(self, variant: str, pairs: Sequence[Example]) -> Tensor:
         """Mean DPO loss of the pairs, as a training step computes it."""
         layout, cached = ALIGN_VARIANTS[variant]
         batch = pack(pairs, layout, [self.cache[p.source] for p in pairs] if cached else None)
         if cached:
-            reference = reference_stats(batch)
+            reference = cached_stats(batch.reference_token_logps, batch)
         else:
             with torch.no_grad():
                 reference = _in_layout(self.reference, layout)(batch)
         losses = self.objective(_in_layout(self.policy, layout)(batch), reference, batch)
         return torch.stack([t.weight * t.losses.sum() / len(pairs) for t in losses.terms]).sum()
 
-    def cache_pass(self, pairs: Sequence[Pair]) -> Cache:
+    def cache_pass(self, pairs: Sequence[Example]) -> Cache:
         """Reference log-probs of all pairs by align's own cache, hashes and files included."""
         with tempfile.TemporaryDirectory() as root:
             cache = ReferenceCache(Path(root), "bench", torch.float32)
             forward = _in_layout(self.reference, "shared")
-            cache.fill(pairs, forward, "shared", CACHE_TOKENS, forward.device, lambda steps, _: steps)
-            return {p.source: values for p, values in zip(pairs, cache(pairs), strict=True)}
+            groups, names = [p.rows for p in pairs], [p.source for p in pairs]
+            cache.fill(groups, names, forward, "shared", CACHE_TOKENS, forward.device, lambda steps, _: steps)
+            return {p.source: np.concatenate(cache(p.rows)) for p in pairs}
 
 
 def _in_layout(model: Any, layout: Layout) -> Policy:
@@ -106,7 +108,7 @@ class Trl:
         self.trainer = _dpo_trainer(policy, reference)
         self.reference = reference
 
-    def loss(self, variant: str, pairs: Sequence[Pair]) -> Tensor:
+    def loss(self, variant: str, pairs: Sequence[Example]) -> Tensor:
         """Mean DPO loss of the pairs by TRL."""
         recompute, best = variant == "trl default", variant == "trl best"
         _score_completions_only(best)
@@ -121,7 +123,7 @@ class Trl:
         return self.trainer.compute_loss(self.policy, inputs)
 
     @torch.no_grad()
-    def cache_pass(self, pairs: Sequence[Pair], batch_size: int) -> None:
+    def cache_pass(self, pairs: Sequence[Example], batch_size: int) -> None:
         """TRL's own precompute: batches in the order of the data."""
         _score_completions_only(True)
         for start in range(0, len(pairs), batch_size):
@@ -129,16 +131,16 @@ class Trl:
             inputs = self.trainer.data_collator([self._example(p, cached=False) for p in part])
             self.trainer.compute_ref_log_probs(self.reference, inputs)
 
-    def _example(self, pair: Pair, cached: bool) -> dict[str, Any]:
-        prompt = int(np.flatnonzero(pair.chosen.targets)[0])
+    def _example(self, pair: Example, cached: bool) -> dict[str, Any]:
+        prompt = int(np.flatnonzero(pair.rows[0].targets)[0])
         example: dict[str, Any] = {
-            "prompt_ids": pair.chosen.token_ids[:prompt].tolist(),
-            "chosen_ids": pair.chosen.token_ids[prompt:].tolist(),
-            "rejected_ids": pair.rejected.token_ids[prompt:].tolist(),
+            "prompt_ids": pair.rows[0].token_ids[:prompt].tolist(),
+            "chosen_ids": pair.rows[0].token_ids[prompt:].tolist(),
+            "rejected_ids": pair.rows[1].token_ids[prompt:].tolist(),
         }
         if cached:
             values = self.cache[pair.source]
-            chosen, rejected = np.split(values, [int(pair.chosen.targets.sum())])
+            chosen, rejected = np.split(values, [int(pair.rows[0].targets.sum())])
             example["ref_chosen_logps"] = float(chosen.sum())
             example["ref_rejected_logps"] = float(rejected.sum())
         return example

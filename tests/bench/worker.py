@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from align.types import Pair
+from align.types import Example
 from tests.bench import data, measure
 from tests.bench.sides import ALIGN_VARIANTS, TRL_VARIANTS, Align, Cache, Side, Trl
 
@@ -34,7 +34,7 @@ def adamw(model: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
 
 
-def step(side: Side, variant: str, pairs: Sequence[Pair], optimizer: torch.optim.Optimizer) -> float:
+def step(side: Side, variant: str, pairs: Sequence[Example], optimizer: torch.optim.Optimizer) -> float:
     """A whole optimiser step, batch to weights; the loss."""
     loss = side.loss(variant, pairs)
     loss.backward()
@@ -43,7 +43,7 @@ def step(side: Side, variant: str, pairs: Sequence[Pair], optimizer: torch.optim
     return float(loss.detach())
 
 
-def gradient(side: Side, variant: str, pairs: Sequence[Pair]) -> tuple[float, torch.Tensor]:
+def gradient(side: Side, variant: str, pairs: Sequence[Example]) -> tuple[float, torch.Tensor]:
     """Loss and flat gradient."""
     loss = side.loss(variant, pairs)
     loss.backward()
@@ -60,7 +60,7 @@ def both_sides(regime: data.Regime) -> tuple[Trl, Align]:
     return Trl(theirs, copy.deepcopy(reference)), Align(ours, reference)
 
 
-def check(sides: dict[str, Side], pairs: Sequence[Pair]) -> dict[str, dict[str, float]]:
+def check(sides: dict[str, Side], pairs: Sequence[Example]) -> dict[str, dict[str, float]]:
     """Loss of each variant and its distance to TRL's default. Mismatch beyond the tolerances."""
     results = {}
     truth_loss, truth = 0.0, None
@@ -154,8 +154,8 @@ def measure_memory(regime: data.Regime, variant: str, steps: int = 2) -> dict[st
     return {"base_mib": base, "peak_mib": peak, "dynamic_mib": peak - base}
 
 
-def _constant_cache(pairs: Sequence[Pair]) -> Cache:
-    counts = {p.source: int(p.chosen.targets.sum() + p.rejected.targets.sum()) for p in pairs}
+def _constant_cache(pairs: Sequence[Example]) -> Cache:
+    counts = {p.source: int(p.rows[0].targets.sum() + p.rows[1].targets.sum()) for p in pairs}
     return {source: np.full(count, -9.0, np.float32) for source, count in counts.items()}
 
 

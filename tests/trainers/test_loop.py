@@ -13,11 +13,12 @@ import torch
 from align.config import compose
 from align.engine.local import LocalEngine
 from align.models import Policy
-from align.objectives.preference import DPO, WPO, Sigmoid
+from align.objectives.losses import Sigmoid
+from align.objectives.preference import DPO, WPO
 from align.packing import num_tokens
-from align.stats import reference_stats
-from align.trainers.loop import NonFinite, Trainee, evaluate, plan, token_plan, train_step
-from align.types import Pair
+from align.stats import cached_stats
+from align.trainers.loop import Anchor, NonFinite, Trainee, evaluate, plan, token_plan, train_step
+from align.types import Example
 from tests.conftest import tiny_model
 from tests.engine.test_local import optimizer
 
@@ -78,8 +79,8 @@ def test_steps_and_horizon():
 
 def test_pair_over_the_budget_is_named_before_the_run(make_pairs):
     pairs = make_pairs(3)
-    most = max(num_tokens(p, "packed") for p in pairs)
-    assert token_plan(pairs, "packed", most)[0] == sum(num_tokens(p, "packed") for p in pairs)
+    most = max(num_tokens(p.rows, "packed") for p in pairs)
+    assert token_plan(pairs, "packed", most)[0] == sum(num_tokens(p.rows, "packed") for p in pairs)
     with pytest.raises(ValueError, match=r"trainer\.micro_batch_tokens"):
         token_plan(pairs, "packed", most - 1)
 
@@ -88,20 +89,27 @@ def test_pair_over_the_budget_is_named_before_the_run(make_pairs):
 
 
 class FixedReference:
-    """Log-probs by source, as a cache gives them."""
+    """Log-probs by source as a cache gives them, which asks by row."""
 
     def __init__(self, pairs, seed=5):
         rng = np.random.default_rng(seed)
         self.values = {}
         for p in pairs:
-            count = int(p.chosen.targets.sum() + p.rejected.targets.sum())
+            count = int(p.rows[0].targets.sum() + p.rows[1].targets.sum())
             self.values[p.source] = -rng.random(count).astype(np.float32) * 3
 
-    def __call__(self, pairs):
-        return [self.values[p.source] for p in pairs]
+        self.owners = {id(row): (p.source, k, p) for p in pairs for k, row in enumerate(p.rows)}
+
+    def __call__(self, rows):
+        out = []
+        for row in rows:
+            source, k, p = self.owners[id(row)]
+            first = int(p.rows[0].targets.sum())
+            out.append(self.values[source][:first] if k == 0 else self.values[source][first:])
+        return out
 
 
-def named(pairs: list[Pair]) -> list[Pair]:
+def named(pairs: list[Example]) -> list[Example]:
     """The pairs with sources of their own and origins a, b and none."""
     return [replace(p, source=f"rows:{i}", origin=("a", "b", "")[i % 3]) for i, p in enumerate(pairs)]
 
@@ -109,7 +117,8 @@ def named(pairs: list[Pair]) -> list[Pair]:
 def trainee(reference, max_tokens=10_000, layout="shared", objective=None, dtype=torch.float64) -> Trainee:
     policy = Policy(tiny_model("llama", dtype), layout)
     engine = LocalEngine(policy, optimizer(max_grad_norm=None), torch.float32)
-    return Trainee(engine, objective or WPO(0.1, Sigmoid(0.0), "sampled", 1.0), layout, max_tokens, reference, None)
+    objective = objective or WPO(0.1, Sigmoid(0.0), "sampled", 1.0)
+    return Trainee(engine, objective, layout, max_tokens, Anchor(reference, None))
 
 
 def gradients_of_step(own: Trainee, pairs, lr=0.0):
@@ -147,9 +156,10 @@ def by_hand(own: Trainee, pairs, name: str) -> list[float]:
 
     out = []
     for p in pairs:
-        batch = pack([p], own.layout, own.cached([p]))
+        batch = pack([p], own.layout, own.reference.cached(p.rows))
         with torch.no_grad():
-            losses = own.objective(own.engine.forward(batch, own.objective.needs), reference_stats(batch), batch)
+            reference = cached_stats(batch.reference_token_logps, batch)
+            losses = own.objective(own.engine.forward(batch, own.objective.needs), reference, batch)
         out.append(float(losses.terms[0].losses.sum()) if name == "loss" else float(losses.metrics[name][0]))
     return out
 
@@ -164,8 +174,8 @@ def test_metrics_are_means_over_the_global_batch(make_pairs):
     assert metrics["accuracy/train"] == pytest.approx(np.mean(expected["accuracy"]))
     assert metrics["reward/margin"] == pytest.approx(np.mean(expected["reward/margin"]), rel=1e-5)
     assert metrics["wpo/weight"] == pytest.approx(np.mean(expected["wpo/weight"]), rel=1e-6)
-    assert metrics["tokens/real"] == sum(len(r.token_ids) for p in pairs for r in (p.chosen, p.rejected))
-    assert metrics["tokens/targets"] == sum(int(r.targets.sum()) for p in pairs for r in (p.chosen, p.rejected))
+    assert metrics["tokens/real"] == sum(len(r.token_ids) for p in pairs for r in (p.rows[0], p.rows[1]))
+    assert metrics["tokens/targets"] == sum(int(r.targets.sum()) for p in pairs for r in (p.rows[0], p.rows[1]))
     held = evaluate(own, pairs)
     assert held["loss/heldout"] == pytest.approx(metrics["loss/total"])
     assert held["accuracy/heldout"] == pytest.approx(metrics["accuracy/train"])
