@@ -1,210 +1,336 @@
-"""Objectives against the reference implementations' vectors and against values derived by hand."""
+"""Objectives over pairs with a reference, against values derived by hand and invariances."""
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 
-from align.objectives.preference import DPO, WPO, Hinge, IpoMean, IpoSum, Robust, Sigmoid
-from align.stats import Head, row_sums, token_stats
-from align.types import PackedBatch, Stats
+from align.objectives.losses import Hinge, IpoSum, NcaPair, Robust, Sigmoid, SigmoidNorm
+from align.objectives.preference import AOT, DPO, INPO, RPO, WPO, beyond_shorter
+from tests.objectives.build import batch_of, reduced, rows_of, select, stats_of, with_step
 
-VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "direct_public.json").read_text())
-DPO_LOSSES = {
-    "sigmoid": lambda _: Sigmoid(0.0),  # TRL ignores label smoothing for this loss
-    "hinge": lambda _: Hinge(),
-    "ipo": lambda _: IpoMean(),
-    "robust": lambda c: Robust(c["label_smoothing"]),
-}
+LN2 = math.log(2)
 
 
-def mine(entry) -> bool:
-    config = entry["config"]
-    if entry["algorithm"] == "dpo":
-        return config["loss_type"] in DPO_LOSSES and not {"f_divergence_type", "ld_alpha"} & set(config)
-    return entry["algorithm"] in ("cdpo", "ipo_sum", "wpo")
+def zeros_like(policy, batch):
+    return stats_of(torch.zeros_like(policy.token_logps), batch)
 
 
-ENTRIES = [e for e in VECTORS if mine(e)]
+def random_pairs(num=6, seed=0, **fields):
+    """Pairs of 1 to 5 tokens and one empty completion, policy as a leaf, and reference."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 6, (2 * num,), generator=generator).tolist()
+    lengths[num + 1] = 0
+    rows = [(-3 * torch.rand(n, generator=generator)).tolist() for n in lengths]
+    policy, batch = rows_of(rows, **fields)
+    noise = torch.rand(len(policy.token_logps), generator=generator).double()
+    return policy, stats_of(policy.token_logps.detach() - noise, batch), batch
 
 
-def tensor(values) -> torch.Tensor:
-    return torch.tensor(_finite(values), dtype=torch.float64)
-
-
-def _finite(v):
-    return [_finite(x) for x in v] if isinstance(v, list) else float(v)
-
-
-def batch_of(lengths: torch.Tensor, row: torch.Tensor) -> PackedBatch:
-    """A batch with what objectives read. The vectors hold all chosen rows first, then all rejected."""
-    half = len(lengths) // 2
-    empty = torch.zeros(0, dtype=torch.long)
-    return PackedBatch(
-        input_ids=empty, position_ids=empty, segments=(), padded_shape=None, row_lengths=(), target_index=empty,
-        target_ids=empty, row=row, lengths=lengths,
-        pairs=torch.stack([torch.arange(half), half + torch.arange(half)], 1),
-        reference_token_logps=None, sources=("",) * half, origins=("",) * half,
-    )  # fmt: skip
-
-
-def stats_of(token_logps: torch.Tensor, mask: torch.Tensor, **extras: torch.Tensor) -> Stats:
-    row = mask.nonzero()[:, 0]
-    lengths = mask.sum(1)
-    values = token_logps[mask]
-    return Stats(values, row_sums(values, row, len(lengths)), lengths, row, **extras)
-
-
-def objective_of(entry):
-    config = entry["config"]
-    if entry["algorithm"] == "dpo":
-        return DPO(config["beta"], DPO_LOSSES[config["loss_type"]](config))
-    if entry["algorithm"] == "cdpo":
-        return DPO(config["beta"], Sigmoid(config["label_smoothing"]))
-    if entry["algorithm"] == "ipo_sum":
-        return DPO(config["beta"], IpoSum())
-    return WPO(config["beta"], Sigmoid(config["label_smoothing"]), config["alignment"], config["clamp_max"])
-
-
-def close(actual: torch.Tensor, expected, tolerance: float = 1e-9) -> None:
-    expected = tensor(expected)
-    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
-    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance * scale * 1e-3)
-
-
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e["name"])
-def test_vector(entry):
-    inputs, expected = entry["inputs"], entry["expected"]
-    tolerance = 1e-5 if "FLOAT32" in entry["source"] else 1e-9
-    objective = objective_of(entry)
-    if inputs["layout"] == "pair_tokens":
-        leaf = tensor(inputs["policy_token_logps"]).requires_grad_()
-        mask = tensor(inputs["token_mask"]).bool()
-        policy = stats_of(leaf, mask)
-        reference = stats_of(tensor(inputs["ref_token_logps"]), mask)
-        gradient = "grad_policy_token_logps"
-    else:
-        leaf = tensor(inputs["policy_logits"]).requires_grad_()
-        # position t is scored by the logits at t - 1
-        mask = tensor(inputs.get("completion_mask")).bool()[:, 1:]
-        ids = torch.tensor(inputs["input_ids"])[:, 1:]
-        identity = Head(torch.eye(leaf.shape[-1], dtype=torch.float64))
-        extras = tuple(sorted(objective.needs - {"reference"}))
-
-        def opinion(logits: torch.Tensor) -> Stats:
-            values = token_stats(logits[:, :-1][mask], identity, ids[mask], extras, chunk=3)
-            row, lengths = mask.nonzero()[:, 0], mask.sum(1)
-            return Stats(
-                values[0],
-                row_sums(values[0], row, len(lengths)),
-                lengths,
-                row,
-                **dict(zip(extras, values[1:], strict=True)),
-            )
-
-        policy, reference = opinion(leaf), opinion(tensor(inputs["ref_logits"]))
-        gradient = "grad_policy_logits"
-    batch = batch_of(policy.lengths, policy.row)
-    out = objective(policy, reference, batch)
-    losses = out.terms[0].losses
-    losses.mean().backward()
-
-    close(losses.mean().detach(), expected["loss"], tolerance)
-    close(losses.detach(), expected["per_example_loss"], tolerance)
-    close(leaf.grad, expected[gradient], tolerance)
-    if "pair_weight" in expected:
-        close(out.metrics["wpo/weight"], expected["pair_weight"], tolerance)
-    if "seq_weights" in expected:
-        close(objective.row_log_weights(policy).exp(), expected["seq_weights"], tolerance)
-    if "chosen_rewards" in expected:
-        close(out.metrics["reward/chosen"], expected["chosen_rewards"], tolerance)
-        close(out.metrics["reward/rejected"], expected["rejected_rewards"], tolerance)
-    if "policy_logps" in expected:
-        close(policy.logps.detach(), expected["policy_logps"], tolerance)
-    if "metrics" in expected:
-        close(out.metrics["reward/margin"].mean(), expected["metrics"]["rewards/margins"], tolerance)
-
-
-def test_all_required_vectors_are_here():
-    assert {e["algorithm"] for e in ENTRIES} == {"dpo", "cdpo", "ipo_sum", "wpo"}
-    assert len([e for e in ENTRIES if e["algorithm"] == "wpo"]) == len([e for e in VECTORS if e["algorithm"] == "wpo"])
-
-
-def two_rows(chosen: list[float], rejected: list[float], **extras) -> tuple[Stats, PackedBatch]:
-    values = torch.tensor([*chosen, *rejected], dtype=torch.float64, requires_grad=True)
-    row = torch.tensor([0] * len(chosen) + [1] * len(rejected))
-    lengths = torch.tensor([len(chosen), len(rejected)])
-    return Stats(values, row_sums(values, row, 2), lengths, row, **extras), batch_of(lengths, row)
+# ---------------------------------------------------------------------- DPO
 
 
 def test_dpo_by_hand():
     # chosen -1 against reference -2, rejected -3 against -1: D = 1 - (-2) = 3; beta 0.5: z = 1.5
     # loss = log(1 + e^-1.5)
-    policy, batch = two_rows([-0.5, -0.5], [-3.0])
-    reference, _ = two_rows([-1.0, -1.0], [-1.0])
+    policy, batch = rows_of([[-0.5, -0.5], [-3.0]])
+    reference = stats_of(torch.tensor([-1.0, -1.0, -1.0]).double(), batch)
     loss = DPO(0.5, Sigmoid(0.0))(policy, reference, batch).terms[0].losses
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-1.5)), abs=1e-14)
 
 
-@pytest.mark.parametrize("layout_loss", [Sigmoid(0.0), Sigmoid(0.2)])
-def test_equal_networks_give_ln2_and_no_accuracy(layout_loss):
+@pytest.mark.parametrize("loss", [Sigmoid(0.0), Sigmoid(0.2)])
+def test_equal_networks_give_ln2_and_no_accuracy(loss):
     # a tie is not a win
-    policy, batch = two_rows([-0.5, -0.25], [-3.0])
-    out = DPO(0.1, layout_loss)(policy, policy, batch)
-    assert out.terms[0].losses.item() == pytest.approx(math.log(2), abs=1e-15)
+    policy, batch = rows_of([[-0.5, -0.25], [-3.0]])
+    out = DPO(0.1, loss)(policy, policy, batch)
+    assert out.terms[0].losses.item() == pytest.approx(LN2, abs=1e-15)
     assert out.metrics["accuracy"].item() == 0.0
 
 
 def test_gradient_raises_chosen_and_lowers_rejected():
-    policy, batch = two_rows([-1.0], [-1.0])
-    reference, _ = two_rows([-1.0], [-1.0])
-    DPO(0.1, Sigmoid(0.0))(policy, reference, batch).terms[0].losses.sum().backward()
+    policy, batch = rows_of([[-1.0], [-1.0]])
+    DPO(0.1, Sigmoid(0.0))(policy, policy, batch).terms[0].losses.sum().backward()
     # -beta s(-z) = -0.05 at z = 0
     assert policy.token_logps.grad.tolist() == pytest.approx([-0.05, 0.05], abs=1e-15)
 
 
+def test_target_weights_scale_sums_and_lengths():
+    # chosen 1/2 * -2 - 1/4 * -4 = -2 over length 3/4; rejected -1 over 1: the difference per token is -8/3 + 1
+    weights = torch.tensor([0.5, 0.25, 1.0]).double()
+    policy, batch = rows_of([[-2.0, -4.0], [-1.0]], weights=weights)
+    zero = zeros_like(policy, batch)
+    out = DPO(1.0, SigmoidNorm())(policy, zero, batch)
+    assert out.terms[0].losses.item() == pytest.approx(math.log(1 + math.exp(8 / 3 - 1)), abs=1e-12)
+    assert out.metrics["reward/margin"].item() == pytest.approx(-1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("f_divergence, f_alpha", [("forward_kl", None), ("js", None), ("alpha", 0.5), ("alpha", 2.0)])
+def test_divergences_have_the_slope_of_reverse_kl_where_policy_and_reference_agree(f_divergence, f_alpha):
+    """f''(1) = 1 for each but Jensen-Shannon's 1/2, so the gradients at the start are those of DPO or half of them."""
+    policy, batch = rows_of([[-1.0], [-2.0]])
+    loss = DPO(0.1, Sigmoid(0.0), f_divergence, f_alpha)(policy, policy, batch).terms[0].losses
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(LN2, abs=1e-15)
+    slope = 0.5 if f_divergence == "js" else 1.0
+    assert policy.token_logps.grad.tolist() == pytest.approx([-0.05 * slope, 0.05 * slope], abs=1e-15)
+
+
+def test_alpha_divergence_by_hand_and_its_limits():
+    # alpha 2: f'(t) = t - 1, ratios e^0.5 and e^-1: z = beta (e^0.5 - e^-1)
+    policy, batch = rows_of([[0.5], [-1.0]])
+    zero = zeros_like(policy, batch)
+    value = DPO(0.3, Sigmoid(0.0), "alpha", 2.0)(policy, zero, batch).terms[0].losses.item()
+    assert value == pytest.approx(math.log(1 + math.exp(-0.3 * (math.exp(0.5) - math.exp(-1)))), abs=1e-12)
+    near_one, forward = DPO(0.3, Sigmoid(0.0), "alpha", 1 + 1e-7), DPO(0.3, Sigmoid(0.0), "alpha", 0.0)
+    for a, b in ((near_one, DPO(0.3, Sigmoid(0.0))), (forward, DPO(0.3, Sigmoid(0.0), "forward_kl"))):
+        left, right = (o(policy, zero, batch).terms[0].losses.item() for o in (a, b))
+        assert left == pytest.approx(right, abs=1e-6)
+
+
+@pytest.mark.parametrize("f_divergence, f_alpha", [("forward_kl", None), ("js", None), ("alpha", 0.5), ("alpha", 2.0)])
+def test_divergences_at_huge_ratios(f_divergence, f_alpha):
+    """Finite in float32 wherever the exponent ends, and exact until 80."""
+    for chosen, rejected in ((-800.0, 800.0), (800.0, -800.0), (-800.0, -800.0)):
+        policy, batch = rows_of([[chosen], [rejected]])
+        leaf = policy.token_logps.detach().float().requires_grad_()
+        policy = stats_of(leaf, batch)
+        loss = DPO(0.1, Sigmoid(0.0), f_divergence, f_alpha)(policy, zeros_like(policy, batch), batch).terms[0].losses
+        loss.sum().backward()
+        assert torch.isfinite(loss).all()
+        assert torch.isfinite(leaf.grad).all()
+    # hinge, beta 1: 1 - f'(e^chosen) + f'(e^rejected), f' of forward KL 1 - e^-D: 1 + e^79 - e^-1
+    policy, batch = rows_of([[-79.0], [1.0]])
+    loss = DPO(1.0, Hinge(), "forward_kl")(policy, zeros_like(policy, batch), batch).terms[0].losses.item()
+    assert loss == pytest.approx(1 + math.exp(79) - math.exp(-1), rel=1e-12)
+
+
+def test_ld_alpha_counts_the_tail_of_the_longer_completion_less():
+    # lengths 4 and 2 and 0 and 1: the third and fourth token of the first, and the only token of the last, are beyond
+    row = torch.tensor([0, 0, 0, 0, 2, 2, 3])
+    batch = batch_of(row, 4)
+    assert beyond_shorter(batch, 0.25).tolist() == [1, 1, 0.25, 0.25, 1, 1, 0.25]
+    policy, reference, batch = random_pairs()
+    plain = DPO(0.1, Sigmoid(0.0))(policy, reference, batch)
+    off = DPO(0.1, Sigmoid(0.0), ld_alpha=1.0)(policy, reference, batch)
+    assert torch.equal(plain.terms[0].losses, off.terms[0].losses)
+
+
+def test_ld_alpha_leaves_further_columns_alone():
+    row = torch.tensor([0, 1, 1, 2, 2, 2])
+    assert beyond_shorter(batch_of(row, 3, num_columns=3), 0.5).tolist() == [1, 1, 0.5, 1, 1, 1]
+
+
+# ---------------------------------------------------------------------- WPO
+
+
 def test_wpo_weight_by_hand():
     # mean over tokens of logp - log collision: chosen (-1 + 0.6 - 2 + 1)/2 = -0.7, rejected -1.5 + 0.2 = -1.3
-    policy, batch = two_rows([-1.0, -2.0], [-1.5], log_collision=torch.tensor([-0.6, -1.0, -0.2]).double())
-    objective = WPO(0.1, Sigmoid(0.0), "sampled", 1.0)
-    out = objective(policy, policy, batch)
-    assert out.metrics["wpo/weight"].item() == pytest.approx(math.exp(-2.0), abs=1e-7)
-    assert out.terms[0].losses.item() == pytest.approx(math.exp(-2.0) * math.log(2), abs=1e-7)
+    policy, batch = rows_of([[-1.0, -2.0], [-1.5]])
+    policy = replace(policy, log_collision=torch.tensor([-0.6, -1.0, -0.2], dtype=torch.float64))
+    out = WPO(0.1, Sigmoid(0.0), "sampled", 1.0)(policy, policy, batch)
+    assert out.metrics["wpo/weight"].item() == pytest.approx(math.exp(-2.0), abs=1e-12)
+    assert out.terms[0].losses.item() == pytest.approx(math.exp(-2.0) * LN2, abs=1e-12)
     assert out.metrics["reward/margin"].item() == 0.0  # metrics carry no weight
 
 
 def test_wpo_clamps_the_product_not_the_factors():
     # weights e^0.5 and e^-0.7: product e^-0.2 < 1 stays; clamping each first would give e^-0.7
-    policy, batch = two_rows([-0.5], [-1.7], log_collision=torch.tensor([-1.0, -1.0]).double())
+    policy, batch = rows_of([[-0.5], [-1.7]])
+    policy = replace(policy, log_collision=torch.tensor([-1.0, -1.0]).double())
     weight = WPO(0.1, Sigmoid(0.0), "sampled", 1.0)(policy, policy, batch).metrics["wpo/weight"]
     assert weight.item() == pytest.approx(math.exp(-0.2), abs=1e-12)
 
 
-def test_wpo_weight_is_per_token_at_batch_one():
-    # open-instruct multiplied sequence sums by a mask: exp of the sum instead of the mean
-    policy, batch = two_rows([-0.1] * 20, [-0.1] * 20)
+@pytest.mark.parametrize("num_pairs", [1, 2, 3])
+def test_wpo_weight_is_a_mean_over_tokens_at_any_batch_size(num_pairs):
+    """Two rows of 20 tokens with sums -32 and -33 weigh e^(-65/20) = 0.0388.
+
+    open-instruct multiplies the sums by a token mask: exp(-65) = 5.9e-29 for one pair, a shape error for more.
+    """
+    policy, batch = rows_of([[-1.6] * 20] * num_pairs + [[-1.65] * 20] * num_pairs)
     weight = WPO(0.1, Sigmoid(0.0), "none", None)(policy, policy, batch).metrics["wpo/weight"]
-    assert weight.item() == pytest.approx(math.exp(-0.2), abs=1e-12)
+    assert weight.tolist() == pytest.approx([math.exp(-3.25)] * num_pairs, rel=1e-12)
+    assert weight[0].item() == pytest.approx(0.0388, abs=5e-5)
+
+
+def test_wpo_weight_is_a_weighted_mean_with_target_weights():
+    # (1 * -1 + 0.5 * -4) / 1.5 = -2 for chosen, -1 for rejected
+    weights = torch.tensor([1.0, 0.5, 0.25]).double()
+    policy, batch = rows_of([[-1.0, -4.0], [-1.0]], weights=weights)
+    weight = WPO(0.1, Sigmoid(0.0), "none", None)(policy, policy, batch).metrics["wpo/weight"]
+    assert weight.item() == pytest.approx(math.exp(-3.0), abs=1e-12)
 
 
 def test_empty_completion_has_weight_one_and_poisons_nothing():
-    policy, batch = two_rows([], [-1.0])
+    policy, batch = rows_of([[], [-1.0]])
     out = WPO(0.1, Sigmoid(0.0), "none", None)(policy, policy, batch)
     assert out.metrics["wpo/weight"].item() == pytest.approx(math.exp(-1.0), abs=1e-15)
     assert torch.isfinite(out.terms[0].losses).all()
 
 
+# ---------------------------------------------------------------------- RPO
+
+
+def test_rpo_by_hand():
+    # two pairs; chosen sums -3 (2 tokens) and -4 (1 token), equal to the reference: base loss ln 2
+    policy, batch = rows_of([[-1.0, -2.0], [-4.0], [-1.0], [-5.0]])
+
+    def loss(normalisation, weight):
+        return reduced(RPO(0.5, Sigmoid(0.0), normalisation, weight)(policy, policy, batch), batch).item()
+
+    assert loss("sum", 0.2) == pytest.approx(LN2 + 0.2 * 0.5 * 3.5, abs=1e-12)
+    assert loss("sequence_mean", 0.2) == pytest.approx(LN2 + 0.2 * (1.5 + 4.0) / 2, abs=1e-12)
+    assert loss("token_mean", 0.2) == pytest.approx(LN2 + 0.2 * 7 / 3, abs=1e-12)
+    nll = RPO(0.5, Sigmoid(0.0), "sum", 0.2)(policy, policy, batch).metrics["nll"]
+    assert nll.tolist() == pytest.approx([1.5, 4.0], abs=1e-12)
+
+
+def test_rpo_imitates_chosen_only():
+    policy, batch = rows_of([[-1.0, -2.0], [-4.0]])
+    for normalisation in ("sum", "sequence_mean", "token_mean"):
+        with_term, without = (
+            torch.autograd.grad(
+                reduced(RPO(0.5, Sigmoid(0.0), normalisation, w)(policy, policy, batch), batch),
+                policy.token_logps,
+                retain_graph=True,
+            )[0]
+            for w in (0.3, 0.0)
+        )
+        assert (with_term[:2] < without[:2]).all()
+        assert with_term[2] == without[2]
+
+
+# ---------------------------------------------------------------------- AOT
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("split", [[[0, 1, 2, 3, 4, 5]], [[4, 1], [0, 5, 3], [2]], [[5], [4], [3], [2], [1], [0]]])
+def test_aot_does_not_depend_on_micro_batches(paired, split):
+    objective = AOT(0.3, Sigmoid(0.1), paired)
+    policy, reference, batch = random_pairs()
+    batch = with_step(objective, policy, reference, batch)
+    parts = [(select(policy, batch, p), select(reference, batch, p)[0]) for p in split]
+    total = sum(reduced(objective(stats, ref, part), batch) for (stats, part), ref in parts)
+    (gradient,) = torch.autograd.grad(total, policy.token_logps)
+
+    # the definition, on the whole step
+    u, v = (s.logps[batch.groups] for s in (policy, reference))
+    if paired:
+        left, right = (u[:, 0] - u[:, 1]).sort().values, (v[:, 0] - v[:, 1]).sort().values
+    else:
+        left, right = (u - v)[:, 0].sort().values, (u - v)[:, 1].sort().values
+    z = 0.3 * (left - right)
+    expected = (-0.9 * torch.nn.functional.logsigmoid(z) - 0.1 * torch.nn.functional.logsigmoid(-z)).mean()
+    (expected_gradient,) = torch.autograd.grad(expected, policy.token_logps)
+    assert total.item() == pytest.approx(expected.item(), abs=1e-13)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_aot_with_ties_is_finite_and_of_one_pair_is_dpo(paired):
+    objective = AOT(0.3, Sigmoid(0.0), paired)
+    policy, batch = rows_of([[-1.0], [-1.0], [-1.0], [-1.0]])
+    batch = with_step(objective, policy, policy, batch)
+    assert objective(policy, policy, batch).terms[0].losses.tolist() == pytest.approx([LN2, LN2], abs=1e-15)
+    policy, reference, batch = random_pairs(1 + 1)
+    stats, part = select(policy, batch, [0])
+    ref, _ = select(reference, batch, [0])
+    one = with_step(objective, stats, ref, part)
+    (a,) = torch.autograd.grad(reduced(objective(stats, ref, one), one), policy.token_logps, retain_graph=True)
+    (b,) = torch.autograd.grad(reduced(DPO(0.3, Sigmoid(0.0))(stats, ref, part), part), policy.token_logps)
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+
+# ---------------------------------------------------------------------- INPO
+
+
+def test_inpo_with_one_anchor_is_ipo():
+    policy, reference, batch = random_pairs()
+    start = torch.rand(len(batch.row), generator=torch.Generator().manual_seed(1)).double() - 3
+    ipo = DPO(0.2, IpoSum())
+    only_reference = INPO(0.2, 0.2)(policy, reference, replace(batch, start_token_logps=start))
+    torch.testing.assert_close(only_reference.terms[0].losses, ipo(policy, reference, batch).terms[0].losses)
+    same = INPO(0.2, 0.05)(policy, reference, replace(batch, start_token_logps=reference.token_logps))
+    torch.testing.assert_close(same.terms[0].losses, ipo(policy, reference, batch).terms[0].losses)
+
+
+def test_inpo_needs_the_start_policy():
+    policy, reference, batch = random_pairs()
+    with pytest.raises(ValueError, match="no log-probs of the policy that the run started from"):
+        INPO(0.2, 0.1)(policy, reference, batch)
+
+
+# ---------------------------------------------------------------------- all
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [DPO(0.1, Sigmoid(0.1)), DPO(0.1, SigmoidNorm(), ld_alpha=0.2), WPO(0.1, Sigmoid(0.0), "none", None),
+     RPO(0.1, Hinge(), "token_mean", 1.0), RPO(0.1, NcaPair(), "sum", 1.0)],
+    ids=lambda o: type(o).__name__,
+)  # fmt: skip
+def test_loss_and_gradient_do_not_depend_on_micro_batches(objective):
+    weights = torch.rand(200, generator=torch.Generator().manual_seed(3)).double()
+    policy, reference, plain = random_pairs()
+    batch = replace(batch_of(plain.row, len(plain.lengths), weights=weights[: len(plain.row)] + 0.1))
+    policy, reference = (stats_of(s.token_logps, batch) for s in (policy, reference))
+    leaf = policy.token_logps
+    whole = reduced(objective(policy, reference, batch), batch)
+    parts = [(select(policy, batch, p), select(reference, batch, p)[0]) for p in ([3, 0], [1], [5, 2, 4])]
+    split = sum(reduced(objective(stats, ref, part), batch) for (stats, part), ref in parts)
+    assert split.item() == pytest.approx(whole.item(), abs=1e-13)
+    a, b = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for loss in (whole, split))
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+
+def test_reference_gets_no_gradient():
+    policy, batch = rows_of([[-1.0], [-2.0]])
+    reference, _ = rows_of([[-1.5], [-1.0]])
+    batch = replace(batch, start_token_logps=torch.tensor([-1.0, -3.0]).double())
+    sigmoid = Sigmoid(0.0)
+    aot = [AOT(0.1, sigmoid, paired) for paired in (True, False)]
+    for objective in (
+        DPO(0.1, sigmoid),
+        DPO(0.1, sigmoid, ld_alpha=0.5),
+        RPO(0.1, sigmoid, "sum", 1.0),
+        INPO(1, 1),
+        *aot,
+    ):
+        own = with_step(objective, policy, reference, batch) if objective in aot else batch
+        reduced(objective(policy, reference, own), own).backward(retain_graph=True)
+        assert reference.token_logps.grad is None
+
+
+def test_no_pairs():
+    policy, batch = rows_of([])
+    with pytest.raises(ValueError, match="the batch has no pairs"):
+        DPO(0.1, Hinge())(policy, policy, batch)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: DPO(0.0, Hinge()), "objective.beta=0.0: must be greater than 0"),
-        (lambda: Sigmoid(0.5), "label_smoothing=0.5: must be at least 0 and below 0.5"),
-        (lambda: WPO(0.1, Hinge(), "sampeld", 1.0), "objective.alignment=sampeld: must be one of"),
-        (lambda: WPO(0.1, Hinge(), "greedy", -1.0), "objective.clamp_max=-1.0"),
+        (lambda: DPO(0.0, Hinge()), r"objective\.beta=0\.0: must be greater than 0"),
+        (lambda: DPO(math.inf, Hinge()), r"objective\.beta=inf"),
+        (lambda: DPO(math.nan, Hinge()), r"objective\.beta=nan"),
+        (lambda: DPO(0.1, Hinge(), "kl"), r"objective\.f_divergence=kl: must be one of reverse_kl"),
+        (lambda: DPO(0.1, Hinge(), "alpha"), r"objective\.f_alpha=None: .* needs a number"),
+        (lambda: DPO(0.1, Hinge(), "alpha", 1.0), r"objective\.f_alpha=1\.0"),
+        (lambda: DPO(0.1, Hinge(), "js", 0.5), r"objective\.f_alpha=0\.5: .* needs null"),
+        (lambda: DPO(0.1, NcaPair(), "js"), r"objective\.f_divergence=js cannot be combined .*NcaPair"),
+        (lambda: DPO(0.1, Hinge(), ld_alpha=1.1), r"objective\.ld_alpha=1\.1: must be between 0 and 1"),
+        (lambda: WPO(0.1, Hinge(), "sampeld", 1.0), r"objective\.alignment=sampeld: must be one of"),
+        (lambda: WPO(0.1, Hinge(), "greedy", -1.0), r"objective\.clamp_max=-1\.0"),
+        (lambda: RPO(0.1, Hinge(), "mean", 1.0), r"objective\.normalisation=mean: must be one of sum"),
+        (lambda: RPO(0.1, Hinge(), "sum", -1.0), r"objective\.weight=-1\.0: must be at least 0"),
+        (lambda: AOT(0.1, SigmoidNorm(), True), "AOT cannot be combined with objective.loss=SigmoidNorm"),
+        (lambda: INPO(0.1, 0.2), r"objective\.tau=0\.2: must be .* at most objective\.eta=0\.1"),
+        (lambda: INPO(0.1, 0.0), r"objective\.tau=0\.0"),
+        (lambda: Robust(0.5), r"objective\.loss\.label_smoothing=0\.5: must be at least 0 and below 0\.5"),
     ],
 )
 def test_impossible_values_are_refused(build, message):
