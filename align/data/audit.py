@@ -15,15 +15,17 @@ class SplitAudit:
     rows_in: int = 0
     rows_kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
-    dropped_rows: list[str] = field(default_factory=list)  # "file:line reason"
-    tokens: int = 0  # of both sequences, shared ones counted twice
+    dropped_rows: list[dict[str, str]] = field(default_factory=list)  # source ("file:line"), reason, detail
+    truncated_rows: list[str] = field(default_factory=list)  # "file:line"
+    examples: int = 0  # what the rows give the objective: a pair can be two labelled sequences, a set can be repeated
+    tokens: int = 0  # of all sequences, shared ones counted for each
     target_tokens: int = 0
     origins: dict[str, int] = field(default_factory=dict)
 
-    def drop(self, source: str, reason: str) -> None:
+    def drop(self, source: str, reason: str, detail: str) -> None:
         """Count one row that is not used."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        self.dropped_rows.append(f"{source} {reason}")
+        self.dropped_rows.append({"source": source, "reason": reason, "detail": detail})
 
 
 @dataclass
@@ -53,9 +55,11 @@ class Audit:
         out = []
         for name, split in (("train", self.train), ("held-out", self.heldout)):
             dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(split.dropped.items())) or "none"
+            cut = f", {len(split.truncated_rows)} of them cut short" if split.truncated_rows else ""
+            more = f"; {split.examples} examples" if split.examples != split.rows_kept else ""
             out.append(
-                f"data {name}: {split.rows_in} rows in = {split.rows_kept} kept + "
-                f"{sum(split.dropped.values())} dropped ({dropped}); {split.target_tokens} target tokens"
+                f"data {name}: {split.rows_in} rows in = {split.rows_kept} kept{cut} + "
+                f"{sum(split.dropped.values())} dropped ({dropped}){more}; {split.target_tokens} target tokens"
             )
         if self.prompts_in_both:
             out.append(f"data warning: {self.prompts_in_both} held-out prompts also stand in the training data")

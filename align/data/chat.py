@@ -1,114 +1,331 @@
-"""Conversations and plain texts to Rows: which tokens stand there and which of them the policy wrote.
+"""Conversations and plain texts to Rows: which tokens, who wrote them, which the policy answers for.
 
-The prompt's tokens are those that generation would start from; targets are what the policy would have emitted
-after them, its end of turn included. No mask is derived from token ids.
+A conversation is rendered once by the model's own chat template; template.py tells where each message stands in it.
+Targets are what the policy would have emitted from where generation starts to its end of turn. No mask is derived from
+token ids, and text in a message never becomes a control token. Order and types of messages are formats.py's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from align.data.sources import BadRow
+from align.data.template import Layout, Message, Template, Turn, check_said, json_of, map_texts, quote, texts_of, tidy
 from align.types import Row
 
-Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
+Tools = list[dict[str, Any]]
+_Region = tuple[int, int, str, int | None, bool]  # characters from, to; role, message, target
+_CONTEXT = 64  # characters before a text that its tokenisation is told of: longer than any control token
 
 
-def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message]) -> list[int]:
-    """The tokens generation starts from."""
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt).input_ids
-        return ids[:-1] if _appends_eos(tokenizer) else ids
-    return _ids(tokenizer, _render(tokenizer, prompt, generation=True))
+@dataclass(frozen=True)
+class Span:
+    """A run of tokens with one author; the spans of a rendering tile its tokens."""
+
+    start: int
+    end: int
+    role: str  # of what a message says; "template" for what the template writes around it; "text" without a template
+    message: int | None  # index; of template text: the message before it, None before the first
+    target: bool
 
 
-def text_row(tokenizer: Any, prompt: str, completion: str, finished: bool) -> Row:
+@dataclass(frozen=True)
+class Rendering:
+    """A row with its authors."""
+
+    row: Row
+    spans: tuple[Span, ...]
+    prompt_length: int  # tokens that the policy's first emission continues; all of them without a target
+    notes: tuple[str, ...] = ()  # "kind: text", of context, dropped, end_of_turn, special_text, white_space
+
+
+def render(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    tools: Tools | None = None,
+    first_target: int = 0,
+    finished: bool = True,
+    target_roles: Sequence[str] = ("assistant",),
+) -> Rendering:
+    """A conversation by the tokenizer's chat template, up to its last target (to its end when it has none).
+
+    Targets are the messages from index first_target on whose role is in target_roles and whose weight is not 0. An
+    assistant's target begins where generation would and ends with its end of turn, or with its text when it is the
+    last one and not finished. Of other roles it is what the message says.
+    Raises BadRow("template") when the template refuses the conversation, drops or rewrites what a target says, or
+    leaves open where a target begins or ends; ValueError without a template.
+    """
+    template, messages = Template.of(tokenizer, tools), tidy(messages)
+    layout = template.layout(messages, generation=False)
+    chosen = [
+        i
+        for i, message in enumerate(messages)
+        if i >= first_target and message["role"] in target_roles and message.get("weight", 1) != 0
+    ]
+    turns, notes = [], _dropped(layout, chosen)
+    for i in chosen:
+        turn, findings = _target(template, layout, messages, i, finished or i != chosen[-1])
+        turns.append(turn)
+        notes += findings
+    regions = _tile(layout, messages, turns)
+    cuts, findings = _cuts(tokenizer, layout, messages, tools)
+    borders = cuts | {edge for turn in turns for edge in (turn.start, turn.end)}
+    ids, edges = _encode(tokenizer, layout.text, borders, [start for start, *_ in regions] + [regions[-1][1]])
+    if turns and turns[-1].append:
+        ids += _in_place(tokenizer, layout.text[: turns[-1].end], turns[-1].append)[0]
+        edges[-1] = len(ids)
+    spans = tuple(
+        Span(start, end, role, message, target)
+        for (start, end), (_, _, role, message, target) in zip(pairwise(edges), regions, strict=True)
+        if start < end
+    )
+    prompt_length = next((span.start for span in spans if span.target), len(ids))
+    if prompt_length == 0:
+        raise BadRow("template", "nothing stands before the first target that generation could start from")
+    return Rendering(_row(ids, spans, messages), spans, prompt_length, tuple(notes + findings))
+
+
+def render_text(tokenizer: Any, prompt: str, completion: str, finished: bool) -> Rendering:
     """Prompt and completion as they stand, without a chat template; a finished completion ends in EOS."""
     head = prompt_ids(tokenizer, prompt) if prompt else _beginning(tokenizer)
     if not head:
         raise BadRow("empty_prompt", "no prompt, and the tokenizer has no BOS to begin with; add a prompt")
-    rest = _continue(tokenizer, prompt, completion, special=True)
+    rest, _ = _in_place(tokenizer, prompt, completion, special=True)
     if finished and tokenizer.eos_token_id is not None and rest[-1:] != [tokenizer.eos_token_id]:
         rest = [*rest, tokenizer.eos_token_id]
-    return _row([(head, False), (rest, True)])
+    ids = head + rest
+    spans = (Span(0, len(head), "text", None, False), Span(len(head), len(ids), "text", None, True))
+    return Rendering(_row(ids, spans, ()), spans, len(head))
 
 
-def chat_row(tokenizer: Any, prompt: Sequence[Message], completion: Sequence[Message], finished: bool) -> Row:
-    """A conversation by the tokenizer's chat template; targets are the assistant turns of `completion`.
+def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message], tools: Tools | None = None) -> list[int]:
+    """The tokens generation starts from."""
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt).input_ids
+        return ids[:-1] if _appends_eos(tokenizer) else ids
+    template, messages = Template.of(tokenizer, tools), tidy(prompt)
+    if not _special(tokenizer).search(json_of([messages, tools])):
+        return _ids(tokenizer, template.write(messages, generation=True))
+    layout = template.layout(messages, generation=True)
+    return _encode(tokenizer, layout.text, _cuts(tokenizer, layout, messages, tools)[0], [0, len(layout.text)])[0]
 
-    Each target turn ends with what the template puts after the text, up to and without trailing white space (the
-    policy's end of turn); an unfinished last turn ends with its text. Everything else is context.
-    Raises BadRow when the template's renderings of the conversation's beginnings do not extend each other.
+
+def between_turns(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    new: Sequence[Message],
+    *,
+    tools: Tools | None = None,
+    ended: bool = True,
+) -> list[int]:
+    """The tokens between the policy's emission of messages[-1] and the start of its next one, after `new`.
+
+    messages[-1] is the assistant's; `ended`: its end of turn was emitted too. What was emitted is not tokenised again
+    nor looked at, so it may be anything. Raises BadRow("template") as render does.
     """
-    messages = [*prompt, *completion]
-    parts: list[tuple[list[int], bool]] = []
-    done = ""  # rendered text that already has tokens
-    for i in range(len(prompt), len(messages)):
-        if messages[i]["role"] != "assistant":
-            continue
-        head = _render(tokenizer, messages[:i], generation=True)
-        body = _render(tokenizer, messages[: i + 1], generation=False)
-        if not head.startswith(done) or not body.startswith(head):
+    template, at = Template.of(tokenizer, tools), len(messages) - 1
+    messages = tidy([*messages, *new])
+    if messages[at]["content"] or "tool_calls" not in messages[at]:
+        messages[at]["content"] = "x"  # any text: only what follows it counts
+    layout = template.layout(messages, generation=True)
+    turn = template.end(layout, messages, at, layout.before(at))
+    cuts, _ = _cuts(tokenizer, layout, messages, tools)
+    return _encode(tokenizer, layout.text, cuts, [turn.end if ended else turn.end_start, len(layout.text)])[0]
+
+
+def terminator(tokenizer: Any) -> str:
+    """What the chat template writes for the end of the assistant's turn; "" for nothing."""
+    return Template.of(tokenizer).habits.last_end
+
+
+def stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:
+    """Every token that ends a turn: the generation config's, the tokenizer's and the chat template's."""
+    configured = generation_config.eos_token_id if generation_config is not None else None
+    ids = [*(configured if isinstance(configured, (list, tuple)) else [configured]), tokenizer.eos_token_id]
+    if tokenizer.chat_template:
+        end = _ids(tokenizer, terminator(tokenizer))
+        ids += end if len(end) == 1 else []
+    return sorted({i for i in ids if i is not None})
+
+
+# ---- spans ----
+
+
+def _target(
+    template: Template, layout: Layout, messages: Sequence[Message], i: int, ended: bool
+) -> tuple[Turn, list[str]]:
+    """What the policy is to answer for of message i, and findings."""
+    notes = check_said(layout, messages, i)
+    if messages[i]["role"] != "assistant":
+        start, end = layout.region(i)
+        return Turn(i, start, end, end, end), notes
+    turn, findings = template.turn(layout, messages, i)
+    notes += findings
+    habits, last = template.habits, i == len(messages) - 1
+    if not ended:
+        return replace(turn, end=turn.said_end, append=""), notes
+    if not last and not messages[i].get("tool_calls") and habits.history_end != habits.last_end:
+        turn = replace(turn, end=turn.said_end)  # what ends a turn of the past is not what the policy ended it with
+    if turn.end == turn.said_end and not turn.append:
+        eos = template.tokenizer.eos_token or ""
+        turn = replace(turn, append=eos if last else "")
+        if last and eos:
+            notes.append(f"end_of_turn: the chat template writes none after message {i + 1}; {eos} is added")
+        else:
+            notes.append(f"end_of_turn: message {i + 1} has none that the policy would have emitted; none is learnt")
+    return turn, notes
+
+
+def _dropped(layout: Layout, chosen: Sequence[int]) -> list[str]:
+    return [
+        f"dropped: the chat template leaves out message {i + 1}"
+        for i, places in enumerate(layout.places)
+        if i not in chosen and places and all(end is None for _, end in places)
+    ]
+
+
+def _tile(layout: Layout, messages: Sequence[Message], turns: Sequence[Turn]) -> list[_Region]:
+    """The regions of the rendering, without gaps, up to the last target."""
+    stop = turns[-1].end if turns else len(layout.text)
+    named = [(turn.start, turn.end, turn.message, True) for turn in turns]
+    for i in {*range(len(messages))} - {turn.message for turn in turns}:
+        start, end = layout.region(i)
+        if start < min(end, stop):
+            named.append((start, min(end, stop), i, False))
+    regions: list[_Region] = []
+    at, before = 0, None
+    for start, end, i, target in sorted(named):
+        if start < at and (target or regions[-1][4]):
             raise BadRow(
                 "template",
-                f"message {i + 1}: the chat template does not extend what it rendered before "
-                f"(before: {_tail(head)!r}, after: {_tail(body)!r}); use another chat template",
+                f"message {i + 1}: the chat template writes it into message {(before or 0) + 1} "
+                f"({quote(layout.text[start:at])}); use another chat template",
             )
-        emitted = body[len(head) :].rstrip()
-        text = messages[i]["content"]
-        last = i == len(messages) - 1
-        if last and not finished:
-            at = emitted.find(text.strip())
-            emitted = emitted[: at + len(text.strip())] if at >= 0 else emitted
-        parts.append((_continue(tokenizer, done, head[len(done) :]), False))
-        target = _continue(tokenizer, head, emitted)
-        if last and finished and emitted.strip() == text.strip() and tokenizer.eos_token_id is not None:
-            target = [*target, tokenizer.eos_token_id]  # a template without an end of turn
-        parts.append((target, True))
-        done = head + emitted
-    return _row(parts)
+        if start > at:
+            regions.append((at, start, "template", before, False))
+        regions.append((max(start, at), max(end, at), messages[i]["role"], i, target))
+        at, before = max(end, at), i
+    if at < stop or not regions:
+        regions.append((at, stop, "template", before, False))
+    return regions
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], generation: bool) -> str:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the data are conversations and the tokenizer has no chat template; set model.chat_template=FILE, "
-            "or give prompt, chosen and rejected as plain strings"
-        )
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
-    except Exception as error:  # Jinja's own exceptions and what templates raise
-        raise BadRow("template", f"the chat template refuses the conversation: {error}") from None
+def _row(ids: list[int], spans: Sequence[Span], messages: Sequence[Message]) -> Row:
+    targets = np.zeros(len(ids), dtype=bool)
+    weights = np.zeros(len(ids), dtype=np.float32)
+    for span in spans:
+        if span.target:
+            targets[span.start : span.end] = True
+            weights[span.start : span.end] = 1 if span.message is None else messages[span.message].get("weight", 1)
+    return Row(np.array(ids, dtype=np.int32), targets, weights if (weights[targets] != 1).any() else None)
+
+
+# ---- tokens ----
+
+
+def _cuts(
+    tokenizer: Any, layout: Layout, messages: Sequence[Message], tools: Tools | None
+) -> tuple[set[int], list[str]]:
+    """Places inside the text of control tokens in messages: cut there, it stays text. And findings.
+
+    Raises BadRow where such text cannot be told from what the template writes.
+    """
+    special = _special(tokenizer)
+    cuts: set[int] = set()
+    notes = []
+    for i, message in enumerate(messages):
+        texts, places = texts_of(message), layout.places[i]
+        found = [m for start, end in places if start is not None for m in special.finditer(layout.text, start, end)]
+        unsure = [said for said, place in zip(texts, places, strict=True) if place[0] is None or i in layout.repeated]
+        if any(special.search(text) for text in [*unsure, json_of(map_texts(message, lambda _: ""))]):
+            raise BadRow("template", f"message {i + 1} holds the text of a control token; remove it")
+        cuts |= {match.start() + 1 for match in found}
+        if found:
+            notes.append(f"special_text: message {i + 1} holds the text of the control token {found[0].group()}")
+    if tools and special.search(json_of(tools)):
+        raise BadRow("template", "tools hold the text of a control token; remove it")
+    return cuts, notes
+
+
+def _special(tokenizer: Any) -> re.Pattern[str]:
+    return _special_pattern(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=16)
+def _special_pattern(tokenizer: Any, size: int) -> re.Pattern[str]:  # noqa: ARG001  tokens may be added
+    """Matches the text of any control token, the longest first."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    texts = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+
+
+def _encode(tokenizer: Any, text: str, borders: Iterable[int], edges: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Tokens from the first edge to the last, none of which crosses a border; and the number of tokens before each.
+
+    Edges are ascending. A token across an edge that is no border belongs to where it begins.
+    """
+    first, last = edges[0], edges[-1]
+    stops = sorted({first, last} | {border for border in borders if first < border < last})
+    ids: list[int] = []
+    at = dict.fromkeys(edges, 0)
+    for start, end in pairwise(stops):
+        inner = [edge for edge in edges if start < edge < end]
+        before, piece = text[max(0, start - _CONTEXT) : start], text[start:end]
+        tokens, begins = _in_place(tokenizer, before, piece, offsets=bool(inner) and tokenizer.is_fast)
+        at[start] = len(ids)
+        for edge in inner:
+            if begins is None:  # nearly: the beginning alone may have other tokens
+                begun = min(len(_in_place(tokenizer, before, text[start:edge])[0]), len(tokens))
+            else:
+                begun = int(np.searchsorted(begins, edge - start))
+            at[edge] = len(ids) + begun
+        ids += tokens
+        at[end] = len(ids)
+    return ids, [at[edge] for edge in edges]
+
+
+def _in_place(
+    tokenizer: Any, before: str, text: str, special: bool = False, offsets: bool = False
+) -> tuple[list[int], np.ndarray | None]:
+    """Tokens of `text` standing after `before`, whose tokens are already fixed; on demand where each begins in it.
+
+    Tokenised together, so that tokenizers which mark the start of a text see it in its place; where a token
+    would reach across the border, the text is tokenised after a character that it does not merge with: generation
+    starts from fixed tokens too. special: `before` is a whole text, with the tokens that the tokenizer puts before it.
+    """
+    if not text:
+        return [], None
+    appended = special and _appends_eos(tokenizer)
+    # after these characters no token reaches into most texts, and no tokenizer marks the start of a text any more
+    contexts = [(before, special), ("\n", False), ("a", False)] if before else []
+    for context, add in [*contexts, ("", False)]:
+        both = tokenizer(context + text, add_special_tokens=add, return_offsets_mapping=offsets)
+        whole = both.input_ids
+        head = tokenizer(context, add_special_tokens=add).input_ids if context else []
+        if add and appended:
+            whole, head = whole[:-1], head[:-1]
+        if whole[: len(head)] == head:
+            break
+    if not offsets:
+        return whole[len(head) :], None
+    spans = np.array(both.offset_mapping[len(head) :], dtype=np.int64).reshape(-1, 2) - len(context)
+    # a token begins where the one before ended, though offsets leave out spaces; the bytes of a character share theirs
+    ends = np.concatenate([[0], np.maximum.accumulate(spans[:, 1])[:-1]])
+    return whole[len(head) :], np.maximum.accumulate(np.minimum(spans[:, 0], ends))
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
     # the template writes BOS itself
     return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def _continue(tokenizer: Any, before: str, text: str, special: bool = False) -> list[int]:
-    """Tokens of `text` standing after `before`, whose tokens are already fixed.
-
-    Tokenised together, so that tokenizers which mark the start of a text see it in its place; where a token
-    would reach across the border, the text is tokenised after a character that it does not merge with: generation
-    starts from fixed tokens too.
-    """
-    if not before:
-        return _ids(tokenizer, text)
-    appended = special and _appends_eos(tokenizer)
-    # after these characters no token reaches into most texts, and no tokenizer marks the start of a text any more
-    for start, add in ((before, special), ("\n", False), ("a", False)):
-        whole = tokenizer(start + text, add_special_tokens=add).input_ids
-        head = tokenizer(start, add_special_tokens=add).input_ids
-        if add and appended:
-            whole, head = whole[:-1], head[:-1]
-        if whole[: len(head)] == head:
-            return whole[len(head) :]
-    return _ids(tokenizer, text)
 
 
 def _appends_eos(tokenizer: Any) -> bool:
@@ -118,13 +335,3 @@ def _appends_eos(tokenizer: Any) -> bool:
 
 def _beginning(tokenizer: Any) -> list[int]:
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-
-
-def _row(parts: list[tuple[list[int], bool]]) -> Row:
-    ids = np.array([i for part, _ in parts for i in part], dtype=np.int32)
-    targets = np.array([flag for part, flag in parts for _ in part], dtype=bool)
-    return Row(ids, targets)
-
-
-def _tail(text: str) -> str:
-    return text if len(text) <= 120 else "..." + text[-117:]

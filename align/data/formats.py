@@ -1,101 +1,253 @@
-"""A row of a preference file to a Pair: formats, and every reason for which a row is refused."""
+"""A row of a data file to a Record: the field's formats, and every reason for which a row is refused.
+
+Knows JSON and roles; tokens and templates are chat.py's, what an objective wants of a record is examples.py's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from align.data.chat import ROLES, Message, chat_row, prompt_ids, text_row
 from align.data.sources import BadRow
-from align.types import Pair, Row
+from align.types import Kind
+
+Message = dict[str, Any]
+ROLES = ("system", "user", "assistant", "tool")
+_SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """What a completion is written for, to generate from and to judge by."""
+class Dialogue:
+    """A prompt and what was answered: texts, or messages of which the assistant's in `completion` are learnt."""
+
+    prompt: str | tuple[Message, ...]
+    completion: str | tuple[Message, ...]
+    finished: bool = True  # false: cut off, no end of turn is learnt
+    tools: tuple[Mapping[str, Any], ...] | None = None
+
+    @property
+    def question(self) -> str:
+        """The plain prompt, or the last user message of it."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return next((m["content"] for m in reversed(self.prompt) if m["role"] == "user"), "")
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """A conversation as a rollout left it: its tokens, and spans (role, start, end, target) that tile them."""
 
     token_ids: tuple[int, ...]
-    text: str  # the plain prompt, or the last user message
+    spans: tuple[tuple[str, int, int, bool], ...]
+    question: str
+    finished: bool = True
 
 
 @dataclass(frozen=True)
-class Example:
-    """A row, understood: the pair for training and its prompt."""
+class Record:
+    """A row, understood. sides: chosen and rejected of a pair, else row."""
 
-    pair: Pair
-    prompt: Prompt
+    kind: Kind
+    sides: dict[str, Dialogue | Tokenised]
+    origin: str = ""
+    label: bool | None = None
+    rationale: str | None = None
+    numbers: dict[str, float] = field(default_factory=dict)
 
 
-def example(record: dict[str, Any], source: str, tokenizer: Any, max_tokens: int) -> Example:
-    """A preference row in one of the field's formats.
+def parse(record: dict[str, Any], open_tool_calls: bool = False) -> Record:
+    """A row in one of the field's formats; the fields decide which.
 
-    prompt, chosen, rejected as strings: plain text, no chat template.
-    prompt, chosen, rejected as lists of messages; chosen and rejected may also be strings, the assistant's answer.
-    chosen, rejected alone: the prompt is what they have in common at the beginning.
-    Optional: chosen_finished, rejected_finished (false: cut off, no end of turn is learnt), origin (for metrics).
-    Raises BadRow.
+    Pair: prompt, chosen, rejected as texts (no chat template), as lists of messages, or prompt as messages beside
+    answers as texts; chosen and rejected alone, whose prompt is what they have in common at the beginning.
+    Labelled: label (true, false) with prompt and completion, or with messages.
+    Single: messages (every assistant message is learnt), prompt and completion, or text.
+    Each conversation may be {"token_ids", "spans"} instead. Optional: tools, origin, numbers, rationale,
+    *_finished. open_tool_calls: a last message may call tools. Raises BadRow.
     """
-    prompt, chosen, rejected = _normalise(record)
-    if chosen == rejected:
-        raise BadRow("identical", "chosen and rejected are the same; remove the row or mend one of them")
-    rows = []
-    for name, completion in (("chosen", chosen), ("rejected", rejected)):
-        finished = record.get(f"{name}_finished")
-        if finished is not None and not isinstance(finished, bool):
-            raise BadRow("wrong_type", f"{name}_finished must be true or false, found {type(finished).__name__}")
-        build = text_row if isinstance(prompt, str) else chat_row
-        rows.append(build(tokenizer, prompt, completion, finished is not False))
-    ids = prompt_ids(tokenizer, prompt) if prompt else []
-    _check_length(rows, len(ids), max_tokens)
-    if all(len(a) == len(b) and (a == b).all() for a, b in [(rows[0].token_ids, rows[1].token_ids)]):
-        raise BadRow("identical", "chosen and rejected have the same tokens; remove the row or mend one of them")
-    origin = record.get("origin")
-    if not isinstance(origin, (str, type(None))):
-        raise BadRow("wrong_type", f"origin must be a string, found {type(origin).__name__}")
-    _check_text("origin", origin or "")
-    text = (
-        prompt if isinstance(prompt, str) else next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")
+    record = _renamed(record)
+    tools = _tools(record.get("tools"))
+    if "chosen" in record or "rejected" in record:
+        kind: Kind = "pair"
+        sides = _pair(record, tools, open_tool_calls)
+    elif {"prompt_chosen", "prompt_rejected"} & record.keys():
+        kind = "pair"
+        sides = _prompt_pair(record, tools, open_tool_calls)
+    else:
+        kind = "labelled" if "label" in record else "single"
+        sides = {"row": _single(record, tools, open_tool_calls)}
+    label = record.get("label")
+    if kind == "labelled" and not isinstance(label, bool):
+        raise BadRow("wrong_type", f"label must be true or false, found {json.dumps(label, default=str)}")
+    return Record(
+        kind,
+        sides,
+        _optional_text(record, "origin") or "",
+        label if kind == "labelled" else None,
+        _optional_text(record, "rationale"),
+        _numbers(record.get("numbers")),
     )
-    return Example(Pair(rows[0], rows[1], source, origin or ""), Prompt(tuple(ids), text))
 
 
-def _normalise(record: dict[str, Any]) -> tuple[Any, Any, Any]:
+def _renamed(record: dict[str, Any]) -> dict[str, Any]:
+    """ShareGPT's field and role names as ours."""
+    if "conversations" in record and "messages" not in record:
+        record = {("messages" if k == "conversations" else k): v for k, v in record.items()}
+    out = {}
+    for key, value in record.items():
+        if (
+            isinstance(value, list)
+            and value
+            and all(isinstance(m, dict) and {"from", "value"} <= m.keys() for m in value)
+        ):
+            value = [{"role": _SHAREGPT.get(m["from"], m["from"]), "content": m["value"]} for m in value]
+        out[key] = value
+    return out
+
+
+# ---------------------------------------------------------------------- the three kinds
+
+
+def _pair(record: dict[str, Any], tools: Any, open_tool_calls: bool) -> dict[str, Dialogue | Tokenised]:
     for name in ("chosen", "rejected"):
         if name not in record:
-            raise BadRow("missing_field", f"the field {name!r} is missing; a row needs prompt, chosen and rejected")
+            raise BadRow("missing_field", f"the field {name!r} is missing; a pair needs chosen and rejected")
+    if isinstance(record["chosen"], dict) or isinstance(record["rejected"], dict):
+        sides = {name: _tokenised(record[name], name) for name in ("chosen", "rejected")}
+        beginnings = [side.token_ids[: _first_target(side)] for side in sides.values()]
+        if beginnings[0] != beginnings[1]:
+            raise BadRow("different_prompts", "chosen and rejected begin with other tokens; pair answers to one prompt")
+        return dict(sides)
+    prompt, chosen, rejected = _common(record)
+    if chosen == rejected:
+        raise BadRow("identical", "chosen and rejected are the same; remove the row or mend one of them")
+    out: dict[str, Dialogue | Tokenised] = {}
+    for name, completion in (("chosen", chosen), ("rejected", rejected)):
+        out[name] = _dialogue(name, prompt, completion, _finished(record, f"{name}_finished"), tools, open_tool_calls)
+    return out
+
+
+def _common(record: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Prompt, chosen, rejected: all texts or all lists of messages."""
     prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
     for name, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
-        if value is None and name != "prompt" or not isinstance(value, (str, list, type(None))):
-            found = "null" if value is None else type(value).__name__
-            raise BadRow("wrong_type", f"{name} must be a string or a list of messages, found {found}")
-        if isinstance(value, list):
-            _check_messages(name, value)
-        elif isinstance(value, str):
-            _check_text(name, value)
+        _check_type(name, value, optional=name == "prompt")
     if isinstance(prompt, list):  # an answer beside a conversation is the assistant's
-        chosen, rejected = (
-            [{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in (chosen, rejected)
-        )
+        chosen, rejected = (_as_answer(c) for c in (chosen, rejected))
     if type(chosen) is not type(rejected):
         raise BadRow("wrong_type", "chosen and rejected must both be strings or both be lists of messages")
     if isinstance(chosen, list):
         if not isinstance(prompt, list):
-            # chosen and rejected are whole conversations; a string beside them repeats their first message
+            # chosen and rejected are whole conversations; a string beside them repeats one of their messages
+            said = prompt
+            for name, messages in (("chosen", chosen), ("rejected", rejected)):
+                _check_opening(name, messages)
             prompt, chosen, rejected = _common_messages(chosen, rejected)
-        for name, completion in (("chosen", chosen), ("rejected", rejected)):
-            _check_completion(name, completion)
-        if not prompt:
-            raise BadRow("empty_prompt", "no message stands before the answers; give prompt as a list of messages")
-        for name, completion in (("chosen", chosen), ("rejected", rejected)):
-            _check_order(name, prompt, completion)
-    else:
-        if prompt is None:
-            prompt, chosen, rejected = _common_text(chosen, rejected)
-        for name, completion in (("chosen", chosen), ("rejected", rejected)):
-            if not completion.strip():
-                raise BadRow("empty_completion", f"{name} is empty; remove the row or write an answer")
+            users = [m["content"].strip() for m in prompt if m["role"] == "user"]
+            if not users or (said is not None and said.strip() not in users):
+                raise BadRow(
+                    "different_prompts",
+                    "chosen and rejected do not begin with the same user message"
+                    + (", the one that the field prompt holds" if users else "")
+                    + "; a pair is two answers to one prompt",
+                )
+        elif chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]  # the prompt repeated in both
+        return prompt, chosen, rejected
+    if prompt is None:
+        prompt, chosen, rejected = _common_text(chosen, rejected)
     return prompt, chosen, rejected
+
+
+def _prompt_pair(record: dict[str, Any], tools: Any, open_tool_calls: bool) -> dict[str, Dialogue | Tokenised]:
+    """One answer to two prompts, the first of which it fits better (multi-instruction preference)."""
+    out: dict[str, Dialogue | Tokenised] = {}
+    for name in ("chosen", "rejected"):
+        for key in (f"prompt_{name}", "completion"):
+            if key not in record:
+                raise BadRow(
+                    "missing_field", f"the field {key!r} is missing; needed: prompt_chosen, prompt_rejected, completion"
+                )
+            _check_type(key, record[key])
+        prompt, completion = record[f"prompt_{name}"], record["completion"]
+        if isinstance(prompt, list):
+            completion = _as_answer(completion)
+        out[name] = _dialogue(name, prompt, completion, _finished(record, "finished"), tools, open_tool_calls)
+    return out
+
+
+def _single(record: dict[str, Any], tools: Any, open_tool_calls: bool) -> Dialogue | Tokenised:
+    finished = _finished(record, "finished")
+    if "token_ids" in record:
+        return _tokenised(record, "the row")
+    if "messages" in record:
+        _check_type("messages", record["messages"])
+        messages = record["messages"]
+        if isinstance(messages, str):
+            raise BadRow("wrong_type", "messages must be a list of messages, found str")
+        first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
+        return _dialogue("messages", messages[:first], messages[first:], finished, tools, open_tool_calls)
+    if "text" in record:
+        _check_type("text", record["text"])
+        if not isinstance(record["text"], str):
+            raise BadRow("wrong_type", "text must be a string, found list")
+        return _dialogue("text", "", record["text"], finished, None, False)
+    for name in ("prompt", "completion"):
+        if name not in record:
+            raise BadRow(
+                "missing_field",
+                f"the field {name!r} is missing; a row needs chosen and rejected, messages, or prompt and completion",
+            )
+        _check_type(name, record[name])
+    prompt, completion = record["prompt"], record["completion"]
+    if isinstance(prompt, list):
+        completion = _as_answer(completion)
+    if type(prompt) is not type(completion):
+        raise BadRow("wrong_type", "prompt and completion must both be strings or both be lists of messages")
+    return _dialogue("completion", prompt, completion, finished, tools, open_tool_calls)
+
+
+def _dialogue(name: str, prompt: Any, completion: Any, finished: bool, tools: Any, open_tool_calls: bool) -> Dialogue:
+    if isinstance(completion, str):
+        if not completion.strip():
+            raise BadRow("empty_completion", f"{name} is empty; remove the row or write an answer")
+        return Dialogue(prompt, completion, finished, None)
+    _check_order(name, prompt, completion)
+    _check_tools(name, [*prompt, *completion], open_tool_calls)
+    return Dialogue(tuple(prompt), tuple(completion), finished, tools)
+
+
+def _tokenised(value: Any, name: str) -> Tokenised:
+    if not isinstance(value, dict) or not {"token_ids", "spans"} <= value.keys():
+        raise BadRow("wrong_type", f"{name} must hold token_ids and spans, as the other conversation of the row does")
+    ids, spans = value["token_ids"], value["spans"]
+    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise BadRow("wrong_type", f"token_ids of {name} must be a list of token numbers")
+    at = 0
+    out = []
+    for span in spans if isinstance(spans, list) else []:
+        if not isinstance(span, list) or len(span) != 4 or span[1] != at or span[2] < at:
+            raise BadRow(
+                "wrong_type", f"spans of {name} must be [role, start, end, target], each from the end of the last"
+            )
+        at = span[2]
+        out.append((str(span[0]), span[1], span[2], bool(span[3])))
+    if at != len(ids):
+        raise BadRow("wrong_type", f"spans of {name} cover {at} of {len(ids)} tokens; they must tile them")
+    if not any(target for *_, target in out) or out[0][3]:
+        raise BadRow("no_target", f"{name} has no span the policy wrote, or nothing before it")
+    messages = value.get("messages") or []
+    question = next((m["content"] for m in messages if isinstance(m, dict) and m.get("role") == "user"), "")
+    return Tokenised(tuple(ids), tuple(out), question, value.get("finished") is not False)
+
+
+def _first_target(side: Tokenised) -> int:
+    return next(start for _, start, _, target in side.spans if target)
+
+
+# ---------------------------------------------------------------------- what two conversations share
 
 
 def _common_messages(chosen: list[Message], rejected: list[Message]) -> tuple[list, list, list]:
@@ -121,40 +273,178 @@ def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
     return chosen[:n], chosen[n:], rejected[n:]
 
 
+def _as_answer(completion: Any) -> Any:
+    return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+
+
+# ---------------------------------------------------------------------- checks
+
+
+def _check_type(name: str, value: Any, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, (str, list)):
+        found = "null" if value is None else type(value).__name__
+        raise BadRow("wrong_type", f"{name} must be a string or a list of messages, found {found}")
+    if isinstance(value, str):
+        _check_text(name, value)
+    else:
+        _check_messages(name, value)
+
+
 def _check_messages(name: str, messages: Sequence[Any]) -> None:
     if not messages:
         reason = "empty_prompt" if name == "prompt" else "empty_completion"
         raise BadRow(reason, f"{name} holds no message; add one or remove the row")
     for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise BadRow("wrong_type", f"message {number} of {name} must be an object with role and content")
+        where = f"message {number} of {name}"
+        calls = isinstance(message, dict) and message.get("tool_calls")
+        if not isinstance(message, dict) or "role" not in message or ("content" not in message and not calls):
+            raise BadRow("wrong_type", f"{where} must be an object with role and content")
         if message["role"] not in ROLES:
+            raise BadRow("unknown_role", f"{where} has role {message['role']!r}; use {', '.join(ROLES)}")
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and calls):
+            kind = "null" if content is None else type(content).__name__
+            raise BadRow("wrong_type", f"content of {where} must be a string, found {kind}")
+        _check_text(where, content or "")
+        weight = message.get("weight")
+        if weight is not None and (
+            isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < 1e6
+        ):
+            raise BadRow("wrong_type", f"weight of {where} must be a number of at least 0, found {weight!r}")
+        if calls:
+            _check_calls(where, message)
+
+
+def _check_calls(where: str, message: Message) -> None:
+    if message["role"] != "assistant":
+        raise BadRow(
+            "tool_call", f"{where} has tool_calls and role {message['role']!r}; only the assistant calls tools"
+        )
+    calls = message["tool_calls"]
+    for call in calls if isinstance(calls, list) else [None]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRow(
-                "unknown_role", f"message {number} of {name} has role {message['role']!r}; use {', '.join(ROLES)}"
+                "tool_call", f"tool_calls of {where} must be a list of objects with function.name and .arguments"
             )
-        if not isinstance(message["content"], str):
-            kind = "null" if message["content"] is None else type(message["content"]).__name__
-            raise BadRow("wrong_type", f"content of message {number} of {name} must be a string, found {kind}")
-        _check_text(f"message {number} of {name}", message["content"])
-
-
-def _check_completion(name: str, messages: Sequence[Message]) -> None:
-    if not messages or messages[-1]["role"] != "assistant":
-        raise BadRow("role_order", f"{name} must end with an assistant message")
-    for message in messages:
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise BadRow("empty_completion", f"an assistant message of {name} is empty; remove the row or fill it")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except json.JSONDecodeError:
+                raise BadRow(
+                    "tool_call", f"{where}: the arguments of {function['name']} are not closed JSON; mend the call"
+                ) from None
+        if not isinstance(arguments, dict):
+            raise BadRow("tool_call", f"{where}: the arguments of {function['name']} must be an object")
 
 
 def _check_order(name: str, prompt: Sequence[Message], completion: Sequence[Message]) -> None:
+    messages = [*prompt, *completion]
+    roles = [message["role"] for message in messages]
+    if roles.count("system") > 1:
+        raise BadRow("two_systems", f"{name} has {roles.count('system')} system messages; join them into one")
+    if "system" in roles[1:]:
+        raise BadRow(
+            "role_order", f"{name}: message {roles.index('system') + 1} is a system message; it must be the first"
+        )
+    _check_opening(name, messages)
     if prompt[-1]["role"] == "assistant":
         raise BadRow("role_order", "the prompt ends with an assistant message; it must end with another role")
-    roles = [message["role"] for message in [*prompt, *completion]]
+    if "user" not in roles:
+        raise BadRow("empty_prompt", f"{name} has no user message; an answer needs a question")
+    if not completion or completion[-1]["role"] != "assistant":
+        raise BadRow("role_order", f"{name} must end with an assistant message")
     for number, (before, role) in enumerate(zip(roles, roles[1:], strict=False), 2):
-        if role == "system" and before != "system":
-            raise BadRow("role_order", f"{name}: message {number} is a system message; those stand at the beginning")
         if role == before == "assistant":
             raise BadRow("role_order", f"{name}: message {number} is a second answer in a row; join the two")
+    for number, message in enumerate(completion, len(prompt) + 1):
+        if message["role"] == "assistant" and not message.get("tool_calls") and not message["content"].strip():
+            raise BadRow("empty_completion", f"{name}: assistant message {number} is empty; remove the row or fill it")
+
+
+def _check_opening(name: str, messages: Sequence[Message]) -> None:
+    first = next((message["role"] for message in messages if message["role"] != "system"), None)
+    if first == "assistant":
+        raise BadRow(
+            "assistant_first",
+            f"{name} begins with an assistant message; put the user's before it, or give prompt as a list of messages",
+        )
+
+
+def _check_tools(name: str, messages: Sequence[Message], open_tool_calls: bool) -> None:
+    """Every call has its result and every result its call."""
+    waiting: list[str | None] = []  # ids of the calls without a result, None where the call has no id
+    caller = 0
+    for number, message in enumerate(messages, 1):
+        if message["role"] == "tool":
+            given = message.get("tool_call_id")
+            if not waiting:
+                raise BadRow(
+                    "tool_result",
+                    f"{name}: message {number} is a tool result without a call; put tool_calls into the "
+                    "assistant message before it",
+                )
+            if given is not None and given not in waiting and None not in waiting:
+                raise BadRow("tool_result", f"{name}: message {number} answers call {given!r}, which was not made")
+            waiting.remove(given if given in waiting else None if None in waiting else waiting[0])
+            continue
+        if waiting:
+            raise BadRow(
+                "open_tool_call",
+                f"{name}: message {caller} calls a tool and message {number} is no result; add the result or remove "
+                "the call",
+            )
+        if message.get("tool_calls"):
+            waiting = [call.get("id") for call in message["tool_calls"]]
+            caller = number
+    if waiting and not (open_tool_calls and caller == len(messages)):
+        raise BadRow(
+            "open_tool_call",
+            f"{name}: the tool call of message {caller} has no result; add it, or set data.open_tool_calls=true if "
+            "conversations may end in a call",
+        )
+
+
+def _tools(tools: Any) -> tuple[Mapping[str, Any], ...] | None:
+    if tools is None or tools == []:
+        return None
+    if isinstance(tools, str):  # data sets in columns keep them as JSON
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError:
+            raise BadRow("wrong_type", "tools is a string and no JSON; give a list of tool descriptions") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow("wrong_type", "tools must be a list of objects, each the description of a tool")
+    return tuple(tools)
+
+
+def _finished(record: dict[str, Any], key: str) -> bool:
+    value = record.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise BadRow("wrong_type", f"{key} must be true or false, found {type(value).__name__}")
+    return value is not False
+
+
+def _optional_text(record: dict[str, Any], key: str) -> str | None:
+    value = record.get(key)
+    if not isinstance(value, (str, type(None))):
+        raise BadRow("wrong_type", f"{key} must be a string, found {type(value).__name__}")
+    _check_text(key, value or "")
+    return value
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    if value is None:
+        return {}
+    good = isinstance(value, dict) and all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e30 for v in value.values()
+    )
+    if not good:
+        raise BadRow("wrong_type", "numbers must be an object of finite numbers")
+    return {name: float(v) for name, v in value.items()}
 
 
 def _check_text(name: str, text: str) -> None:
@@ -162,17 +452,3 @@ def _check_text(name: str, text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise BadRow("not_utf8", f"{name} holds half a surrogate pair; save the text as UTF-8") from None
-
-
-def _check_length(rows: list[Row], num_prompt_tokens: int, max_tokens: int) -> None:
-    longest = max(len(row.token_ids) for row in rows)
-    if num_prompt_tokens >= max_tokens:
-        raise BadRow(
-            "prompt_too_long",
-            f"the prompt has {num_prompt_tokens} tokens, the limit of a sequence is data.max_tokens={max_tokens}; "
-            f"raise it above {num_prompt_tokens} or shorten the prompt",
-        )
-    if longest > max_tokens:
-        raise BadRow(
-            "too_long", f"a sequence has {longest} tokens; use data.max_tokens={longest} or more, or shorten the row"
-        )

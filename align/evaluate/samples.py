@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from align.models import Policy
-from align.packing import micro_batches, pack, to_device
-from align.rollout.hf import Completion
-from align.types import PackedBatch, Pair, Row, Stats
+from align.packing import micro_batches, pack_groups, to_device
+from align.rollout.base import Completion
+from align.types import PackedBatch, Row, Stats
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,11 @@ def sequence_kl(
     for prompt, completion in zip(prompts, completions, strict=True):
         ids = np.array([*prompt, *completion.token_ids], dtype=np.int32)
         rows.append(Row(ids, np.arange(len(ids)) >= len(prompt)))
-    if len(rows) % 2:
-        rows = rows[:-1]  # two go into one pack; one sample fewer
-    pairs = [Pair(a, b, "sample", "") for a, b in zip(rows[::2], rows[1::2], strict=True)]
+    groups = [(row,) for row in rows]
+    sources = ["sample"] * len(rows)
+    layout = "padded" if module.layout == "padded" else "packed"
     total = 0.0
-    for part in micro_batches(pairs, "packed", max(max_tokens, max(len(r.token_ids) for r in rows) * 2)):
-        layout = "padded" if module.layout == "padded" else "packed"
-        batch = to_device(pack([pairs[i] for i in part], layout), module.device)
+    for part in micro_batches(groups, sources, layout, max(max_tokens, max(len(r.token_ids) for r in rows))):
+        batch = to_device(pack_groups([groups[i] for i in part], layout, [sources[i] for i in part]), module.device)
         total += float((policy(batch).logps - reference(batch).logps).sum())
     return total / len(rows)

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from align.config import DataConfig
+from align.data.examples import Wanted
 from align.data.load import load
 from align.pretrained import byte_tokenizer
+from tests.data.helpers import settings
 
 GOOD = {"prompt": "Name a fish.", "chosen": "Cod.", "rejected": "Cow."}
 TALK = {
@@ -19,6 +20,8 @@ TALK = {
 USER = {"role": "user", "content": "And?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 ANSWER = {"role": "assistant", "content": "Cod."}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "{}"}}]}
+RESULT = {"role": "tool", "content": "3"}
 
 
 def line(row: object) -> bytes:
@@ -53,13 +56,77 @@ BAD = {
     "identical messages": (line(TALK | {"rejected": TALK["chosen"]}), "identical", "remove the row"),
     "identical, implicit prompt": (line({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}), "identical", "same"),
     "empty completion": (line(GOOD | {"chosen": " \n"}), "empty_completion", "chosen is empty"),
-    "empty answer": (line(TALK | {"rejected": [ANSWER | {"content": ""}]}), "empty_completion", "rejected is empty"),
+    "empty answer": (line(TALK | {"rejected": [ANSWER | {"content": ""}]}), "empty_completion", "message 2 is empty"),
     "no message": (line(TALK | {"rejected": []}), "empty_completion", "holds no message"),
     "empty prompt": (line(TALK | {"prompt": []}), "empty_prompt", "holds no message"),
     "answers without a prompt": (
         line({"chosen": TALK["chosen"], "rejected": TALK["rejected"]}),
-        "empty_prompt",
+        "assistant_first",
         "give prompt as a list of messages",
+    ),
+    "assistant first": (line({"messages": [ANSWER, USER, ANSWER], "label": True}), "assistant_first", "put the user's"),
+    "empty trajectory": (line({"messages": [], "label": True}), "empty_completion", "holds no message"),
+    "trajectory without an answer": (line({"messages": [USER], "label": True}), "role_order", "must end with"),
+    "two system messages": (line(TALK | {"prompt": [SYSTEM, SYSTEM, USER]}), "two_systems", "join them"),
+    "label is a number": (line({"messages": [USER, ANSWER], "label": 1}), "wrong_type", "label must be true or false"),
+    "label is a text": (line({"prompt": "a", "completion": "b", "label": "true"}), "wrong_type", "true or false"),
+    "label is null": (line({"prompt": "a", "completion": "b", "label": None}), "wrong_type", "true or false"),
+    "different prompts": (
+        line({"chosen": [USER, ANSWER], "rejected": [TALK["prompt"][0], ANSWER]}),
+        "different_prompts",
+        "two answers to one prompt",
+    ),
+    "other prompt beside": (
+        line({"prompt": "Name a tree.", "chosen": [USER, ANSWER], "rejected": [USER, ANSWER | {"content": "Cow."}]}),
+        "different_prompts",
+        "that the field prompt holds",
+    ),
+    "tool result without a call": (
+        line({"messages": [USER, ANSWER, RESULT, ANSWER], "label": True}),
+        "tool_result",
+        "put tool_calls into",
+    ),
+    "result of another call": (
+        line({"messages": [USER, CALL, RESULT | {"tool_call_id": "b"}, ANSWER], "label": True}),
+        "tool_result",
+        "'b'",
+    ),
+    "two results of one call": (
+        line({"messages": [USER, CALL, RESULT, RESULT, ANSWER], "label": True}),
+        "tool_result",
+        "without a call",
+    ),
+    "open tool call": (line({"messages": [USER, CALL], "label": True}), "open_tool_call", "data.open_tool_calls=true"),
+    "open tool call inside": (
+        line({"messages": [USER, CALL, USER, ANSWER], "label": True}),
+        "open_tool_call",
+        "add the result",
+    ),
+    "unclosed arguments": (
+        line({"messages": [USER, ANSWER | {"tool_calls": [{"function": {"name": "f", "arguments": '{"a": '}}]}]}),
+        "tool_call",
+        "not closed JSON",
+    ),
+    "call without a name": (
+        line({"messages": [USER, ANSWER | {"tool_calls": [{"arguments": {}}]}]}),
+        "tool_call",
+        "function.name",
+    ),
+    "user calls a tool": (line({"messages": [CALL | {"role": "user"}, ANSWER]}), "tool_call", "only the assistant"),
+    "negative weight": (line({"messages": [USER, ANSWER | {"weight": -1}]}), "wrong_type", "at least 0"),
+    "all weights 0": (line({"messages": [USER, ANSWER | {"weight": 0}]}), "no_target", "a weight above 0"),
+    "tools is no list": (line({"messages": [USER, ANSWER], "tools": {"a": 1}}), "wrong_type", "list of objects"),
+    "no answer": (line({"prompt": "a"}), "missing_field", "'completion' is missing"),
+    "spans with a gap": (
+        line({"token_ids": [1, 2, 3], "spans": [["user", 0, 1, False], ["assistant", 2, 3, True]]}),
+        "wrong_type",
+        "end of",
+    ),
+    "spans too short": (line({"token_ids": [1, 2], "spans": [["user", 0, 1, False]]}), "wrong_type", "cover 1 of 2"),
+    "token of another model": (
+        line({"token_ids": [1, 9999], "spans": [["user", 0, 1, False], ["assistant", 1, 2, True]]}),
+        "other_vocabulary",
+        "another model",
     ),
     "unknown role": (line(TALK | {"prompt": [{"role": "human", "content": "a"}]}), "unknown_role", "use system, user"),
     "role is a list": (line(TALK | {"prompt": [{"role": [], "content": "a"}]}), "unknown_role", "use system, user"),
@@ -69,23 +136,12 @@ BAD = {
     "ends in user": (line(TALK | {"chosen": [ANSWER, USER]}), "role_order", "must end with an assistant"),
     "no assistant turn": (line(TALK | {"chosen": [USER]}), "role_order", "must end with an assistant"),
     "prompt ends in assistant": (line(TALK | {"prompt": [USER, ANSWER]}), "role_order", "end with another role"),
-    "system message late": (line(TALK | {"prompt": [USER, SYSTEM]}), "role_order", "stand at the beginning"),
+    "system message late": (line(TALK | {"prompt": [USER, SYSTEM]}), "role_order", "must be the first"),
     "two answers in a row": (line(TALK | {"chosen": [ANSWER, ANSWER]}), "role_order", "join the two"),
     "lone surrogate": (line(GOOD | {"chosen": "\ud800"}), "not_utf8", "half a surrogate pair"),
     "lone surrogate in a message": (line(TALK | {"chosen": "\udc00"}), "not_utf8", "half a surrogate pair"),
     "lone surrogate in origin": (line(GOOD | {"origin": "\ud800"}), "not_utf8", "half a surrogate pair"),
-    "long prompt": (line(GOOD | {"prompt": "x" * 100}), "prompt_too_long", "has 100 tokens"),
-    # 12 bytes of prompt, 95 of answer, end of turn
-    "long answer": (line(GOOD | {"chosen": "x" * 95}), "too_long", "data.max_tokens=108 or more"),
 }
-
-
-def settings(train, **changes) -> DataConfig:
-    default = dict(
-        train=str(train), heldout=None, heldout_fraction=0.0, max_tokens=100, on_bad_row="error",
-        max_bad_fraction=0.01, gold=None,
-    )  # fmt: skip
-    return DataConfig(**(default | changes))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +155,7 @@ def test_bad_row_is_named(tmp_path, tokenizer, name):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(line(GOOD) + b"\n" + bad.replace(b"\n", b"") + b"\n" + line(TALK) + b"\n")
     with pytest.raises(ValueError, match="rows.jsonl") as caught:
-        load(settings(path), tokenizer)
+        load(settings(path), tokenizer, Wanted("single"))
     message = str(caught.value)
     assert message.startswith(f"{path}:2: ")
     assert f"(reason {reason};" in message
@@ -110,14 +166,15 @@ def test_bad_row_is_named(tmp_path, tokenizer, name):
 def test_dropped_rows_add_up(tmp_path, tokenizer):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join([line(GOOD), *(bad.replace(b"\n", b"") for bad, _, _ in BAD.values()), line(TALK)]))
-    audit = load(settings(path, on_bad_row="drop", max_bad_fraction=1.0), tokenizer).audit
+    audit = load(settings(path, on_bad_row="drop", max_bad_fraction=1.0), tokenizer, Wanted("single")).audit
     expected: dict[str, int] = {}
     for _, reason, _ in BAD.values():
         expected[reason] = expected.get(reason, 0) + 1
     assert audit.train.rows_in == len(BAD) + 2
     assert audit.train.rows_kept == 2
     assert audit.train.dropped == expected
-    assert audit.train.dropped_rows[0] == f"{path}:2 not_utf8"
+    assert audit.train.dropped_rows[0]["source"] == f"{path}:2"
+    assert audit.train.dropped_rows[0]["reason"] == "not_utf8"
     assert len(audit.train.dropped_rows) == len(BAD)
     totals = audit.as_dict()
     assert totals["rows_in"] == totals["rows_kept"] + sum(totals["dropped"].values())
@@ -171,7 +228,7 @@ def test_bom_crlf_and_blank_lines_are_no_fault(tmp_path, tokenizer):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + line(GOOD) + b"\r\n\r\n  \r\n" + line(TALK) + b"\r\n")
     data = load(settings(path), tokenizer)
-    assert [e.pair.source for e in data.train] == [f"{path}:1", f"{path}:4"]
+    assert [e.source for e in data.train] == [f"{path}:1", f"{path}:4"]
     assert data.audit.train.rows_in == 2
     assert data.train[0].prompt.text == "Name a fish."
 
@@ -180,8 +237,8 @@ def test_ten_megabytes_in_a_row(tmp_path, tokenizer):
     """Unknown fields cost nothing; 1 MB of text is told with its length, not with itself."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(line(GOOD | {"note": "x" * 10_000_000}) + b"\n" + line(GOOD | {"chosen": "x " * 500_000}))
-    data = load(settings(path, on_bad_row="drop", max_bad_fraction=0.5), tokenizer)
+    data = load(settings(path, overlong="drop"), tokenizer)
     assert (data.audit.train.rows_kept, data.audit.train.dropped) == (1, {"too_long": 1})
-    with pytest.raises(ValueError, match=r"rows.jsonl:2: a sequence has 1000013 tokens") as caught:
+    with pytest.raises(ValueError, match=r"The first: .*rows.jsonl:2: a sequence has 1000013 tokens") as caught:
         load(settings(path), tokenizer)
-    assert len(str(caught.value)) < 500
+    assert len(str(caught.value)) < 700

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from align.config import DataConfig
 from align.data.load import fingerprint, load
 from align.pretrained import byte_tokenizer
 from align.types import Row
+from tests.data.helpers import settings
 
 
 def rows(numbers, copies: int = 1) -> list[dict]:
@@ -27,7 +27,7 @@ def write(path, records) -> str:
 
 def split(tmp_path, records, fraction: float, heldout=None):
     name = write(tmp_path / "r.jsonl", records)
-    return load(DataConfig(name, heldout, fraction, 100, "error", 0.0, None), byte_tokenizer())
+    return load(settings(name, heldout=heldout, heldout_fraction=fraction), byte_tokenizer())
 
 
 def texts(examples) -> set[str]:
@@ -88,15 +88,15 @@ def test_fingerprint_sees_each_token_and_each_target(tmp_path):
     seen = {fingerprint(examples), fingerprint(examples[::-1]), fingerprint(examples[:-1])}
     assert fingerprint(list(examples)) in seen
     changes = 3
-    for side in ("chosen", "rejected"):
-        row = getattr(examples[1].pair, side)
+    for side in (0, 1):
+        row = examples[1].rows[side]
         for i in range(len(row.token_ids)):
             ids, targets = row.token_ids.copy(), row.targets.copy()
             ids[i] += 1
             targets[i] = ~targets[i]
             for other in (Row(ids, row.targets), Row(row.token_ids, targets)):
-                pair = replace(examples[1].pair, **{side: other})
-                seen.add(fingerprint([examples[0], replace(examples[1], pair=pair), examples[2]]))
+                both = (other, examples[1].rows[1]) if side == 0 else (examples[1].rows[0], other)
+                seen.add(fingerprint([examples[0], replace(examples[1], rows=both), examples[2]]))
                 changes += 1
     assert len(seen) == changes
 
@@ -107,7 +107,6 @@ def test_fingerprint_sees_the_border_between_rows(tmp_path):
 
     def cut(at: int) -> str:
         ids, targets = np.arange(8, dtype=np.int32), np.zeros(8, dtype=bool)
-        pair = replace(example.pair, chosen=Row(ids[:at], targets[:at]), rejected=Row(ids[at:], targets[at:]))
-        return fingerprint([replace(example, pair=pair)])
+        return fingerprint([replace(example, rows=(Row(ids[:at], targets[:at]), Row(ids[at:], targets[at:])))])
 
     assert len({cut(at) for at in range(1, 8)}) == 7

@@ -9,10 +9,10 @@ from pathlib import Path
 import datasets
 import pytest
 
-from align.config import DataConfig
 from align.data.load import load
 from align.data.sources import BadRow, content_hash, locate, locate_all, read
 from align.pretrained import byte_tokenizer
+from tests.data.helpers import settings
 
 ROWS = [{"prompt": f"Q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(3)]
 
@@ -56,9 +56,9 @@ def test_rows_are_the_same_from_everywhere(tmp_path, kind):
 
 def test_list_of_sources_in_order(tmp_path):
     names = [str(make("jsonl", tmp_path)), str(make("parquet", tmp_path))]
-    config = DataConfig(names, None, 0.0, 100, "error", 0.0, None)
+    config = settings(names, max_bad_fraction=0.0)
     data = load(config, byte_tokenizer())
-    assert [e.pair.source for e in data.train] == [f"{n}:{i}" for n in names for i in (1, 2, 3)]
+    assert [e.source for e in data.train] == [f"{n}:{i}" for n in names for i in (1, 2, 3)]
     assert data.audit.train.sources == names
     assert len(set(data.audit.train.sha256)) == 2
 
@@ -67,10 +67,10 @@ def test_nulls_of_a_table_are_absent_fields(tmp_path):
     path = tmp_path / "r.parquet"
     rows = [ROWS[0] | {"origin": "a", "chosen_finished": False}, ROWS[1] | {"origin": None, "chosen_finished": None}]
     datasets.Dataset.from_list(rows).to_parquet(path)
-    data = load(DataConfig(str(path), None, 0.0, 100, "error", 0.0, None), byte_tokenizer())
-    assert [e.pair.origin for e in data.train] == ["a", ""]
+    data = load(settings(path, max_bad_fraction=0.0), byte_tokenizer())
+    assert [e.origin for e in data.train] == ["a", ""]
     eos = byte_tokenizer().eos_token_id
-    assert [int(e.pair.chosen.token_ids[-1]) == eos for e in data.train] == [False, True]
+    assert [int(e.rows[0].token_ids[-1]) == eos for e in data.train] == [False, True]
     assert data.audit.train.origins == {"a": 1}
 
 

@@ -1,0 +1,248 @@
+"""A Record to what an objective reads of it: renderings, length, and the rows of its examples.
+
+An objective wants pairs, labelled sequences or sequences to imitate; a pair can serve as all three.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from align.config import DataConfig
+from align.data.chat import Rendering, Span, prompt_ids, render, render_text
+from align.data.formats import Dialogue, Record, Tokenised
+from align.data.sources import BadRow
+from align.packing import common_prefix_length
+from align.types import Example, Kind, Prompt, Row
+
+
+class NotUsed(BadRow):
+    """A good row that this objective has no use for."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an objective reads of the data; `columns` are further rows of each pair, by name or dotted path."""
+
+    kind: Kind | None = "pair"  # None: each row as what it is
+    columns: tuple[str, ...] = ()
+    mismatched: bool = False
+
+    @classmethod
+    def by(cls, objective: Any) -> Wanted:
+        """What the attributes kind, columns and step_rows of an objective say."""
+        return cls(
+            getattr(objective, "kind", "pair"),
+            tuple(getattr(objective, "columns", ())),
+            getattr(objective, "step_rows", None) == "mismatched",
+        )
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One row of a file that was kept."""
+
+    source: str  # "file:line"
+    kind: Kind
+    renderings: dict[str, Rendering] | None  # chosen and rejected, or row; None unless they were asked for
+    # what generation would start from, tokenised alone, for each rendering; None for rows that came as tokens
+    prompts: dict[str, tuple[int, ...] | None]
+    finished: dict[str, bool]  # whether each completion was said to be whole
+    truncated: int  # messages cut off by data.overlong=truncate_turns
+    examples: tuple[Example, ...]
+
+
+def loaded(record: Record, source: str, tokenizer: Any, config: DataConfig, wanted: Wanted, keep: bool) -> Loaded:
+    """The renderings of a record and its examples.
+
+    Raises BadRow for a row that cannot be used, ValueError for a kind of data that the objective cannot use.
+    """
+    wanted = wanted if wanted.kind is not None else replace(wanted, kind=record.kind)
+    if not _serves(record.kind, wanted.kind):
+        raise ValueError(_cure(source, record.kind, wanted.kind))
+    renderings: dict[str, Rendering] = {}
+    truncated = 0
+    for name, side in record.sides.items():
+        rendering = _rendering(side, tokenizer, config)
+        if len(rendering.row.token_ids) > config.max_tokens:
+            rendering, cut = _shortened(side, rendering, tokenizer, config)
+            truncated += cut
+        if not rendering.row.targets.any():
+            raise BadRow("no_target", f"{name} has no token to learn from; give an answer, or a weight above 0")
+        renderings[name] = rendering
+    if record.kind == "pair":
+        a, b = (renderings[name].row for name in ("chosen", "rejected"))
+        if np.array_equal(a.token_ids, b.token_ids):
+            if truncated:
+                raise BadRow(
+                    "dead_pair", "after truncation chosen and rejected have the same tokens; raise data.max_tokens"
+                )
+            raise BadRow("identical", "chosen and rejected have the same tokens; remove the row or mend one of them")
+    prompts = {name: _prompt(record.sides[name], shown, tokenizer, keep) for name, shown in renderings.items()}
+    examples = tuple(_examples(record, renderings, prompts, source, tokenizer, config, wanted))
+    finished = {name: side.finished for name, side in record.sides.items()}
+    alone = {name: p.token_ids if isinstance(record.sides[name], Dialogue) else None for name, p in prompts.items()}
+    return Loaded(source, record.kind, renderings if keep else None, alone, finished, truncated, examples)
+
+
+# ---------------------------------------------------------------------- renderings
+
+
+def _rendering(side: Dialogue | Tokenised, tokenizer: Any, config: DataConfig) -> Rendering:
+    if isinstance(side, Tokenised):
+        return _as_tokenised(side, len(tokenizer))
+    if isinstance(side.prompt, str):
+        return render_text(tokenizer, side.prompt, str(side.completion), side.finished)
+    roles = tuple(config.target_roles)
+    return render(
+        tokenizer,
+        [*side.prompt, *side.completion],
+        tools=side.tools,
+        # a prompt holds no answers; other roles are learnt wherever they speak
+        first_target=len(side.prompt) if roles == ("assistant",) else 0,
+        finished=side.finished,
+        target_roles=roles,
+    )
+
+
+def _as_tokenised(side: Tokenised, vocabulary: int) -> Rendering:
+    ids = np.array(side.token_ids, dtype=np.int32)
+    if ids.max() >= vocabulary:
+        raise BadRow(
+            "other_vocabulary", f"token {ids.max()} is not in the vocabulary; the row was made for another model"
+        )
+    targets = np.zeros(len(ids), dtype=bool)
+    spans = []
+    for number, (role, start, end, target) in enumerate(side.spans):
+        targets[start:end] = target
+        spans.append(Span(start, end, role, number, target))
+    return Rendering(Row(ids, targets), tuple(spans), int(np.flatnonzero(targets)[0]), ())
+
+
+def _shortened(
+    side: Dialogue | Tokenised, rendering: Rendering, tokenizer: Any, config: DataConfig
+) -> tuple[Rendering, int]:
+    """The conversation without its last messages, ending in an answer, and how many were cut. Raises BadRow."""
+    tokens, limit = len(rendering.row.token_ids), config.max_tokens
+    if rendering.prompt_length >= limit:
+        raise BadRow(
+            "prompt_too_long",
+            f"the prompt has {rendering.prompt_length} tokens, the limit of a sequence is data.max_tokens={limit}; "
+            f"raise it above {rendering.prompt_length} or shorten the prompt",
+        )
+    if config.overlong == "truncate_turns" and isinstance(side, Dialogue) and not isinstance(side.completion, str):
+        for end in range(len(side.completion) - 1, 0, -1):
+            last = side.completion[end - 1]
+            if last["role"] != "assistant" or (last.get("tool_calls") and not config.open_tool_calls):
+                continue
+            shorter = _rendering(replace(side, completion=side.completion[:end], finished=True), tokenizer, config)
+            if len(shorter.row.token_ids) <= limit and shorter.row.targets.any():
+                return shorter, len(side.completion) - end
+    raise BadRow(
+        "too_long", f"a sequence has {tokens} tokens; use data.max_tokens={tokens} or more, or shorten the row"
+    )
+
+
+# ---------------------------------------------------------------------- examples
+
+
+def _serves(have: Kind, want: Kind) -> bool:
+    return have == want or have == "pair" or (have, want) == ("labelled", "single")
+
+
+def _cure(source: str, have: Kind, want: Kind) -> str:
+    fields = {"pair": "chosen and rejected", "labelled": "label", "single": "messages, or prompt and completion"}
+    return (
+        f"{source}: the row is {have}, the objective needs {fields[want]}; use other data, or another objective: "
+        "dpo and its family read pairs, kto labels, nll what is to be imitated"
+    )
+
+
+def _examples(
+    record: Record,
+    renderings: dict[str, Rendering],
+    prompts: dict[str, Prompt],
+    source: str,
+    tokenizer: Any,
+    config: DataConfig,
+    wanted: Wanted,
+) -> list[Example]:
+    rows = {name: rendering.row for name, rendering in renderings.items()}
+    common: dict[str, Any] = {"source": source, "origin": record.origin, "numbers": record.numbers}
+    if wanted.kind == "pair":
+        both = (rows["chosen"], rows["rejected"])
+        if config.targets == "divergent":
+            both = tuple(after_divergence(row, other) for row, other in (both, both[::-1]))  # type: ignore[assignment]
+        extra = tuple(_column(name)(record, both, tokenizer, config) for name in wanted.columns)
+        return [Example((*both, *extra), prompt=prompts["chosen"], **common)]
+    if record.kind == "pair":
+        if wanted.kind == "single":
+            return [Example((rows["chosen"],), prompt=prompts["chosen"], **common)]
+        return [
+            Example((rows[name],), prompt=prompts[name], label=name == "chosen", **common)
+            for name in ("chosen", "rejected")
+        ]
+    if wanted.kind == "single" and record.label is False:
+        raise NotUsed("undesirable", "the row is labelled undesirable; only desirable ones are imitated")
+    return [Example((rows["row"],), prompt=prompts["row"], label=record.label, **common)]
+
+
+def _prompt(side: Dialogue | Tokenised, rendering: Rendering, tokenizer: Any, alone: bool) -> Prompt:
+    if isinstance(side, Dialogue) and not side.prompt:
+        return Prompt((), "")
+    if alone and isinstance(side, Dialogue):  # the proof that generation starts from the same tokens
+        return Prompt(tuple(prompt_ids(tokenizer, side.prompt, tools=side.tools)), side.question)
+    return Prompt(tuple(rendering.row.token_ids[: rendering.prompt_length].tolist()), side.question)
+
+
+def after_divergence(row: Row, other: Row) -> Row:
+    """The row with targets from its first token on that differs from `other` (Xie et al. 2024, arXiv 2405.00451)."""
+    shared = common_prefix_length(row.token_ids, other.token_ids)
+    targets = row.targets.copy()
+    targets[:shared] = False
+    return replace(row, targets=targets)
+
+
+def _column(name: str) -> Any:
+    module, _, function = (name if "." in name else f"align.data.columns.{name}").rpartition(".")
+    return getattr(importlib.import_module(module), function)
+
+
+def assign_mismatched(examples: Sequence[Example], seed: int, max_tokens: int) -> list[Example]:
+    """Each example with its prompt followed by the completion of another prompt: KTO's sample of the KL point.
+
+    The partner is fixed for the whole run, the next one with another prompt in a seeded order, so that the point
+    does not depend on batches and its reference log-probs can be cached. Raises ValueError for a single prompt.
+    """
+    order = np.random.default_rng([seed, len(examples)]).permutation(len(examples)).tolist()
+    prompts = [examples[i].prompt.token_ids or examples[i].source for i in order]
+    if len(set(prompts)) < 2:
+        raise ValueError("the KL point needs at least two different prompts; add data, or use an objective without it")
+    # the next position in the circle with another prompt, for all positions in one pass from the back
+    n = len(order)
+    following = [0] * (2 * n)
+    for k in range(2 * n - 2, -1, -1):
+        same = prompts[k % n] == prompts[(k + 1) % n]
+        following[k] = following[k + 1] if same else (k + 1) % n
+    out: list[Example | None] = [None] * n
+    for k, i in enumerate(order):
+        partner = examples[order[following[k]]]
+        out[i] = replace(examples[i], mismatched=_swapped(examples[i].rows[0], partner.rows[0], max_tokens))
+    return [e for e in out if e is not None]
+
+
+def _swapped(own: Row, other: Row, max_tokens: int) -> Row:
+    a, b = int(np.argmax(own.targets)), int(np.argmax(other.targets))
+
+    def joined(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.concatenate([x[:a], y[b:]])[:max_tokens]
+
+    weights = None
+    if own.weights is not None or other.weights is not None:
+        ones = [r.weights if r.weights is not None else np.ones(len(r.targets), np.float32) for r in (own, other)]
+        weights = joined(*ones)
+    return Row(joined(own.token_ids, other.token_ids), joined(own.targets, other.targets), weights)

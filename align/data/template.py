@@ -1,0 +1,388 @@
+"""A chat template at work: its rendering of a conversation, where each message stands in it and where turns begin.
+
+Everything is learnt from renderings; no template is known by name. Marks put around what the messages say, in a second
+rendering that must be the first one plus the marks, tell where each text stands. Tokens are chat.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from align.data.sources import BadRow
+
+Message = dict[str, Any]
+Place = tuple[int | None, int | None]  # of a text in a rendering; None: not to be told
+_SAID = ("reasoning_content", "reasoning", "thinking", "content")  # fields that hold text; templates differ in the name
+_MARKER = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")  # the shape of what templates write between messages
+_PRIVATE = 0xF0000  # first code point of the planes for private use: the marks
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A rendering and where the texts of the messages stand in it."""
+
+    text: str
+    places: tuple[tuple[Place, ...], ...]  # [message][text], texts as texts_of lists them
+    repeated: frozenset[int] = frozenset()  # messages of which a text stands more than once; places holds the first
+
+    def region(self, i: int) -> tuple[int, int]:
+        """From the first to the last place of message i; empty, where the messages before it end, without one."""
+        known = [at for place in self.places[i] for at in place if at is not None]
+        return (min(known), max(known)) if known else (self.before(i), self.before(i))
+
+    def before(self, i: int) -> int:
+        """Where the messages before i end."""
+        return max((end for places in self.places[:i] for _, end in places if end is not None), default=0)
+
+    def after(self, i: int) -> int:
+        """Where the messages after i begin."""
+        known = [at for places in self.places[i + 1 :] for place in places for at in place if at is not None]
+        return min((at for at in known if at >= self.region(i)[1]), default=len(self.text))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where the emission of a message stands in a rendering."""
+
+    message: int
+    start: int
+    said_end: int  # after the last character that it says
+    end_start: int  # of the end of turn
+    end: int
+    append: str = ""  # end of turn that the template leaves out
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How a chat template writes the assistant's turns, learnt from conversations made for the purpose."""
+
+    generation: str = ""  # what it writes for generation to start from
+    last_end: str = ""  # end of turn of the last message
+    history_end: str = ""  # what stands there when messages follow
+    call_end: str = ""  # end of a turn that calls tools
+    no_text: str | None = ""  # the content of a message that only calls tools
+    arguments_as_text: bool = False
+
+
+@dataclass(frozen=True)
+class Template:
+    """The chat template of a tokenizer, with the tools of one conversation."""
+
+    tokenizer: Any
+    tools: list[dict[str, Any]] | None
+    habits: Habits
+
+    @staticmethod
+    def of(tokenizer: Any, tools: list[dict[str, Any]] | None = None) -> Template:
+        """Raises ValueError when the tokenizer has none."""
+        if not tokenizer.chat_template:
+            raise ValueError(
+                "the data are conversations and the tokenizer has no chat template; set model.chat_template=FILE, "
+                "or give prompt, chosen and rejected as plain strings"
+            )
+        return Template(tokenizer, tools or None, _habits(tokenizer, str(tokenizer.chat_template), tokenizer.eos_token))
+
+    def write(self, messages: Sequence[Message], generation: bool) -> str:
+        """The rendering. Raises BadRow when the template refuses."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                [self._form(message) for message in messages],
+                tools=self.tools,
+                tokenize=False,
+                add_generation_prompt=generation,
+            )
+        except Exception as error:  # Jinja's own exceptions and what templates raise
+            why = " ".join(str(error).split())
+            raise BadRow("template", f"the chat template refuses the conversation: {why}") from error
+
+    def layout(self, messages: Sequence[Message], generation: bool) -> Layout:
+        """The rendering and the places of its texts. Raises BadRow when the template refuses."""
+        text = self.write(messages, generation)
+        layout = self._marked(messages, generation, text, range(len(messages)))
+        if layout is None:  # the template looks at how some text begins or ends
+            parts = [self._alone(messages, generation, text, i) for i in range(len(messages))]
+            repeated = frozenset().union(*(part.repeated for part in parts))
+            layout = Layout(text, tuple(part.places[i] for i, part in enumerate(parts)), repeated)
+        return layout
+
+    def turn(self, layout: Layout, messages: Sequence[Message], i: int) -> tuple[Turn, list[str]]:
+        """The emission of assistant message i, and findings. Raises BadRow when its start or end cannot be told."""
+        start, notes = self._start(layout, messages, i)
+        return self.end(layout, messages, i, start), notes
+
+    def end(self, layout: Layout, messages: Sequence[Message], i: int, start: int) -> Turn:
+        """The end of assistant message i, whose emission begins at `start` or later. Raises BadRow as turn does."""
+        text, stop, last = layout.text, layout.after(i), i == len(messages) - 1
+        said_end = max(layout.region(i)[1], start)
+        if messages[i].get("tool_calls"):
+            # before a message that says nothing the end that is found could be that message's own
+            ends = [self.habits.last_end] if last or layout.places[i + 1] else []
+            for end in [*ends, self.habits.call_end]:
+                at = text.find(end, said_end, stop)
+                if end and at >= 0:
+                    return Turn(i, start, at, at, at + len(end))
+            raise BadRow(
+                "template",
+                f"message {i + 1}: the chat template writes no end after a tool call "
+                f"({quote(text[said_end:stop])}); use another chat template, or give the message weight 0",
+            )
+        content, wanted = messages[i]["content"], self.habits.last_end if last else self.habits.history_end
+        if content.strip():
+            found = re.compile(r"\s*" + re.escape(wanted)).match(text, said_end, stop)
+        else:  # only template text stands before the end
+            found = re.compile(re.escape(wanted)).search(text, said_end, stop)
+        blank = content[len(content.rstrip()) :]
+        if content.strip() and text.startswith(blank, said_end):
+            said_end += len(blank)
+        elif not content.strip():
+            nothing = max(start, len(text.rstrip())) if last else start
+            said_end = found.end() - len(wanted) if found and wanted else nothing
+        if not (found and wanted):
+            return Turn(i, start, said_end, said_end, said_end, wanted if last else "")
+        end_start = found.end() - len(wanted)
+        return Turn(i, start, min(said_end, end_start), end_start, found.end())
+
+    def _start(self, layout: Layout, messages: Sequence[Message], i: int) -> tuple[int, list[str]]:
+        """Where generation would begin message i, and findings."""
+        text, floor = layout.text, layout.before(i)
+        starts = [place[0] for place in layout.places[i]]
+        first = None if None in starts else min(starts, default=None)
+        stop = layout.region(i)[1] if starts else layout.after(i)
+        opening = self.habits.generation
+        prompt = self.write(messages[:i], generation=True) if i > 0 else ""
+        if prompt and text.startswith(prompt) and floor <= len(prompt) <= stop:
+            start = len(prompt)
+            if not (opening.strip() and first is not None and text.startswith(opening, start, first)):
+                return start, []
+            start += len(opening)  # the template writes a header here that it forgets for generation
+            return start, [f"context: message {i + 1}: {quote(opening)} stands there, and not where generation begins"]
+        if prompt:
+            opening = prompt[len(_common(prompt, self.write(messages[:i], generation=False))) :]
+        region = text[floor : first if first is not None else stop]
+        lead = next((lead for lead in _leads(opening) if lead in region), "")
+        if lead:
+            start = floor + region.index(lead) + len(lead)
+        elif first is not None and (not prompt or (not opening and prompt.endswith(region.rstrip()))):
+            start = first
+        else:
+            raise BadRow(
+                "template",
+                f"message {i + 1}: the chat template does not extend what it rendered before "
+                f"(before: {quote(prompt)}, after: {quote(text[: layout.after(i)])}); use another chat template",
+            )
+        if not prompt:
+            return start, []
+        if lead != opening:
+            why = f"{quote(text[floor:start])} stands where generation begins after {quote(opening)}"
+        else:
+            why = "the chat template has rewritten the messages before it since"
+        return start, [f"context: message {i + 1}: {why}"]
+
+    def _marked(
+        self, messages: Sequence[Message], generation: bool, text: str, which: Iterable[int], starts: bool = True
+    ) -> Layout | None:
+        """Places of the texts of the messages in `which`; None when the marks change anything else."""
+        free = _unused(text)
+        pairs: list[tuple[int, str, str]] = []
+
+        def mark(i: int, said: str) -> str:
+            core = said.strip()
+            if not core or i not in which:
+                return said
+            pairs.append((i, next(free), next(free)))
+            at = said.index(core)
+            return said[:at] + (pairs[-1][1] if starts else "") + core + pairs[-1][2] + said[at + len(core) :]
+
+        with_marks = [map_texts(message, lambda said, i=i: mark(i, said)) for i, message in enumerate(messages)]
+        at: dict[str, int] = {}
+        repeated = set()
+        if pairs:
+            try:
+                marked = self.write(with_marks, generation)
+            except BadRow:
+                return None
+            marks = re.compile("[" + "".join(first + last for _, first, last in pairs) + "]")
+            if marks.sub("", marked) != text:
+                return None
+            for number, found in enumerate(marks.finditer(marked)):
+                if found.group() in at:
+                    repeated.add(found.group())
+                at.setdefault(found.group(), found.start() - number)
+        places = [
+            tuple((at.get(first), at.get(last)) for j, first, last in pairs if j == i) for i in range(len(messages))
+        ]
+        return Layout(text, tuple(places), frozenset(i for i, _, last in pairs if last in repeated))
+
+    def _alone(self, messages: Sequence[Message], generation: bool, text: str, i: int) -> Layout:
+        for starts in (True, False):
+            layout = self._marked(messages, generation, text, [i], starts)
+            if layout is not None:
+                return layout
+        # the template looks at both ends of this text: it stands where it can be read, if only there
+        places = [
+            (text.index(said), text.index(said) + len(said)) if text.count(said) == 1 else (None, None)
+            for said in texts_of(messages[i])
+        ]
+        return Layout(text, tuple(tuple(places) if j == i else () for j in range(len(messages))))
+
+    def _form(self, message: Message) -> Message:
+        """A message as this template takes it."""
+        message = {key: value for key, value in message.items() if key != "weight"}
+        if "tool_calls" in message:
+            message["content"] = message["content"] or self.habits.no_text
+            if self.habits.arguments_as_text:
+                as_text = [(call, json_of(call["function"]["arguments"])) for call in message["tool_calls"]]
+                message["tool_calls"] = [c | {"function": c["function"] | {"arguments": a}} for c, a in as_text]
+        return message
+
+
+@lru_cache(maxsize=16)
+def _habits(tokenizer: Any, template: str, eos: str | None) -> Habits:  # noqa: ARG001  what the answer depends on
+    """What the template does around words that it cannot know. A probe that it refuses teaches nothing."""
+    ask, reply, more = (chr(_PRIVATE + n) for n in range(3))
+    user, answer = {"role": "user", "content": ask}, {"role": "assistant", "content": reply}
+
+    def probe(messages: list[Message], generation: bool = False, habits: Habits | None = None) -> str:
+        try:
+            return Template(tokenizer, None, habits or Habits()).write(messages, generation)
+        except BadRow:
+            return ""
+
+    prompt, whole = probe([user], generation=True), probe([user, answer])
+    opening = prompt[len(_common(prompt, probe([user]))) :]
+    before, last = whole.partition(ask)[0], whole.partition(reply)[2]
+    middle = probe([user, answer, {"role": "user", "content": more}]).partition(reply)[2].partition(more)[0]
+    last_end = history_end = _common(last, middle).strip()
+    if not last_end and last.strip():  # the two ends differ
+        ends = [_MARKER.match(tail.strip()) for tail in (last, middle)]
+        last_end, history_end = (end.group() if end else "" for end in ends)
+    elif not last_end:  # the last turn is left open: its end is what stands before a user's header in the middle only
+        header = 0
+        while header < min(len(before), len(middle)) and before[-header - 1] == middle[-header - 1]:
+            header += 1
+        last_end = history_end = middle[: len(middle) - header].strip()
+    learnt = Habits(opening, last_end, history_end)
+    call = {"id": "call00001", "type": "function", "function": {"name": reply, "arguments": {"a": more}}}
+    called = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    result = {"role": "tool", "name": reply, "tool_call_id": "call00001", "content": ask}
+    for no_text, as_text in (("", False), (None, False), ("", True), (None, True)):
+        habits = replace(learnt, no_text=no_text, arguments_as_text=as_text)
+        whole = probe(called, habits=habits)
+        if reply in whole and more in whole:
+            last, middle = (text.partition(more)[2] for text in (whole, probe([*called, result], habits=habits)))
+            shared = _common(last, middle) if middle else last
+            ends = [last_end] if last_end and last_end in shared else _MARKER.findall(shared)
+            return replace(habits, call_end=ends[-1] if ends else "")
+    return learnt
+
+
+# ---- messages ----
+
+
+def tidy(messages: Iterable[Message]) -> list[Message]:
+    """Copies with a content, without fields that are null or empty lists, arguments of calls parsed."""
+    out = []
+    for message in messages:
+        message = {key: value for key, value in message.items() if value is not None and value != []}
+        message.setdefault("content", "")
+        if "tool_calls" in message:
+            given = [(call, call["function"].get("arguments") or {}) for call in message["tool_calls"]]
+            message["tool_calls"] = [c | {"function": c["function"] | {"arguments": _parsed(a)}} for c, a in given]
+        out.append(message)
+    return out
+
+
+def map_texts(message: Message, change: Callable[[str], str]) -> Message:
+    """The message with change(text) for each text that it says, in its calls too; keys, ids and roles stay."""
+
+    def leaves(value: Any) -> Any:
+        if isinstance(value, str):
+            return change(value)
+        if isinstance(value, dict):
+            return {key: leaves(item) for key, item in value.items()}
+        return [leaves(item) for item in value] if isinstance(value, list) else value
+
+    message = {key: leaves(value) if key in _SAID else value for key, value in message.items()}
+    if "tool_calls" in message:
+        message["tool_calls"] = [call | {"function": leaves(call["function"])} for call in message["tool_calls"]]
+    return message
+
+
+def texts_of(message: Message) -> list[str]:
+    """Each text that a message says and that is not blank, without the white space around it."""
+    out: list[str] = []
+
+    def keep(text: str) -> str:
+        out.append(text.strip())
+        return text
+
+    map_texts(message, keep)
+    return [text for text in out if text]
+
+
+def check_said(layout: Layout, messages: Sequence[Message], i: int) -> list[str]:
+    """Findings. Raises BadRow unless everything that message i says stands in the rendering, but for white space."""
+    findings = []
+    for said, (start, end) in zip(texts_of(messages[i]), layout.places[i], strict=True):
+        begin = layout.before(i) if start is None else start
+        stands = layout.text[begin : begin if end is None else end]
+        if stands == said or (start is None and stands.endswith(said)) or stands == json_of([said])[2:-2]:
+            continue
+        squeezed, wanted = "".join(stands.split()), "".join(said.split())
+        if end is None or not (squeezed.endswith(wanted) if start is None else squeezed == wanted):
+            raise BadRow(
+                "template",
+                f"message {i + 1}: the chat template {'drops' if end is None else 'rewrites'} what it says (said: "
+                f"{quote(said)}, rendered: {quote(layout.text[layout.before(i) : layout.after(i)])}); use another chat "
+                "template, give reasoning in the field that it reads (reasoning_content in most), or weight 0",
+            )
+        findings.append(f"white_space: the chat template changes it within message {i + 1}")
+    return findings
+
+
+def quote(text: str) -> str:
+    """A text for a message in one line, its middle left out when it is long."""
+    return repr(text if len(text) <= 120 else text[:40] + "..." + text[-77:])
+
+
+def json_of(value: Any) -> str:
+    """JSON with all letters as they are; a string as it stands."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _parsed(arguments: Any) -> Any:
+    try:
+        return json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        return arguments
+
+
+def _unused(text: str) -> Iterator[str]:
+    """Characters that stand nowhere in the text and mean nothing to a template."""
+    used = {c for c in set(text) if ord(c) >= _PRIVATE}
+    yield from (chr(n) for n in range(_PRIVATE, 0x110000) if chr(n) not in used)
+    raise BadRow("template", "the conversation holds too many texts (arguments of tool calls count too); split it")
+
+
+def _common(a: str, b: str) -> str:
+    """What two texts begin with; a marker that only begins alike is left out."""
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return _whole(a[:n])
+
+
+def _whole(text: str) -> str:
+    return re.sub(r"[<\[][^<>\[\]\s]*$", "", text)
+
+
+def _leads(opening: str) -> Iterator[str]:
+    """Beginnings of a generation prompt, the longest first, that cut no marker and are not blank."""
+    for n in range(len(opening), 0, -1):
+        if opening[:n].strip() and _whole(opening[:n]) == opening[:n]:
+            yield opening[:n]
