@@ -17,6 +17,27 @@ def objective(config: Config) -> Any:
     return _instantiate(config.objective, "objective")
 
 
+def pair_rule(config: Config) -> Any:
+    """The rule of the group `pairs`. Raises ValueError for impossible values."""
+    if config.pairs is None:
+        raise ValueError("pairs=... is missing: choose a rule, for example pairs=max_min")
+    return _instantiate(config.pairs, "pairs")
+
+
+def rollout(config: Config, policy: Any, tokenizer: Any, **settings: Any) -> Any:
+    """The backend of the group `rollout` for a policy. Raises ValueError for impossible values."""
+    try:
+        return instantiate(config.rollout)(policy, tokenizer, **settings)
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"rollout ({config.rollout.get('_target_')}): {' '.join(str(cause).split())}") from error
+
+
+def tool(config: Config) -> Any:
+    """The tool that a policy may call while trajectories are collected. Raises ValueError for impossible values."""
+    return _instantiate(config.tree.collect.tool, "collect.tool")
+
+
 def pretrained(config: Config) -> Pretrained:
     """The model of a run, not loaded yet."""
     return _instantiate(config.model, "model")

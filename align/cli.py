@@ -14,7 +14,12 @@ align: align language models to human preferences
   align check recipe=NAME [key=value ...]    compose and validate settings, without a model
   align check --keys                         every setting with its default and meaning
   align recipes                              the shipped recipes
-  align data KEY=VALUE ...                   read the data of a recipe and report what would be used
+  align data check [key=value ...] [--json OUT.json] [--html OUT.html]
+                                             every row's tokens, what is learnt of them and what is wrong with the data
+  align data pairs scored=FILE out=FILE pairs=RULE [max_per_prompt=N] [seed=N]
+                                             preference pairs from scored samples; trees=FILE for a search tree's steps
+  align evaluate run.dir=DIR [data.train=FILE ...] [--json OUT.json]
+                                             ranking and reward accuracy of a finished run on pairs
 
   --config-dir DIR    your own configs (same folders) and recipes (DIR/recipes)
   --version, --help
@@ -22,10 +27,13 @@ align: align language models to human preferences
 Examples
   align train recipe=wpo
   align train recipe=dpo data.train=pairs.jsonl model=hub model.path=Qwen/Qwen2.5-0.5B-Instruct
+  align data check data.train=pairs.jsonl model=Qwen/Qwen2.5-0.5B-Instruct --html pairs.html
   align train recipe=wpo objective.beta=0.05 optimizer.lr=1e-4 run.dir=runs/mine
 
-Exit codes: 0 done, 1 failed, 2 wrong settings or data, 85 stopped by SIGTERM or SIGUSR1 with everything saved,
-130 stopped by SIGINT with everything saved.
+model=PATH_OR_NAME stands for model=hub model.path=PATH_OR_NAME.
+
+Exit codes: 0 done, 1 failed or data with errors, 2 wrong settings or data, 85 stopped by SIGTERM or SIGUSR1 with
+everything saved, 130 stopped by SIGINT with everything saved.
 """
 
 
@@ -103,19 +111,115 @@ def _recipes(words: list[str], config_dir: Path | None) -> int:
 
 
 def _data(words: list[str], config_dir: Path | None) -> int:
+    if words and words[0] == "pairs":
+        return _data_pairs(words[1:], config_dir)
+    if words and words[0] == "check":
+        return _data_check(words[1:], config_dir)
+    raise ValueError(f"align data {words[0] if words else ''}: say align data check or align data pairs")
+
+
+def _data_check(words: list[str], config_dir: Path | None) -> int:
     from align.config import compose
 
+    files, words = _files(words, "--json", "--html")
     config = compose(words, config_dir)
-    from align.build import tokenizer
+    from align.build import objective, tokenizer
+    from align.data.check import check, failed, lines
+    from align.data.examples import Wanted
     from align.data.load import load
+    from align.data.report import write_html, write_json
 
-    data = load(config.data, tokenizer(config))
-    for line in data.audit.lines():
+    # rows are shown as an objective gets them if one is chosen, else as what they are
+    chosen = any(word.split("=")[0] in ("recipe", "objective") for word in words)
+    wanted = Wanted.by(objective(config)) if chosen else Wanted(kind=None)
+    tokens = tokenizer(config)
+    data = load(config.data, tokens, wanted, config.seed, keep=True, to_the_end=True)
+    findings = check(data, tokens, config.data)
+    for line in lines(findings, data.audit):
+        print(line)
+    for option, write in (("--json", write_json), ("--html", write_html)):
+        if option in files:
+            write(files[option], data, findings, tokens)
+            print(f"written {files[option]}")
+    return 1 if failed(findings) else 0
+
+
+def _data_pairs(words: list[str], config_dir: Path | None) -> int:
+    own = {"scored": "", "trees": "", "out": "", "max_per_prompt": ""}
+    rest = []
+    for word in words:
+        key, _, value = word.partition("=")
+        if key in own:
+            own[key] = value
+        else:
+            rest.append(word)
+    if bool(own["scored"]) == bool(own["trees"]) or not own["out"]:
+        raise ValueError("give scored=FILE (or trees=FILE) and out=FILE; several files as scored=A.jsonl,B.jsonl")
+    if own["trees"]:
+        from align.data.search import build_step_pairs
+
+        if rest or own["max_per_prompt"]:
+            raise ValueError("trees=FILE takes out=FILE only: its pairs are the steps of each tree")
+        account = build_step_pairs(_names(own["trees"]), Path(own["out"]))
+        print(
+            f"pairs: {account['pairs_out']} steps from {account['trees_in']} trees, skipped {account['steps_skipped']}"
+        )
+        return 0
+    if not any(word.startswith("pairs=") for word in rest):
+        rest.append("pairs=max_min")
+    limit = own["max_per_prompt"]
+    if limit and not limit.isdecimal():
+        raise ValueError(f"max_per_prompt={limit}: must be a whole number")
+    from align.config import compose
+
+    config = compose(rest, config_dir)
+    from align.build import pair_rule
+    from align.data.pairs import build_pairs
+
+    account = build_pairs(
+        _names(own["scored"]), pair_rule(config), Path(own["out"]), int(limit) if limit else None, config.seed
+    )
+    for line in account.lines():
         print(line)
     return 0
 
 
-_COMMANDS = {"train": _train, "check": _check, "recipes": _recipes, "data": _data}
+def _names(value: str) -> list[str]:
+    """A.jsonl, A.jsonl,B.jsonl or [A.jsonl,B.jsonl]"""
+    return [name.strip() for name in value.removeprefix("[").removesuffix("]").split(",")]
+
+
+def _evaluate(words: list[str], config_dir: Path | None) -> int:
+    from align.config import compose_run
+
+    files, words = _files(words, "--json")
+    if config_dir is not None:
+        raise ValueError("align evaluate takes its settings from run.dir")
+    config = compose_run(words)
+    from align.trainers.ranking import evaluate_run
+
+    for line in evaluate_run(config, files.get("--json")):
+        print(line)
+    return 0
+
+
+_COMMANDS = {"train": _train, "check": _check, "recipes": _recipes, "data": _data, "evaluate": _evaluate}
+
+
+def _files(words: list[str], *options: str) -> tuple[dict[str, str], list[str]]:
+    """The values of options that name files, and the other words."""
+    found = {}
+    rest = []
+    waiting = iter(words)
+    for word in waiting:
+        option, equals, value = word.partition("=")
+        if option not in options:
+            rest.append(word)
+            continue
+        found[option] = value if equals else next(waiting, "")
+        if not found[option]:
+            raise ValueError(f"{option}: give a file to write")
+    return found, rest
 
 
 def _config_dir(words: list[str]) -> tuple[Path | None, list[str]]:

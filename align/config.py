@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class ReferenceConfig:
     """configs/config.yaml, reference"""
 
     mode: str
+    path: str | None
     cache_dir: str | None
 
 
@@ -86,7 +88,12 @@ class DataConfig:
     train: Any  # one source or a list of them
     heldout: Any
     heldout_fraction: float
+    repeat: Any  # a number for each source of train
     max_tokens: int
+    overlong: str
+    targets: str
+    target_roles: list[str]
+    open_tool_calls: bool
     on_bad_row: str
     max_bad_fraction: float
     gold: str | None
@@ -109,6 +116,29 @@ class TrainerConfig:
     keep_checkpoints: int
     num_samples: int
     sample_tokens: int
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """configs/collect"""
+
+    task: str
+    task_settings: Any  # null, or what the task takes
+    problem_seed: int
+    num_problems: int
+    num_heldout: int
+    num_examples: int
+    samples_per_problem: int
+    chunk_problems: int
+    temperature: float
+    top_p: float
+    max_turns: int
+    max_new_tokens: int
+    stop: list[str]
+    observation_role: str
+    max_pairs_per_problem: int
+    max_labelled_per_problem: int
+    tool: Any  # open: its keys are those of the class it names
 
 
 @dataclass(frozen=True)
@@ -142,8 +172,11 @@ class Config:
     trainer: TrainerConfig
     log: LogConfig
     launch: LaunchConfig
+    collect: CollectConfig | None  # None: the data are given
     model: DictConfig
     objective: DictConfig
+    rollout: DictConfig
+    pairs: DictConfig | None  # the rule of align data pairs and of collected pairs
     choices: dict[str, str] = field(compare=False)  # group -> option, for names and the model card
     tree: DictConfig = field(compare=False)  # as composed, for config.yaml
 
@@ -155,6 +188,7 @@ _SECTIONS = {
     "optimizer": OptimizerConfig,
     "data": DataConfig,
     "trainer": TrainerConfig,
+    "collect": CollectConfig,
     "log": LogConfig,
     "launch": LaunchConfig,
 }
@@ -163,11 +197,16 @@ _CHOICES = {
     "reference.mode": ("cached", "adapter", "model"),
     "optimizer.schedule": ("cosine", "linear", "constant"),
     "data.on_bad_row": ("error", "drop"),
+    "data.overlong": ("error", "drop", "truncate_turns"),
+    "data.targets": ("all", "divergent"),
     "trainer.layout": ("auto", "shared", "packed", "padded"),
     "trainer.recompute": ("auto", "off", "selective", "full"),
     "trainer.precision": ("auto", "float32", "bfloat16"),
     "log.wandb": ("off", "offline", "online"),
+    "collect.observation_role": ("user", "tool"),
 }
+
+_EVALUATION = ("trainer.micro_batch_tokens", "trainer.layout", "trainer.precision")
 
 # key -> (low, high, low itself allowed, high itself allowed); None: no bound
 _RANGES: dict[str, tuple[float | None, float | None, bool, bool]] = {
@@ -194,6 +233,18 @@ _RANGES: dict[str, tuple[float | None, float | None, bool, bool]] = {
     "trainer.keep_checkpoints": (1, None, True, True),
     "trainer.num_samples": (0, None, True, True),
     "trainer.sample_tokens": (1, None, True, True),
+    "collect.problem_seed": (0, 2**31, True, False),
+    "collect.num_problems": (1, None, True, True),
+    "collect.num_heldout": (1, None, True, True),
+    "collect.num_examples": (0, 3, True, True),
+    "collect.samples_per_problem": (2, None, True, True),
+    "collect.chunk_problems": (1, None, True, True),
+    "collect.temperature": (0, None, False, True),
+    "collect.top_p": (0, 1, False, True),
+    "collect.max_turns": (2, None, True, True),
+    "collect.max_new_tokens": (1, None, True, True),
+    "collect.max_pairs_per_problem": (1, None, True, True),
+    "collect.max_labelled_per_problem": (1, None, True, True),
     "log.console_every": (1, None, True, True),
     "launch.threads": (1, None, True, True),
 }
@@ -242,6 +293,12 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
     # Your own training data never meet the shipped held-out set or its gold rule.
     if any(w.startswith("data.train=") for w in words) and not any(w.startswith("data=") for w in words):
         words.append("data=files")
+    known_models = options("model", config_dir)
+    for i, word in enumerate(words):
+        name = word.removeprefix("model=")
+        if name != word and name not in known_models and ("/" in name or Path(name).is_dir()):
+            words[i : i + 1] = ["model=hub", f"model.path={name}"]
+            break
     _register_recipes(config_dir)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str((shipped_root() / "configs").resolve()), version_base="1.3"):
@@ -259,6 +316,26 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
     del full["hydra"]
     _refuse_unknown(full, known, choices)
     return _typed(full, choices)
+
+
+def compose_run(overrides: Sequence[str]) -> Config:
+    """The settings of an existing run, run.dir=DIR, with other data or sizes of forwards.
+
+    Raises ConfigError as compose does, and for a setting that is part of what the run is.
+    """
+    given = dict(word.partition("=")[::2] for word in overrides)
+    path = Path(given.pop("run.dir", "nowhere")) / "config.yaml"
+    if not path.is_file():
+        raise ConfigError("run.dir=DIR is needed: the directory of a run")
+    tree = OmegaConf.load(path)
+    assert isinstance(tree, DictConfig)
+    allowed = {key for key, _ in leaves(tree) if key.split(".")[0] in ("data", "launch") or key in _EVALUATION}
+    for key, value in given.items():
+        if key not in allowed:
+            raise ConfigError(f"{key} cannot be set for a finished run{_nearest(key, allowed)}")
+        OmegaConf.update(tree, key, yaml.safe_load(value))
+    tree.run.dir = str(path.parent)
+    return _typed(tree, {"objective": str(tree.objective.get("_target_", "")).rpartition(".")[2]})
 
 
 def differences(old: DictConfig, new: DictConfig) -> dict[str, tuple[Any, Any]]:
@@ -290,13 +367,18 @@ def _register_recipes(config_dir: Path | None) -> None:
     store.repo.pop("recipe", None)
     for name, path in recipes(config_dir).items():
         try:
-            node = OmegaConf.load(path)
+            node = _recipe(path, path.stat().st_mtime_ns)
         except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: is not YAML: {_one_line(error)}") from None
         if not isinstance(node, DictConfig):
             raise ConfigError(f"{path}: must hold settings, `key: value` a line")
         group, _, option = f"recipe/{name}".rpartition("/")
         store.store(group=group, name=option, node=node, package="_global_")
+
+
+@lru_cache
+def _recipe(path: Path, _changed: int) -> DictConfig | ListConfig:
+    return OmegaConf.load(path)
 
 
 def _refuse_unknown(full: DictConfig, known: DictConfig, choices: dict[str, str]) -> None:
@@ -367,6 +449,9 @@ def _typed(tree: DictConfig, choices: dict[str, str]) -> Config:
     assert isinstance(values, dict)
     sections = {}
     for name, cls in _SECTIONS.items():
+        if values.get(name) is None and name == "collect":
+            sections[name] = None
+            continue
         schema = OmegaConf.structured(cls)
         OmegaConf.set_readonly(schema, False)
         try:
@@ -383,6 +468,8 @@ def _typed(tree: DictConfig, choices: dict[str, str]) -> Config:
         merge=values["merge"],
         model=tree.model,
         objective=tree.objective,
+        rollout=tree.rollout,
+        pairs=tree.get("pairs"),
         choices=choices,
         tree=tree,
         **sections,
@@ -403,15 +490,24 @@ def _written(value: Any) -> str:
     return str(value)
 
 
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _check_values(config: Config) -> None:
+    def absent(key: str) -> bool:
+        return key.startswith("collect.") and config.collect is None
+
     for key, allowed in _CHOICES.items():
+        if absent(key):
+            continue
         value = attrgetter(key)(config)
         if value not in allowed:
             near = difflib.get_close_matches(str(value), allowed, 1)
             tip = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{key}={value}: must be one of {', '.join(allowed)}{tip}")
     for key, (low, high, low_in, high_in) in _RANGES.items():
-        value = attrgetter(key)(config)
+        value = None if absent(key) else attrgetter(key)(config)
         if value is None:
             continue
         below = low is not None and (value < low or (value == low and not low_in))
@@ -432,10 +528,21 @@ def _check_values(config: Config) -> None:
         raise ConfigError(f"lora.targets={targets}: must be all-linear or a list of names such as [q_proj, v_proj]")
     if config.reference.mode == "adapter" and lora.rank == 0:
         raise ConfigError("reference.mode=adapter needs LoRA: set lora.rank, or use reference.mode=cached")
+    if config.reference.mode == "adapter" and config.reference.path is not None:
+        raise ConfigError("reference.path needs reference.mode=cached or model: the adapter switched off is the policy")
+    repeat, roles = config.data.repeat, config.data.target_roles
+    if repeat is not None and not (isinstance(repeat, list) and all(_number(r) and 0 <= r <= 1000 for r in repeat)):
+        raise ConfigError(f"data.repeat={_written(repeat)}: must be a list of numbers from 0 to 1000, or null")
+    if not roles or any(role not in ("system", "user", "assistant", "tool") for role in roles):
+        raise ConfigError(f"data.target_roles={roles}: must be a list of system, user, assistant, tool")
     if lora.dropout > 0 and config.trainer.layout == "shared":
         raise ConfigError("lora.dropout above 0 and trainer.layout=shared: use trainer.layout=packed")
     if lora.dropout > 0 and lora.rank == 0:
         raise ConfigError("lora.dropout has no effect with lora.rank=0; remove it or set lora.rank")
+    if (config.collect is None) == (config.data.train == "collected"):
+        raise ConfigError(
+            "data.train=collected and collect=... belong together: choose data=collected with collect=chain_sum"
+        )
     if config.merge and lora.rank == 0:
         raise ConfigError("merge=true has no effect with lora.rank=0; remove it or set lora.rank")
 

@@ -67,10 +67,14 @@ def test_version_is_the_installed_one():
         (["train", "recipe=wpo", "objective.bta=1"], "did you mean objective.beta?"),
         (["train", "recipe=wpoo"], "did you mean wpo?"),
         (["check", "model=tinny"], "did you mean tiny?"),
-        (["data", "trainer.batchsize=1"], "did you mean trainer.batch_size?"),
+        (["data", "check", "trainer.batchsize=1"], "did you mean trainer.batch_size?"),
         (["train", "optimizer.lr=-1"], "must be greater than 0"),
         (["train", "model=hub"], "model.path is required"),
         (["tran", "recipe=wpo"], "did you mean `align train`?"),
+        (["data", "chek"], "say align data check"),
+        (["data", "check", "--json"], "--json: give a file to write"),
+        (["data", "pairs", "out=x.jsonl"], "give scored=FILE"),
+        (["evaluate", "run.dir=/no/such"], "run.dir=DIR is needed"),
         (["xyzzy"], "see `align --help`"),
         (["recipes", "seed=1"], "takes no settings"),
         (["check", "--config-dir"], "give an existing directory"),
@@ -125,9 +129,9 @@ def test_data_reports_a_small_file(tmp_path, capfd):
     """20 rows, of which a twentieth, one prompt, is kept back. Targets: 2 x (bytes + end of turn) a row."""
     rows = [ROW | {"prompt": f"Question {i}?"} for i in range(20)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert main(["data", "model=tiny", f"data.train={tmp_path / 'rows.jsonl'}"]) == 0
+    assert main(["data", "check", "model=tiny", f"data.train={tmp_path / 'rows.jsonl'}"]) == 0
     targets = len("A colour.") + 1 + len("A fruit.") + 1
-    assert capfd.readouterr().out.splitlines() == [
+    assert capfd.readouterr().out.splitlines()[:2] == [
         f"data train: 19 rows in = 19 kept + 0 dropped (none); {19 * targets} target tokens",
         f"data held-out: 1 rows in = 1 kept + 0 dropped (none); {targets} target tokens",
     ]
@@ -143,7 +147,7 @@ def test_template_error_is_one_line(tmp_path, capfd):
     byte_tokenizer().save_pretrained(tmp_path / "tok")
     (tmp_path / "tok" / "config.json").write_text('{"model_type": "llama"}')
     words = ["model=hub", f"model.path={tmp_path / 'tok'}", f"model.chat_template={tmp_path / 't.jinja'}"]
-    assert main(["data", f"data.train={rows}", *words]) == 2
-    message = capfd.readouterr().err
-    assert message.startswith(f"align: {rows}:1: the chat template refuses the conversation: first line second line")
-    assert message.count("\n") == 1
+    assert main(["data", "check", f"data.train={rows}", *words]) == 1
+    assert f"  {rows}:1: template: the chat template refuses the conversation: first line second line" in (
+        capfd.readouterr().out
+    )

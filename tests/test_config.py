@@ -54,10 +54,12 @@ def test_recipe_composes_with_model(recipe, model):
     settings = compose(words)
     written = yaml.safe_load(recipes()[recipe].read_text())
     assert settings.choices["model"] == model
-    assert settings.choices["objective"] == written["defaults"][0]["override /objective"]
-    assert settings.objective.beta == written["objective"]["beta"]
-    assert settings.optimizer.lr == float(written["optimizer"]["lr"])
-    assert settings.trainer.batch_size == written["trainer"]["batch_size"]
+    for choice in written.pop("defaults"):
+        (group, option), *_ = choice.items()
+        group = group.removeprefix("override /")
+        assert settings.choices[group] == (option if group != "model" else model)
+    for key, value in leaves(OmegaConf.create(written)):
+        assert OmegaConf.select(settings.tree, key) == value, key
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,10 @@ def test_target_takes_the_option_keys(path):
     keys = own_keys(path)
     module, _, name = keys.pop("_target_").rpartition(".")
     target = getattr(import_module(module), name)
-    groups = {p.name for p in path.parent.iterdir() if p.is_dir()}  # objective/loss is the key loss of an objective
+    groups = set()  # the option of objective/loss is the key loss of an objective
+    for choice in yaml.safe_load(path.read_text()).get("defaults", []):
+        if not isinstance(choice, str):
+            groups.add(next(iter(choice)).rpartition("@")[2])
     assert set(inspect.signature(target).parameters) == set(keys) | groups
 
 
@@ -145,6 +150,7 @@ def test_unknown_key_names_the_nearest(word, nearest):
         ("data", "everday", "everyday"),
         ("trainer", "ofline", "offline"),
         ("log", "defalt", "default"),
+        ("pairs", "max_mn", "max_min"),
         ("launch", "locl", "local"),
         ("recipe", "paper/wpo_zephyr", "paper/wpo_zephyr_7b"),
     ],

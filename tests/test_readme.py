@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ COMMANDS = sorted(
     {
         re.split(r"\s+#|\s{2,}", line)[0]
         for page in PAGES
-        for line in re.findall(r"(?:^    |^|`)(align (?:train|check|data) [^`\n]*)", page.read_text(), re.MULTILINE)
+        for line in re.findall(r"(?:^    |^|`)(align (?:train|check|data check|data pairs) [^`\n]*)", page.read_text(), re.MULTILINE)
         if "..." not in line and "NAME" not in line and "--" not in line
     }
     | {
@@ -31,7 +32,8 @@ def test_there_are_commands_to_check():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_composes(command):
-    compose(command.split()[2:])
+    words = [w for w in shlex.split(command) if not w.startswith(("scored=", "trees=", "out=", "max_per_prompt="))]
+    compose(words[3 if words[1] == "data" else 2 :])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

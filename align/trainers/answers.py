@@ -9,14 +9,12 @@ from typing import Any
 
 from align import build
 from align.config import Config
-from align.data.pairs import Example
 from align.engine.local import LocalEngine
 from align.evaluate.samples import Sample, sequence_kl
 from align.log import Log
-from align.rollout.hf import Completion, generate
-from align.types import PackedBatch, Stats
+from align.rollout.base import Completion, Sampling
+from align.types import Example, PackedBatch, Stats
 
-BATCH_SIZE = 32
 # The KL needs samples of its own, at temperature 1; so many bound its cost.
 MAX_KL_PROMPTS = 32
 
@@ -87,16 +85,11 @@ class Answers:
                 self.check()
                 yield item
 
-        with self.engine.autocast():
-            return generate(
-                self.engine.policy,
-                self.tokenizer,
-                prompts,
-                max_new_tokens=self.config.trainer.sample_tokens,
-                seed=seed,
-                batch_size=BATCH_SIZE,
-                progress=checked,
-            )
+        policy, autocast = self.engine.policy, self.engine.autocast
+        rollout = build.rollout(self.config, policy, self.tokenizer, autocast=autocast, progress=checked)
+        limit = self.config.trainer.sample_tokens
+        sampling = Sampling(limit, temperature=0.0) if seed is None else Sampling(limit, seed=seed)
+        return [row[0] for row in rollout.generate(prompts, sampling)]
 
     def _read(self) -> list[Sample]:
         lines = self.path.read_text().splitlines() if self.path.exists() else []

@@ -75,12 +75,19 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     metrics = summary["metrics"]
     out = []
     if "accuracy/heldout" in metrics:
-        pairs = summary["heldout_pairs"]
-        out.append((f"preference accuracy ({pairs} pairs)", "0.5 (chance)", f"{metrics['accuracy/heldout']:.3f}"))
+        out.append(
+            (f"preference accuracy ({summary['heldout']})", "0.5 (chance)", f"{metrics['accuracy/heldout']:.3f}")
+        )
     if "heldout/reward_margin" in metrics:
         out.append(("reward margin (nats x beta)", "0", f"{metrics['heldout/reward_margin']:+.3f}"))
     if summary["kl"] is not None:
         out.append(("KL to the reference (nats per sampled answer)", "0", f"{summary['kl']:.2f}"))
+    if "problems" in summary:
+        solved = summary["problems"]
+        change = solved["change"]
+        out.append((f"{solved['count']} held-out problems solved", f"{solved['before']:.1%}", f"{solved['after']:.1%}"))
+        interval = f"{change['mean']:+.1%} [{change['low']:+.1%}, {change['high']:+.1%}]"
+        out.append(("  change, 95 % paired bootstrap", "", interval))
     samples = summary.get("samples")
     if samples:
         before, after = samples["before"], samples["after"]

@@ -1,4 +1,4 @@
-"""`align train` over fixed pairs: builds the parts, checks that they fit, runs the loop, tells what came of it."""
+"""`align train` over fixed data: builds the parts, checks that they fit, runs the loop, tells what came of it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ import torch
 
 from align import build, checkpoint
 from align.config import Config, cache_root
+from align.data.examples import Wanted
 from align.data.load import fingerprint, load
 from align.device import available_bytes, memory_plan, pick_device, pick_precision, pick_recompute
 from align.engine.local import LocalEngine, learning_rate
+from align.evaluate.samples import paired_bootstrap
 from align.log import Log
 from align.models import Policy, choose_layout, enable_recompute, lora, probe_layout, weights_hash
-from align.objectives.preference import DPO, Sigmoid
-from align.pretrained import Pretrained
+from align.pretrained import Pretrained, from_hub
 from align.reference import ReferenceCache
 from align.rundir import RunDirectory, environment
 from align.trainers.answers import Answers
+from align.trainers.collect import Collector
 from align.trainers.final import final_table, summarise, write_final
-from align.trainers.loop import NonFinite, Plan, Trainee, evaluate, plan, token_plan, train_step
+from align.trainers.loop import Anchor, NonFinite, Plan, Trainee, evaluate, plan, reference_gap, token_plan, train_step
 from align.trainers.signals import Signals, Stopped
 from align.types import PackedBatch, Stats
+
+_NOUNS = {"pair": "pairs", "labelled": "labelled rows", "single": "rows"}
 
 # Policy and reference are the same numbers at the start, computed in other batches: nats per token.
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
@@ -76,6 +80,7 @@ class Training:
         self.out = run
         self.log = log
         self.signals = signals
+        self.loaded: Any = None
 
     def run(self, command: str) -> int:
         """Everything from data to final/."""
@@ -83,13 +88,22 @@ class Training:
         started = time.perf_counter()
         pretrained = build.pretrained(config)
         self.tokenizer = pretrained.tokenizer()
-        data = load(config.data, self.tokenizer)
+        wanted = Wanted.by(self.objective)
+        settings = config.data
+        self.collector: Collector | None = None
+        if config.collect is not None:
+            self.collector = self._collector(pretrained)
+            self.solved_before = self.collector.before()
+            collected = self.collector.collect()
+            for line in collected.lines():
+                log.say(line)
+            settings = replace(settings, train=str(collected.file(wanted.kind or "pair")), heldout=None)
+        data = load(settings, self.tokenizer, wanted, config.seed)
         self.out.write_json("audit.json", data.audit.as_dict())
         self.out.write_json("environment.json", environment(command))
         for line in data.audit.lines():
             log.say(line)
-        self.train_pairs = [e.pair for e in data.train]
-        self.heldout_pairs = [e.pair for e in data.heldout]
+        self.train, self.heldout = data.train, data.heldout
 
         saved = checkpoint.latest(self.out.checkpoints, log.say)
         state = checkpoint.load(saved) if saved is not None else None
@@ -99,7 +113,7 @@ class Training:
                 raise ValueError(
                     f"{key} has other rows than when {self.out.path} was started; give another run.dir or the same data"
                 )
-        self.plan = plan(config.trainer, len(self.train_pairs), state.progress["schedule_steps"] if state else None)
+        self.plan = plan(config.trainer, len(self.train), state.progress["schedule_steps"] if state else None)
         if state is not None and state.step > self.plan.num_steps:
             raise ValueError(
                 f"trainer.max_steps={config.trainer.max_steps}: {self.out.path} already has {state.step} steps; give "
@@ -120,7 +134,7 @@ class Training:
         self.trainee = trainee
         self._self_check()
         self.answers = Answers(
-            config, self.engine, self.tokenizer, data.heldout, self.out.path, log, self.signals.check
+            config, self.engine, self.tokenizer, self.heldout, self.out.path, log, self.signals.check
         )
         self.answers.before()
         torch.manual_seed(config.seed)
@@ -135,15 +149,60 @@ class Training:
 
     # ------------------------------------------------------------------ building
 
+    def _model(self, pretrained: Pretrained) -> Any:
+        """The model as it is before training; loaded once, for collecting and for training."""
+        if self.loaded is None:
+            self.loaded = pretrained.model().to(pick_device())
+        return self.loaded
+
+    def _pick_precision(self) -> str:
+        """Sets the run's precision; returns why. What auto found at the first start holds for the whole run: a second
+        measurement may come out otherwise."""
+        wanted = self.config.trainer.precision
+        found = (self.out.read_json("resolved.json") or {}).get("precision", wanted) if wanted == "auto" else wanted
+        self.precision, why = pick_precision(found, pick_device())
+        self.out.write_json(
+            "resolved.json",
+            (self.out.read_json("resolved.json") or {}) | {"precision": str(self.precision).removeprefix("torch.")},
+        )
+        return why
+
+    def _collector(self, pretrained: Pretrained) -> Collector:
+        """Asks the untrained policy now, and by rollout.sync the trained one later."""
+        config, settings = self.config, self.config.collect
+        assert settings is not None
+        model = self._model(pretrained)
+        self._pick_precision()
+        device = pick_device()
+
+        def checked(items: Any, total: int) -> Any:
+            for item in self.log.progress("collect")(items, total):
+                self.signals.check()
+                yield item
+
+        def precision() -> torch.autocast:
+            return torch.autocast(device.type, dtype=self.precision, enabled=self.precision != torch.float32)
+
+        rollout = build.rollout(config, Policy(model, "padded"), self.tokenizer, autocast=precision)
+        return Collector(
+            settings,
+            rollout,
+            self.tokenizer,
+            build.tool(config),
+            self.out.path,
+            seed=config.seed,
+            max_tokens=config.data.max_tokens,
+            key={"model": weights_hash(model), "precision": str(self.precision)},
+            progress=checked,
+        )
+
     def _policy(self, pretrained: Pretrained) -> Policy:
         config, log = self.config, self.log
         device = pick_device()
-        model = pretrained.model().to(device)
+        model = self._model(pretrained)
         self.generation_config = model.generation_config
-        # What auto found at the first start holds for the whole run: a second measurement may come out otherwise.
         resolved = self.out.read_json("resolved.json") or {}
-        wanted = config.trainer.precision
-        self.precision, why = pick_precision(resolved.get("precision", wanted) if wanted == "auto" else wanted, device)
+        why = self._pick_precision()
         layout, layout_why = choose_layout(model, config.trainer.layout, config.lora.dropout)
         if config.lora.rank > 0:
             model = lora(
@@ -163,8 +222,8 @@ class Training:
         trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
         total = sum(p.numel() for p in policy.parameters())
         budget = config.trainer.micro_batch_tokens
-        stream, plain = token_plan(self.train_pairs, layout, budget)
-        token_plan(self.heldout_pairs, layout, budget)
+        stream, plain = token_plan(self.train, layout, budget)
+        token_plan(self.heldout, layout, budget)
         memory = memory_plan(policy.causal_lm.config, trained, min(budget, stream), self.precision)
         wanted = config.trainer.recompute
         wanted = resolved.get("recompute", wanted) if wanted == "auto" else wanted
@@ -172,11 +231,11 @@ class Training:
         enable_recompute(policy, recompute)
         precision = str(self.precision).removeprefix("torch.")
         self.out.write_json("resolved.json", {"precision": precision, "recompute": recompute, "layout": layout})
-        p = self.plan
+        p, noun = self.plan, _NOUNS[Wanted.by(self.objective).kind]
         log.say(f"model {pretrained.name}: {total / 1e6:.1f}M weights, {trained / 1e6:.2f}M trained, on {device.type}")
         log.say(
-            f"plan {p.num_steps} steps of {p.batch_size} pairs from {p.num_pairs}, schedule over {p.schedule_steps}; "
-            f"at most {budget} tokens at once"
+            f"plan {p.num_steps} steps of {p.batch_size} {noun} from {p.num_examples}, "
+            f"schedule over {p.schedule_steps}; at most {budget} tokens at once"
         )
         log.say(f"layout {layout} ({layout_why}): {stream} tokens a pass for {plain} real ones")
         log.say(f"precision {precision} ({why}); recompute {recompute} ({recompute_why})")
@@ -184,25 +243,52 @@ class Training:
 
     def _trainee(self, policy: Policy, pretrained: Pretrained) -> Trainee:
         config = self.config
-        engine = LocalEngine(policy, config.optimizer, self.precision)
-        mode = config.reference.mode
-        cached = network = None
-        if "reference" in self.objective.needs:
-            if mode == "cached":
-                cached = self._cache(policy, engine)
-            elif mode == "adapter":
-                network = self._adapter_off(policy, engine)
-            else:
-                network = self._twin(policy, engine, pretrained)
-        self.engine = engine
-        return Trainee(engine, self.objective, policy.layout, config.trainer.micro_batch_tokens, cached, network)
+        self.engine = engine = LocalEngine(policy, config.optimizer, self.precision)
+        self.foreign = _foreign(config.reference.path)
+        needs = self.objective.needs
+        reference = start = None
+        if "reference" in needs:
+            reference = self._anchor(policy, pretrained) if self.foreign is None else self._foreign_anchor(policy)
+        elif self.foreign is not None:
+            raise ValueError(
+                f"reference.path={config.reference.path} has no effect: {config.choices['objective']} has no reference"
+            )
+        if "start" in needs:
+            start = self._anchor(policy, pretrained) if reference is None or self.foreign is not None else reference
+        return Trainee(engine, self.objective, policy.layout, config.trainer.micro_batch_tokens, reference, start)
+
+    def _anchor(self, policy: Policy, pretrained: Pretrained) -> Anchor:
+        """The policy as the run finds it."""
+        mode = self.config.reference.mode
+        if mode == "cached":
+            return Anchor(self._cache(policy, self.model_hash), None)
+        if mode == "adapter":
+            return Anchor(None, self._adapter_off(policy, self.engine))
+        return Anchor(None, self._twin(policy, self.engine, pretrained))
+
+    def _foreign_anchor(self, policy: Policy) -> Anchor:
+        """The model of reference.path."""
+        assert self.foreign is not None
+        model = self.foreign.model().to(policy.device).float()
+        there, here = model.config.vocab_size, policy.causal_lm.config.vocab_size
+        if there != here:
+            raise ValueError(
+                f"reference.path={self.foreign.name} has a vocabulary of {there} tokens, the policy of {here}; "
+                "a reference must share the tokenizer"
+            )
+        other = Policy(model, policy.layout).eval().requires_grad_(False)
+        if self.config.reference.mode == "cached":
+            return Anchor(self._cache(other, weights_hash(model)), None)
+        return Anchor(None, torch.no_grad()(_in_precision(self.engine, other)))
 
     def _reference(self, pretrained: Pretrained) -> Callable[[PackedBatch], Stats]:
         """The reference as a network, for batches that no cache knows."""
         policy, engine = self.engine.policy, self.engine
-        if self.config.lora.rank > 0:
+        if self.trainee.reference is not None and self.trainee.reference.network is not None:
+            return self.trainee.reference.network
+        if self.config.lora.rank > 0 and self.foreign is None:
             return self._adapter_off(policy, engine)
-        return self.trainee.reference or self._twin(policy, engine, pretrained)
+        return self._twin(policy, engine, self.foreign or pretrained)
 
     def _twin(self, policy: Policy, engine: LocalEngine, pretrained: Pretrained) -> Callable[[PackedBatch], Stats]:
         twin = Policy(pretrained.model().to(policy.device).float(), policy.layout).eval().requires_grad_(False)
@@ -215,12 +301,12 @@ class Training:
 
         return forward
 
-    def _cache(self, policy: Policy, engine: LocalEngine) -> ReferenceCache:
+    def _cache(self, network: Policy, model_hash: str) -> ReferenceCache:
         """Filled before a checkpoint is restored, so that the policy still is its own reference."""
         config = self.config
         root = config.reference.cache_dir or cache_root() / "reference"
-        cache = ReferenceCache(Path(root), self.model_hash, self.precision)
-        policy.eval()
+        cache = ReferenceCache(Path(root), model_hash, self.precision)
+        network.eval()
 
         def checked(items: Any, total: int) -> Any:
             for item in self.log.progress("reference")(items, total):
@@ -229,22 +315,25 @@ class Training:
 
         start = time.perf_counter()
         # A run of few steps over many rows pays for the rows it will see; the first two are the self-check's.
-        visited = {0, min(1, len(self.train_pairs) - 1)}
+        visited = {0, min(1, len(self.train) - 1)}
         for step in range(1, self.plan.num_steps + 1):
             visited |= set(self.plan.indices(step, config.seed))
-            if len(visited) == len(self.train_pairs):
+            if len(visited) == len(self.train):
                 break
+        seen = [self.train[i] for i in sorted(visited)] + self.heldout
         done = cache.fill(
-            [self.train_pairs[i] for i in sorted(visited)] + self.heldout_pairs,
-            _in_precision(engine, policy),
-            policy.layout,
+            [e.rows if e.mismatched is None else (*e.rows, e.mismatched) for e in seen],
+            [e.source for e in seen],
+            _in_precision(self.engine, network),
+            network.layout,
             config.trainer.micro_batch_tokens,
-            policy.device,
+            network.device,
             checked,
         )
+        noun = _NOUNS[Wanted.by(self.objective).kind]
         self.cache_seconds = time.perf_counter() - start
         self.log.say(
-            f"reference {done.found} pairs from the cache, {done.computed} computed in {self.cache_seconds:.1f} s"
+            f"reference {done.found} {noun} from the cache, {done.computed} computed in {self.cache_seconds:.1f} s"
         )
         return cache
 
@@ -253,29 +342,26 @@ class Training:
     def _self_check(self) -> None:
         """The policy must be its own reference before training, and its layout the model's own attention."""
         trainee = self.trainee
-        pairs = self.train_pairs[:2]
+        first = self.train[:2]
         with self.engine.autocast():
-            gap = probe_layout(self.engine.policy, pairs)
+            gap = probe_layout(self.engine.policy, first)
         limit = SELF_CHECK_TOLERANCE[self.precision]
         if gap > limit:
             raise SelfCheckError(
                 f"self-check: {self.engine.policy.layout} log-probs differ from the model's own attention by "
                 f"{gap:.2g} nats per token; use trainer.layout=padded and report the model"
             )
-        if trainee.cached is None and trainee.reference is None:
+        if trainee.reference is None or self.foreign is not None:
+            self.log.say(f"self-check passed: layouts agree to {gap:.1e} nats")
             return
-        # whatever the objective: with beta 1 the rewards are the log-ratios themselves
-        metrics = evaluate(replace(trainee, objective=DPO(1.0, Sigmoid(0.0))), pairs)
-        ratio = max(abs(metrics["heldout/reward_chosen"]), abs(metrics["heldout/reward_rejected"]))
-        num_targets = min(max(1, int(row.targets.sum())) for p in pairs for row in (p.chosen, p.rejected))
-        if not ratio / num_targets <= limit:
+        ratio = reference_gap(trainee, first)
+        if not ratio <= limit:
             raise SelfCheckError(
-                f"self-check: policy and reference differ by {ratio / num_targets:.2g} nats per token before training; "
+                f"self-check: policy and reference differ by {ratio:.2g} nats per token before training; "
                 "the reference is miswired (stale cache? remove reference.cache_dir, or use reference.mode=model)"
             )
         self.log.say(
-            f"self-check passed: DPO loss {metrics['loss/heldout']:.6f} with policy = reference (ln 2 = 0.693147), "
-            f"layouts agree to {gap:.1e} nats"
+            f"self-check passed: policy = reference to {ratio:.1e} nats per token, layouts agree to {gap:.1e} nats"
         )
 
     # ------------------------------------------------------------------ the loop
@@ -293,9 +379,9 @@ class Training:
             start = time.perf_counter()
             indices = self.plan.indices(step + 1, self.config.seed)
             lr = learning_rate(self.config.optimizer, step + 1, self.plan.schedule_steps)
-            row = train_step(trainee, [self.train_pairs[i] for i in indices], lr)
+            row = train_step(trainee, [self.train[i] for i in indices], lr)
             step += 1
-            row["data/epoch"] = min(step * config.batch_size, self.plan.limit) / self.plan.num_pairs
+            row["data/epoch"] = min(step * config.batch_size, self.plan.limit) / self.plan.num_examples
             row["time/step_s"] = time.perf_counter() - start
             self._or_save(step, row, self.signals.check)
             self._or_save(step, row, lambda step=step, row=row: self._row(step, row))
@@ -316,9 +402,9 @@ class Training:
     def _row(self, step: int, row: dict[str, float]) -> None:
         every = self.config.trainer.eval_every
         due = step == self.plan.num_steps or (every > 0 and step % every == 0)
-        if due and self.heldout_pairs:
+        if due and self.heldout:
             start = time.perf_counter()
-            row = row | evaluate(self.trainee, self.heldout_pairs, self.signals.check)
+            row = row | evaluate(self.trainee, self.heldout, self.signals.check)
             row["time/eval_s"] = time.perf_counter() - start
         self.log.row({"step": step} | row)
         if step % self.config.log.console_every == 0 or step == self.plan.num_steps:
@@ -337,6 +423,12 @@ class Training:
 
     # ------------------------------------------------------------------ the end
 
+    def _solved(self) -> dict[str, Any]:
+        """How many of the held-out problems the policy solved before and solves now."""
+        assert self.collector is not None
+        self.collector.loop.rollout.sync(self.engine.policy)
+        return _solved_summary(self.solved_before, self.collector.after())
+
     def _complete(self, step: int) -> bool:
         summary = self.out.read_json("summary.json")
         if summary is None or summary["step"] != step or summary["merged"] != self.config.merge:
@@ -352,9 +444,11 @@ class Training:
             "step": step,
             "merged": self.config.merge,
             "seconds": seconds,
-            "heldout_pairs": len(self.heldout_pairs),
+            "heldout": f"{len(self.heldout)} {_NOUNS[Wanted.by(self.objective).kind]}",
         }
         summary |= summarise(last, samples, kl)
+        if self.collector is not None:
+            summary["problems"] = self._solved()
         write_final(
             self.out.final,
             self.engine.policy,
@@ -368,6 +462,21 @@ class Training:
         self.out.write_json("summary.json", summary)
         self.log.console.print(final_table(summary))
         self.log.say(f"model {self.out.final}, evidence {self.out.path}")
+
+
+def _solved_summary(before: list[float], after: list[float]) -> dict[str, Any]:
+    change = paired_bootstrap(before, after)
+    return {
+        "count": len(before),
+        "before": sum(before) / len(before),
+        "after": sum(after) / len(after),
+        "change": {"mean": change.mean, "low": change.low, "high": change.high},
+    }
+
+
+def _foreign(path: str | None) -> Pretrained | None:
+    """A reference that is not the model the run starts from."""
+    return None if path is None else from_hub(path, None, False, False, None, "auto")
 
 
 def _in_precision(engine: LocalEngine, policy: Policy) -> Callable[[PackedBatch], Stats]:

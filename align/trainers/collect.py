@@ -1,0 +1,319 @@
+"""One round of trajectories from the policy itself, and the data files that a trainer reads of it.
+
+The policy solves problems with a tool; a verifier says which trajectories are right; right and wrong ones of one
+problem make pairs (multi-turn DPO) or stand alone with their label (multi-turn KTO). Xiong et al. 2024, Building Math
+Agents with Multi-Turn Iterative Preference Learning, arXiv 2409.02392. What is learnt from the files is offline.py's.
+
+collect/key.json  collect/trajectories-000.jsonl ...  collect/pairs.jsonl  collect/labelled.jsonl  collect/collect.json
+problems-before.jsonl  problems-after.jsonl
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align.checkpoint import WriteFailed
+from align.data.reasoning import Problem, ProblemSet, final_answer, prompt_messages
+from align.data.reasoning import problems as problem_set
+from align.rollout.base import Rollout, Sampling
+from align.rollout.toolloop import ToolLoop, Trajectory, re_encodes
+from align.tools import Tool
+
+Row = dict[str, Any]
+Progress = Callable[[Iterable[int], int], Iterable[int]]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a round left behind."""
+
+    pairs: Path
+    labelled: Path
+    report: Mapping[str, Any]  # collect.json
+
+    def file(self, kind: str) -> Path:
+        """The data file for objectives of a kind, pair or labelled. Raises ValueError when it would teach nothing."""
+        r = self.report
+        if kind == "pair" and r["pairs"] == 0 or r["right"] == 0 or r["wrong"] == 0:
+            raise ValueError(
+                f"collect.task={r['task']}: {r['right']} right and {r['wrong']} wrong trajectories of {r['problems']} "
+                f"problems, {r['problems_with_both']} problems have both; raise collect.samples_per_problem or "
+                "collect.num_problems, or make the problems "
+                + ("harder" if r["accuracy"] > 0.5 else "easier")
+                + " in collect.task_settings"
+            )
+        return self.pairs if kind == "pair" else self.labelled
+
+    def lines(self) -> list[str]:
+        """The report for people."""
+        r = self.report
+        dropped = ", ".join(f"{n} {reason}" for reason, n in r["dropped"].items()) or "none"
+        return [
+            f"collected {r['trajectories']} trajectories of {r['problems']} problems, {r['accuracy']:.1%} right; "
+            f"usable {r['right']} right, {r['wrong']} wrong; left out: {dropped}",
+            f"problems with right and wrong ones {r['problems_with_both']}, only right {r['problems_only_right']}, "
+            f"only wrong {r['problems_only_wrong']}, neither {r['problems_with_neither']}; "
+            f"{r['pairs']} pairs, {r['labelled']} labelled rows",
+        ]
+
+
+class Collector:
+    """Asks a policy; `settings` is the section collect of the configuration.
+
+    directory: the run's. key: what else the trajectories depend on, such as the hash of the weights; a round that
+    was begun under another key is begun anew. progress: wraps the loop over chunks, may raise.
+    """
+
+    def __init__(
+        self,
+        settings: Any,
+        rollout: Rollout,
+        tokenizer: Any,
+        tool: Tool,
+        directory: Path,
+        *,
+        seed: int,
+        max_tokens: int,
+        key: Mapping[str, Any],
+        progress: Progress = lambda items, _: items,
+    ):
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.run_directory = directory
+        self.directory = directory / "collect"
+        self.seed = seed
+        self.progress = progress
+        self.loop = ToolLoop(
+            rollout,
+            tokenizer,
+            tool,
+            max_turns=settings.max_turns,
+            max_tokens=max_tokens,
+            stop=settings.stop,
+            role=settings.observation_role,
+        )
+        self.problems: ProblemSet = problem_set(
+            settings.task,
+            settings.task_settings or {},
+            settings.num_problems,
+            settings.num_heldout,
+            settings.problem_seed,
+        )
+        self.key = json.loads(json.dumps({**key, "seed": seed, "max_tokens": max_tokens, "settings": _plain(settings)}))
+        self._begin()
+
+    def collect(self) -> Collected:
+        """The round, from where an earlier start left it; a finished one is only read.
+
+        A chunk of problems is written when it is complete, so that a kill loses one chunk at most; a chunk's draws
+        depend on its number alone, so that what is done again comes out the same. Raises WriteFailed when the disk is
+        full.
+        """
+        rows: list[Row] = []
+        todo = self.problems.train
+        size = self.settings.chunk_problems
+        numbers = range(-(-len(todo) // size))
+        for number in self.progress(numbers, len(numbers)):
+            path = self.directory / f"trajectories-{number:03d}.jsonl"
+            if not path.exists():
+                _write_rows(path, self._chunk(number, todo[number * size : (number + 1) * size]))
+            rows += _read_rows(path)
+        pairs, labelled, account = select(rows, self.settings, self.seed)
+        report = {"task": self.settings.task, "repeated_problems": self.problems.num_repeated, **account}
+        files = Collected(self.directory / "pairs.jsonl", self.directory / "labelled.jsonl", report)
+        _write_rows(files.pairs, pairs)
+        _write_rows(files.labelled, labelled)
+        _write(self.directory / "collect.json", json.dumps(report, indent=1) + "\n")
+        return files
+
+    def before(self) -> list[float]:
+        """Of each held-out problem 1.0 if the untrained policy's greedy answer is right, else 0.0.
+
+        Written to problems-before.jsonl, which a resumed run reads.
+        """
+        path = self.run_directory / "problems-before.jsonl"
+        return _rewards(_read_rows(path)) if path.exists() else self._evaluate("before")
+
+    def after(self) -> list[float]:
+        """The same of the policy as it is now, in the same order; written to problems-after.jsonl."""
+        return self._evaluate("after")
+
+    def _evaluate(self, phase: str) -> list[float]:
+        heldout = self.problems.heldout
+        sampling = Sampling(self.settings.max_new_tokens, temperature=0.0)
+        answers = self.loop.run([self._prompt(p) for p in heldout], sampling)
+        rows = [{"phase": phase, **self._row(p, t)} for p, (t,) in zip(heldout, answers, strict=True)]
+        _write_rows(self.run_directory / f"problems-{phase}.jsonl", rows)
+        return _rewards(rows)
+
+    def _begin(self) -> None:
+        """Forget what was collected under other settings or from other weights."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / "key.json"
+        if path.exists() and json.loads(path.read_text()) == self.key:
+            return
+        path.unlink(missing_ok=True)
+        for old in self.directory.glob("*.jsonl"):
+            old.unlink()
+        for phase in ("before", "after"):
+            (self.run_directory / f"problems-{phase}.jsonl").unlink(missing_ok=True)
+        _write(path, json.dumps(self.key, indent=1) + "\n")
+
+    def _chunk(self, number: int, problems: Sequence[Problem]) -> list[Row]:
+        s = self.settings
+        sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p, seed=self.seed).at(number)
+        groups = self.loop.run([self._prompt(p) for p in problems], sampling, s.samples_per_problem)
+        return [self._row(p, t) for p, group in zip(problems, groups, strict=True) for t in group]
+
+    def _prompt(self, problem: Problem) -> list[dict[str, Any]]:
+        return prompt_messages(problem, self.settings.num_examples)
+
+    def _row(self, problem: Problem, trajectory: Trajectory) -> Row:
+        right = trajectory.finished and self.problems.correct(problem, trajectory.answer)
+        first = trajectory.num_prompt_messages
+        return {
+            "problem": problem.id,
+            "answer": problem.answer,
+            "given": final_answer(trajectory.answer) if trajectory.finished else None,
+            "prompt_messages": list(trajectory.messages[:first]),
+            "messages": list(trajectory.messages[first:]),
+            "token_ids": list(trajectory.token_ids),
+            "spans": [list(span) for span in trajectory.spans],
+            "logps": None if trajectory.logps is None else list(trajectory.logps),
+            "label": right,
+            "reward": float(right),
+            "finished": trajectory.finished,
+            "end": trajectory.end,
+            "num_turns": trajectory.num_turns,
+            "tool_errors": trajectory.tool_errors,
+            "last_call_failed": trajectory.last_call_failed,
+            "re_encodes": re_encodes(self.tokenizer, trajectory),
+        }
+
+
+def select(rows: Sequence[Row], settings: Any, seed: int) -> tuple[list[Row], list[Row], dict[str, Any]]:
+    """Pairs, labelled rows and the account of them. Every trajectory is used or counted under one reason.
+
+    Left out: unfinished ones; repeated ones (same tokens, same problem); right ones that called no tool, or whose last
+    call failed: their answer was not read from the tool. Of each problem min(right, wrong, max_pairs_per_problem)
+    pairs, drawn at random without replacement by seed and problem; max_labelled_per_problem of each label alike.
+    """
+    by_problem: dict[str, list[Row]] = {}
+    for row in rows:
+        by_problem.setdefault(row["problem"], []).append(row)
+    dropped: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
+    pairs: list[Row] = []
+    labelled: list[Row] = []
+    totals = {"right": 0, "wrong": 0}
+    for problem, group in by_problem.items():
+        right, wrong = _usable(group, dropped)
+        totals["right"] += len(right)
+        totals["wrong"] += len(wrong)
+        kinds[_kind(right, wrong)] += 1
+        rng = _generator(seed, problem)
+        right, wrong = ([side[i] for i in rng.permutation(len(side))] for side in (right, wrong))
+        for chosen, rejected in list(zip(right, wrong, strict=False))[: settings.max_pairs_per_problem]:
+            sides = {"chosen": _conversation(chosen), "rejected": _conversation(rejected)}
+            pairs.append({"problem": problem, **sides, "origin": "on_policy"})
+        for side, label in ((right, True), (wrong, False)):
+            for row in side[: settings.max_labelled_per_problem]:
+                labelled.append({"problem": problem, **_conversation(row), "label": label, "origin": "on_policy"})
+    num_right = sum(row["label"] for row in rows)
+    report = {
+        "problems": len(by_problem),
+        "trajectories": len(rows),
+        "accuracy": num_right / max(1, len(rows)),
+        **totals,
+        "dropped": dict(sorted(dropped.items())),
+        **{f"problems_{kind}": kinds[kind] for kind in ("with_both", "only_right", "only_wrong", "with_neither")},
+        "pairs": len(pairs),
+        "labelled": len(labelled),
+        "turns_mean": float(np.mean([row["num_turns"] for row in rows])) if rows else 0.0,
+        "called_tool": sum(_called(row) for row in rows),
+        "tool_errors": sum(row["tool_errors"] for row in rows),
+        "policy_tokens": sum(end - start for row in rows for _, start, end, target in row["spans"] if target),
+        "re_encoded_differently": sum(not row["re_encodes"] for row in rows),
+    }
+    assert totals["right"] + totals["wrong"] + dropped.total() == len(rows)
+    return pairs, labelled, report
+
+
+def _usable(group: Sequence[Row], dropped: Counter[str]) -> tuple[list[Row], list[Row]]:
+    seen: set[tuple[int, ...]] = set()
+    right: list[Row] = []
+    wrong: list[Row] = []
+    for row in group:
+        ids = tuple(row["token_ids"])
+        if not row["finished"]:
+            dropped["unfinished"] += 1
+        elif ids in seen:
+            dropped["repeated"] += 1
+        elif row["label"] and not _called(row):
+            dropped["right_without_call"] += 1
+        elif row["label"] and row["last_call_failed"]:
+            dropped["right_after_failed_call"] += 1
+        else:
+            (right if row["label"] else wrong).append(row)
+        seen.add(ids)
+    return right, wrong
+
+
+def _called(row: Row) -> bool:
+    return any(role == "tool" for role, *_ in row["spans"])
+
+
+def _kind(right: Sequence[Row], wrong: Sequence[Row]) -> str:
+    if right and wrong:
+        return "with_both"
+    return "only_right" if right else "only_wrong" if wrong else "with_neither"
+
+
+def _conversation(row: Row) -> Row:
+    """The tokens, and as messages what follows the worked examples: the question is the first of them."""
+    messages = [row["prompt_messages"][-1], *row["messages"]]
+    return {"token_ids": row["token_ids"], "spans": row["spans"], "messages": messages, "finished": row["finished"]}
+
+
+def _generator(seed: int, problem: str) -> np.random.Generator:
+    digest = hashlib.blake2b(f"{seed} {problem}".encode(), digest_size=8).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little"))
+
+
+def _rewards(rows: Sequence[Row]) -> list[float]:
+    return [float(row["reward"]) for row in rows]
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+
+
+def _read_rows(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _write_rows(path: Path, rows: Sequence[Row]) -> None:
+    _write(path, "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows))
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all, and on the disk before it has its name."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    try:
+        with scratch.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(scratch, path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise WriteFailed(path, error, len(text)) from error
