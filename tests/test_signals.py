@@ -17,12 +17,12 @@ SAMPLES = ["trainer.num_samples=2", "trainer.sample_tokens=4"]
 # stage -> where the signal comes, and the newest checkpoint then
 STAGES = {
     "reference": (Hook("align.reference:ReferenceCache._write", 1), None),
-    "samples before": (Hook("align.trainers.answers:generate", 1), None),
+    "samples before": (Hook("align.rollout.hf:HFRollout.generate", 1), None),
     "step": (Hook(STEP, 7), "step-000007"),
-    "evaluation": (Hook("align.trainers.offline:evaluate", 3), "step-000010"),  # the first is the self-check
-    "last evaluation": (Hook("align.trainers.offline:evaluate", 7), "step-000030"),
+    "evaluation": (Hook("align.trainers.offline:evaluate", 2), "step-000010"),
+    "last evaluation": (Hook("align.trainers.offline:evaluate", 6), "step-000030"),
     "save": (Hook("align.checkpoint:save_file", 4), "step-000007"),
-    "samples after": (Hook("align.trainers.answers:generate", 2), "step-000030"),
+    "samples after": (Hook("align.rollout.hf:HFRollout.generate", 2), "step-000030"),
 }
 CODES = {signal.SIGTERM: 85, signal.SIGUSR1: 85, signal.SIGINT: 130}
 
@@ -64,7 +64,7 @@ def test_saves_and_goes_on(base, whole, tmp_path, stage, number):
     assert done.code == 0, done.said
     if stage == "reference":
         # one chunk of the 76 pairs was written before the signal was heeded
-        assert f"reference {CHUNK_ROWS} pairs from the cache, {76 - CHUNK_ROWS} computed" in done.said
+        assert f"reference {CHUNK_ROWS} examples from the cache, {76 - CHUNK_ROWS} computed" in done.said
     assert evidence(run) | {"samples": (run / "samples.jsonl").read_text()} == whole
 
 
@@ -72,7 +72,7 @@ def test_evaluation_interrupted_again_and_again(base, whole, tmp_path):
     """The pending row survives several signals, and SIGKILL after it was replaced by a whole one."""
     run = tmp_path / "run"
     words = settings(base, f"run.dir={run}", *SAMPLES)
-    in_evaluation = Hook("align.trainers.offline:evaluate", 2, signal.SIGTERM)
+    in_evaluation = Hook("align.trainers.offline:evaluate", 1, signal.SIGTERM)
     for _ in range(3):
         assert shared().run(words, [in_evaluation]).code == 85
         assert sorted(p.name for p in (run / "checkpoints").glob("step-*"))[-1] == "step-000005"

@@ -82,6 +82,9 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         out.append(("reward margin (nats x beta)", "0", f"{metrics['heldout/reward_margin']:+.3f}"))
     if summary["kl"] is not None:
         out.append(("KL to the reference (nats per sampled answer)", "0", f"{summary['kl']:.2f}"))
+    if "before" in summary:
+        loss = (f"{where['loss/heldout']:.4f}" for where in (summary["before"], metrics))
+        out.insert(0, (f"loss ({summary['heldout']})", *loss))
     if "problems" in summary:
         solved = summary["problems"]
         change = solved["change"]

@@ -6,13 +6,12 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from align import build, checkpoint
-from align.config import Config, cache_root
+from align.config import Config
 from align.data.examples import Wanted
 from align.data.load import fingerprint, load
 from align.device import available_bytes, memory_plan, pick_device, pick_precision, pick_recompute
@@ -20,15 +19,14 @@ from align.engine.local import LocalEngine, learning_rate
 from align.evaluate.samples import paired_bootstrap
 from align.log import Log
 from align.models import Policy, choose_layout, enable_recompute, lora, probe_layout, weights_hash
-from align.pretrained import Pretrained, from_hub
-from align.reference import ReferenceCache
+from align.pretrained import Pretrained
 from align.rundir import RunDirectory, environment
+from align.trainers.anchors import Anchors
 from align.trainers.answers import Answers
 from align.trainers.collect import Collector
 from align.trainers.final import final_table, summarise, write_final
-from align.trainers.loop import Anchor, NonFinite, Plan, Trainee, evaluate, plan, reference_gap, token_plan, train_step
+from align.trainers.loop import NonFinite, Plan, Trainee, evaluate, plan, reference_gap, token_plan, train_step
 from align.trainers.signals import Signals, Stopped
-from align.types import PackedBatch, Stats
 
 _NOUNS = {"pair": "pairs", "labelled": "labelled rows", "single": "rows"}
 
@@ -137,6 +135,7 @@ class Training:
             config, self.engine, self.tokenizer, self.heldout, self.out.path, log, self.signals.check
         )
         self.answers.before()
+        self._loss_before()
         torch.manual_seed(config.seed)
         if state is not None:
             trainee.engine.restore(state.model, state.optimizer)
@@ -180,10 +179,15 @@ class Training:
                 self.signals.check()
                 yield item
 
+        def silent(items: Any, total: int) -> Any:  # noqa: ARG001
+            for item in items:
+                self.signals.check()
+                yield item
+
         def precision() -> torch.autocast:
             return torch.autocast(device.type, dtype=self.precision, enabled=self.precision != torch.float32)
 
-        rollout = build.rollout(config, Policy(model, "padded"), self.tokenizer, autocast=precision)
+        rollout = build.rollout(config, Policy(model, "padded"), self.tokenizer, autocast=precision, progress=silent)
         return Collector(
             settings,
             rollout,
@@ -244,98 +248,23 @@ class Training:
     def _trainee(self, policy: Policy, pretrained: Pretrained) -> Trainee:
         config = self.config
         self.engine = engine = LocalEngine(policy, config.optimizer, self.precision)
-        self.foreign = _foreign(config.reference.path)
-        needs = self.objective.needs
-        reference = start = None
-        if "reference" in needs:
-            reference = self._anchor(policy, pretrained) if self.foreign is None else self._foreign_anchor(policy)
-        elif self.foreign is not None:
-            raise ValueError(
-                f"reference.path={config.reference.path} has no effect: {config.choices['objective']} has no reference"
-            )
-        if "start" in needs:
-            start = self._anchor(policy, pretrained) if reference is None or self.foreign is not None else reference
-        return Trainee(engine, self.objective, policy.layout, config.trainer.micro_batch_tokens, reference, start)
-
-    def _anchor(self, policy: Policy, pretrained: Pretrained) -> Anchor:
-        """The policy as the run finds it."""
-        mode = self.config.reference.mode
-        if mode == "cached":
-            return Anchor(self._cache(policy, self.model_hash), None)
-        if mode == "adapter":
-            return Anchor(None, self._adapter_off(policy, self.engine))
-        return Anchor(None, self._twin(policy, self.engine, pretrained))
-
-    def _foreign_anchor(self, policy: Policy) -> Anchor:
-        """The model of reference.path."""
-        assert self.foreign is not None
-        model = self.foreign.model().to(policy.device).float()
-        there, here = model.config.vocab_size, policy.causal_lm.config.vocab_size
-        if there != here:
-            raise ValueError(
-                f"reference.path={self.foreign.name} has a vocabulary of {there} tokens, the policy of {here}; "
-                "a reference must share the tokenizer"
-            )
-        other = Policy(model, policy.layout).eval().requires_grad_(False)
-        if self.config.reference.mode == "cached":
-            return Anchor(self._cache(other, weights_hash(model)), None)
-        return Anchor(None, torch.no_grad()(_in_precision(self.engine, other)))
-
-    def _reference(self, pretrained: Pretrained) -> Callable[[PackedBatch], Stats]:
-        """The reference as a network, for batches that no cache knows."""
-        policy, engine = self.engine.policy, self.engine
-        if self.trainee.reference is not None and self.trainee.reference.network is not None:
-            return self.trainee.reference.network
-        if self.config.lora.rank > 0 and self.foreign is None:
-            return self._adapter_off(policy, engine)
-        return self._twin(policy, engine, self.foreign or pretrained)
-
-    def _twin(self, policy: Policy, engine: LocalEngine, pretrained: Pretrained) -> Callable[[PackedBatch], Stats]:
-        twin = Policy(pretrained.model().to(policy.device).float(), policy.layout).eval().requires_grad_(False)
-        return torch.no_grad()(_in_precision(engine, twin))
-
-    def _adapter_off(self, policy: Policy, engine: LocalEngine) -> Callable[[PackedBatch], Stats]:
-        def forward(batch: PackedBatch) -> Stats:
-            with policy.as_reference(), engine.autocast():
-                return policy(batch)
-
-        return forward
-
-    def _cache(self, network: Policy, model_hash: str) -> ReferenceCache:
-        """Filled before a checkpoint is restored, so that the policy still is its own reference."""
-        config = self.config
-        root = config.reference.cache_dir or cache_root() / "reference"
-        cache = ReferenceCache(Path(root), model_hash, self.precision)
-        network.eval()
-
-        def checked(items: Any, total: int) -> Any:
-            for item in self.log.progress("reference")(items, total):
-                self.signals.check()
-                yield item
-
-        start = time.perf_counter()
         # A run of few steps over many rows pays for the rows it will see; the first two are the self-check's.
         visited = {0, min(1, len(self.train) - 1)}
         for step in range(1, self.plan.num_steps + 1):
             visited |= set(self.plan.indices(step, config.seed))
             if len(visited) == len(self.train):
                 break
-        seen = [self.train[i] for i in sorted(visited)] + self.heldout
-        done = cache.fill(
-            [e.rows if e.mismatched is None else (*e.rows, e.mismatched) for e in seen],
-            [e.source for e in seen],
-            _in_precision(self.engine, network),
-            network.layout,
-            config.trainer.micro_batch_tokens,
-            network.device,
-            checked,
+        self.anchors = Anchors(
+            config,
+            engine,
+            pretrained,
+            self.model_hash,
+            [self.train[i] for i in sorted(visited)] + self.heldout,
+            self.log,
+            self.signals.check,
         )
-        noun = _NOUNS[Wanted.by(self.objective).kind]
-        self.cache_seconds = time.perf_counter() - start
-        self.log.say(
-            f"reference {done.found} {noun} from the cache, {done.computed} computed in {self.cache_seconds:.1f} s"
-        )
-        return cache
+        reference, start = self.anchors.of(self.objective)
+        return Trainee(engine, self.objective, policy.layout, config.trainer.micro_batch_tokens, reference, start)
 
     # ------------------------------------------------------------------ checks before the first step
 
@@ -351,7 +280,7 @@ class Training:
                 f"self-check: {self.engine.policy.layout} log-probs differ from the model's own attention by "
                 f"{gap:.2g} nats per token; use trainer.layout=padded and report the model"
             )
-        if trainee.reference is None or self.foreign is not None:
+        if trainee.reference is None or self.anchors.foreign is not None:
             self.log.say(f"self-check passed: layouts agree to {gap:.1e} nats")
             return
         ratio = reference_gap(trainee, first)
@@ -363,6 +292,12 @@ class Training:
         self.log.say(
             f"self-check passed: policy = reference to {ratio:.1e} nats per token, layouts agree to {gap:.1e} nats"
         )
+
+    def _loss_before(self) -> None:
+        """Where the loss before training is not known beforehand, as it is (ln 2) with policy = reference."""
+        if self.heldout and self.trainee.reference is None and self.out.read_json("before.json") is None:
+            metrics = evaluate(self.trainee, self.heldout, self.signals.check)
+            self.out.write_json("before.json", {"loss/heldout": metrics["loss/heldout"]})
 
     # ------------------------------------------------------------------ the loop
 
@@ -438,7 +373,7 @@ class Training:
     def _finish(self, pretrained: Pretrained, command: str, seconds: float) -> None:
         step = self.plan.num_steps
         samples = self.answers.after(step)
-        kl = self.answers.kl(self._reference(pretrained)) if samples else None
+        kl = self.answers.kl(self.anchors.network(self.trainee.reference)) if samples else None
         last = json.loads((self.out.path / "metrics.jsonl").read_text().splitlines()[-1])
         summary = {
             "step": step,
@@ -447,6 +382,9 @@ class Training:
             "heldout": f"{len(self.heldout)} {_NOUNS[Wanted.by(self.objective).kind]}",
         }
         summary |= summarise(last, samples, kl)
+        before = self.out.read_json("before.json")
+        if before is not None:
+            summary["before"] = before
         if self.collector is not None:
             summary["problems"] = self._solved()
         write_final(
@@ -472,19 +410,6 @@ def _solved_summary(before: list[float], after: list[float]) -> dict[str, Any]:
         "after": sum(after) / len(after),
         "change": {"mean": change.mean, "low": change.low, "high": change.high},
     }
-
-
-def _foreign(path: str | None) -> Pretrained | None:
-    """A reference that is not the model the run starts from."""
-    return None if path is None else from_hub(path, None, False, False, None, "auto")
-
-
-def _in_precision(engine: LocalEngine, policy: Policy) -> Callable[[PackedBatch], Stats]:
-    def forward(batch: PackedBatch) -> Stats:
-        with engine.autocast():
-            return policy(batch)
-
-    return forward
 
 
 def _console_line(step: int, plan: Plan, row: dict[str, float]) -> str:

@@ -1,0 +1,139 @@
+"""The fixed networks that a policy is compared with: the reference, and the policy as the run found it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.config import Config, cache_root
+from align.engine.local import LocalEngine
+from align.log import Log
+from align.models import Policy, weights_hash
+from align.pretrained import Pretrained, from_hub
+from align.reference import ReferenceCache
+from align.trainers.loop import Anchor
+from align.types import Example, PackedBatch, Stats
+
+Forward = Callable[[PackedBatch], Stats]
+
+
+class Anchors:
+    """Builds them as reference.mode and reference.path say. Before a checkpoint is restored: until then the policy is
+    what the run found.
+
+    examples: those whose log-probs are cached. check is called between forwards and may raise.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: LocalEngine,
+        pretrained: Pretrained,
+        model_hash: str,
+        examples: Sequence[Example],
+        log: Log,
+        check: Callable[[], None],
+    ):
+        self.config = config
+        self.engine = engine
+        self.pretrained = pretrained
+        self.model_hash = model_hash
+        self.examples = examples
+        self.log = log
+        self.check = check
+        path = config.reference.path
+        # a reference that is not the model the run starts from
+        self.foreign = None if path is None else from_hub(path, None, False, False, None, "auto")
+
+    def of(self, objective: Any) -> tuple[Anchor | None, Anchor | None]:
+        """Reference and start as far as an objective needs them. Raises ValueError for a setting without effect."""
+        reference = start = None
+        if "reference" in objective.needs:
+            reference = self._own() if self.foreign is None else self._other(self.foreign)
+        elif self.foreign is not None:
+            raise ValueError(
+                f"reference.path={self.foreign.name} has no effect: {self.config.choices['objective']} has no reference"
+            )
+        if "start" in objective.needs:
+            start = self._own() if reference is None or self.foreign is not None else reference
+        return reference, start
+
+    def network(self, reference: Anchor | None) -> Forward:
+        """The reference as a network, for batches that no cache knows."""
+        if reference is not None and reference.network is not None:
+            return reference.network
+        if self.config.lora.rank > 0 and self.foreign is None:
+            return self._adapter_off()
+        return self._frozen((self.foreign or self.pretrained).model())
+
+    def _own(self) -> Anchor:
+        mode = self.config.reference.mode
+        if mode == "cached":
+            return Anchor(self._cache(self.engine.policy, self.model_hash), None)
+        if mode == "adapter":
+            return Anchor(None, self._adapter_off())
+        return Anchor(None, self._frozen(self.pretrained.model()))
+
+    def _other(self, foreign: Pretrained) -> Anchor:
+        model = foreign.model()
+        there, here = model.config.vocab_size, self.engine.policy.causal_lm.config.vocab_size
+        if there != here:
+            raise ValueError(
+                f"reference.path={foreign.name} has a vocabulary of {there} tokens, the policy of {here}; a reference "
+                "must share the tokenizer"
+            )
+        if self.config.reference.mode == "cached":
+            network = Policy(model.to(self.engine.policy.device).float(), self.engine.policy.layout)
+            return Anchor(self._cache(network, weights_hash(model)), None)
+        return Anchor(None, self._frozen(model))
+
+    def _frozen(self, model: Any) -> Forward:
+        policy = self.engine.policy
+        twin = Policy(model.to(policy.device).float(), policy.layout).eval().requires_grad_(False)
+        return torch.no_grad()(self._in_precision(twin))
+
+    def _adapter_off(self) -> Forward:
+        policy, engine = self.engine.policy, self.engine
+
+        def forward(batch: PackedBatch) -> Stats:
+            with policy.as_reference(), engine.autocast():
+                return policy(batch)
+
+        return forward
+
+    def _in_precision(self, network: Policy) -> Forward:
+        engine = self.engine
+
+        def forward(batch: PackedBatch) -> Stats:
+            with engine.autocast():
+                return network(batch)
+
+        return forward
+
+    def _cache(self, network: Policy, model_hash: str) -> ReferenceCache:
+        root = self.config.reference.cache_dir or cache_root() / "reference"
+        cache = ReferenceCache(Path(root), model_hash, self.engine.precision)
+        network.eval()
+
+        def checked(items: Iterable[int], total: int) -> Iterator[int]:
+            for item in self.log.progress("reference")(items, total):
+                self.check()
+                yield item
+
+        start = time.perf_counter()
+        done = cache.fill(
+            [e.rows if e.mismatched is None else (*e.rows, e.mismatched) for e in self.examples],
+            [e.source for e in self.examples],
+            self._in_precision(network),
+            network.layout,
+            self.config.trainer.micro_batch_tokens,
+            network.device,
+            checked,
+        )
+        seconds = time.perf_counter() - start
+        self.log.say(f"reference {done.found} examples from the cache, {done.computed} computed in {seconds:.1f} s")
+        return cache
