@@ -34,6 +34,7 @@ test: $(STAMP)
 # What needs seeds and intervals; writes docs/experiments.
 experiments: $(STAMP)
 	$(PY) -m tests.experiments.wpo_everyday
+	$(PY) -m tests.experiments.multiturn
 
 # DPO against TRL side by side; writes docs/benchmarks.md.
 bench: $(STAMP)

@@ -12,11 +12,12 @@ from align.config import compose
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "recipes" / "README.md"]
+COMMAND = re.compile(r"(?:^    |^|`)(align (?:train|check|data check|data pairs) [^`\n]*)", re.MULTILINE)
 COMMANDS = sorted(
     {
         re.split(r"\s+#|\s{2,}", line)[0]
         for page in PAGES
-        for line in re.findall(r"(?:^    |^|`)(align (?:train|check|data check|data pairs) [^`\n]*)", page.read_text(), re.MULTILINE)
+        for line in COMMAND.findall(page.read_text())
         if "..." not in line and "NAME" not in line and "--" not in line
     }
     | {

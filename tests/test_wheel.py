@@ -26,7 +26,8 @@ def test_installed_wheel_finds_configs_recipes_and_data(tmp_path):
     elsewhere.mkdir()
     program = "import align, sys; print(align.__file__); from align.cli import main; sys.exit(main(sys.argv[1:]))"
     environment = os.environ | {"PYTHONPATH": str(target)}
-    for words in (["check", "recipe=wpo"], ["recipes"], ["data", "check", "recipe=wpo", "model=tiny", "data.max_tokens=2048"]):
+    checked = ["data", "check", "recipe=wpo", "model=tiny", "data.max_tokens=2048"]
+    for words in (["check", "recipe=wpo"], ["recipes"], checked):
         done = subprocess.run(
             [sys.executable, "-P", "-c", program, *words],
             cwd=elsewhere,

@@ -60,13 +60,13 @@ class HFRollout:
         rows = [(i, k) for i in range(len(prompts)) for k in range(n)]
         rows.sort(key=lambda row: (len(prompts[row[0]]), row))
         out: dict[tuple[int, int], Completion] = {}
-        starts = range(0, len(rows), self.batch_size)
+        cuts = _cuts([len(prompts[i]) for i, _ in rows], self.batch_size)
         training = self.policy.training
         self.policy.eval()
         try:
             with torch.no_grad(), stock_attention(self.policy.causal_lm), _plain_settings(self.policy.causal_lm):
-                for number in self.progress(range(len(starts)), len(starts)):
-                    part = rows[starts[number] : starts[number] + self.batch_size]
+                for number in self.progress(range(len(cuts) - 1), len(cuts) - 1):
+                    part = rows[cuts[number] : cuts[number + 1]]
                     with self.autocast():
                         completions = self._batch([prompts[i] for i, _ in part], sampling, part)
                     out.update(zip(part, completions, strict=True))
@@ -272,6 +272,15 @@ def _end(row: list[int], stops: set[int], stopped: int | None) -> tuple[int, Sto
         if token in stops:
             return n + 1, "end"
     return len(row), "length"
+
+
+def _cuts(lengths: Sequence[int], batch_size: int) -> list[int]:
+    """Borders of batches of ascending lengths: full ones, but for rows so much longer that all would be padding."""
+    cuts = [0]
+    for n, length in enumerate(lengths):
+        if n - cuts[-1] == batch_size or length > 1.25 * lengths[cuts[-1]] + 32:
+            cuts.append(n)
+    return [*cuts, len(lengths)] if lengths else cuts
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> int:

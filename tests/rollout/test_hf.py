@@ -9,7 +9,7 @@ import torch
 from align.models import Policy, lora, stock_attention
 from align.pretrained import byte_tokenizer, smollm2
 from align.rollout.base import Sampling
-from align.rollout.hf import HFRollout, _common, _draw, _StopTexts, _uniform
+from align.rollout.hf import HFRollout, _common, _cuts, _draw, _StopTexts, _uniform
 from tests.conftest import tiny_model
 
 TOKENIZER = byte_tokenizer()
@@ -209,6 +209,12 @@ def test_draws_have_the_probabilities_asked_for(temperature, top_k, top_p):
     counts = torch.bincount(_draw(logits.expand(n, 6), sampling, grid)[:, 0], minlength=6).numpy() / n
     np.testing.assert_allclose(counts, expected, atol=2 / n)
     assert (counts[~keep] == 0).all()
+
+
+def test_batches_are_full_but_for_rows_that_would_be_padding():
+    assert _cuts([], 4) == [0]
+    assert _cuts([5] * 9, 4) == [0, 4, 8, 9]
+    assert _cuts([100, 120, 157, 158, 600, 601], 8) == [0, 3, 4, 6]  # 1.25 * 100 + 32 = 157
 
 
 def test_common_beginning_leaves_each_prompt_a_token():

@@ -1,0 +1,75 @@
+"""Multi-turn DPO and KTO on sums with a Python tool: held-out problems solved before and after one round.
+
+    python -m tests.experiments.multiturn [--recipes multiturn_dpo,multiturn_kto] [--seeds 2] [--runs DIR]
+
+Each run is a real `align train`; the seed is that of the problems too, so that each solves others. The figures are
+read from its summary.json and collect/collect.json. Writes docs/experiments/multiturn.md and .json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def run(recipe: str, seed: int, runs: Path) -> dict[str, Any]:
+    """One training; an existing run directory is resumed, a complete one only read."""
+    directory = runs / f"{recipe}-{seed}"
+    words = [f"recipe={recipe}", f"seed={seed}", f"collect.problem_seed={seed}", f"run.dir={directory}"]
+    if not (directory / "summary.json").exists():
+        subprocess.run([sys.executable, "-m", "align.cli", "train", *words, "log.tensorboard=false"], check=True)
+    summary = json.loads((directory / "summary.json").read_text())
+    collected = json.loads((directory / "collect" / "collect.json").read_text())
+    return {"summary": summary, "collected": collected}
+
+
+def row(recipe: str, seed: int, found: dict[str, Any]) -> str:
+    """A line of the table."""
+    problems, collected = found["summary"]["problems"], found["collected"]
+    change = problems["change"]
+    return (
+        f"| {recipe} | {seed} | {collected['trajectories']} | {collected['accuracy']:.1%} | {collected['pairs']} "
+        f"| {collected['labelled']} | {found['summary']['step']} | {problems['before']:.1%} | {problems['after']:.1%} "
+        f"| {change['mean']:+.1%} [{change['low']:+.1%}, {change['high']:+.1%}] |"
+    )
+
+
+def main() -> None:
+    """Run all seeds and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipes", default="multiturn_dpo,multiturn_kto")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--runs", type=Path, default=Path("runs/experiments"))
+    parser.add_argument("--out", type=Path, default=Path("docs/experiments"))
+    args = parser.parse_args()
+    lines, found = [], {}
+    for recipe in args.recipes.split(","):
+        for seed in range(args.seeds):
+            found[f"{recipe}-seed{seed}"] = figures = run(recipe, seed, args.runs)
+            lines.append(row(recipe, seed, figures))
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "multiturn.json").write_text(json.dumps(found, indent=1) + "\n")
+    (args.out / "multiturn.md").write_text(
+        f"""# Multi-turn DPO and KTO on sums with a Python tool
+
+SmolLM2-135M-Instruct, LoRA rank 16, one round: trajectories at temperature 0.7 on 64 problems, then the recipe's steps.
+Measured on 64 other problems, greedily, with the tool. Made by
+`python -m tests.experiments.multiturn --recipes {args.recipes} --seeds {args.seeds}`.
+The change has a 95 % paired bootstrap interval over problems; it holds for these problems, not for other tasks.
+The task and its temperature were chosen before any training, by the share of right trajectories; the training
+settings are the first that were tried.
+
+| recipe | seed | trajectories | right | pairs | labelled | steps | solved before | after | change |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+        + "\n".join(lines)
+        + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
