@@ -134,7 +134,7 @@ def _data_check(words: list[str], config_dir: Path | None) -> int:
     wanted = Wanted.by(objective(config)) if chosen else Wanted(kind=None)
     tokens = tokenizer(config)
     data = load(config.data, tokens, wanted, config.seed, keep=True, to_the_end=True)
-    findings = check(data, tokens, config.data)
+    findings = check(data, tokens, config.data, wanted.mismatched)
     for line in lines(findings, data.audit):
         print(line)
     for option, write in (("--json", write_json), ("--html", write_html)):

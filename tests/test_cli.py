@@ -90,7 +90,7 @@ def test_check_ok():
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (
         "ok: data=everyday, launch=local, log=default, model=tiny, objective=wpo, objective/loss=sigmoid, "
-        "optimizer=adamw, recipe=wpo, trainer=offline\n"
+        "optimizer=adamw, recipe=wpo, rollout=hf, trainer=offline\n"
     )
 
 

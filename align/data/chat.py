@@ -44,7 +44,9 @@ class Rendering:
     row: Row
     spans: tuple[Span, ...]
     prompt_length: int  # tokens that the policy's first emission continues; all of them without a target
-    notes: tuple[str, ...] = ()  # "kind: text", of context, dropped, end_of_turn, special_text, white_space
+    notes: tuple[
+        str, ...
+    ] = ()  # "kind: text", of context, control_token, dropped, end_of_turn, special_text, white_space
 
 
 def render(
@@ -104,7 +106,10 @@ def render_text(tokenizer: Any, prompt: str, completion: str, finished: bool) ->
         rest = [*rest, tokenizer.eos_token_id]
     ids = head + rest
     spans = (Span(0, len(head), "text", None, False), Span(len(head), len(ids), "text", None, True))
-    return Rendering(_row(ids, spans, ()), spans, len(head))
+    inside = _special(tokenizer).search(completion.removesuffix(tokenizer.eos_token or ""))
+    note = "it is learnt as such, with what follows: give messages where this is a conversation"
+    notes = (f"control_token: the text holds the control token {inside.group()}; {note}",) if inside else ()
+    return Rendering(_row(ids, spans, ()), spans, len(head), notes)
 
 
 def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message], tools: Tools | None = None) -> list[int]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from align.data.chat import terminator
+from align.data.examples import prompt_key
 
 if TYPE_CHECKING:
     from align.config import DataConfig
@@ -33,7 +34,7 @@ _RESAMPLES = 1000
 _KTO_BALANCE = (1.0, 4 / 3)  # desirable to undesirable, weights included: what TRL 1.16 asks for
 _OVERLONG = ("too_long", "prompt_too_long", "dead_pair")  # reasons that data.overlong rules, as in load.py
 # The renderer's notes: what is learnt differs from what generation would do, or is not what the row says.
-_WARNINGS = ("context", "dropped_message", "special_text")
+_WARNINGS = ("context", "control_token", "dropped_message", "special_text")
 _NOT_USED = "undesirable"  # a good row that the objective has no use for
 _OTHERS = ("system", "user", "tool")  # roles that generation does not start from
 _SHOWN = 3  # findings of a kind that the terminal shows in full
@@ -63,11 +64,12 @@ class Finding:
         return out | ({"numbers": dict(self.numbers)} if self.numbers else {})
 
 
-def check(data: Data, tokenizer: Any, config: DataConfig | None = None) -> list[Finding]:
+def check(data: Data, tokenizer: Any, config: DataConfig | None = None, mismatched: bool = False) -> list[Finding]:
     """All findings, errors first, otherwise in the order of the data.
 
     data: loaded with keep=True. config: without it every dropped row is an error; with it one that the settings
-    allow to be dropped is a warning, as long as they are not too many.
+    allow to be dropped is a warning, as long as they are not too many. mismatched: the objective wants each prompt
+    with the completion of another.
     """
     end = _TurnEnd(tokenizer)
     out: list[Finding] = []
@@ -76,7 +78,8 @@ def check(data: Data, tokenizer: Any, config: DataConfig | None = None) -> list[
         out += _conservation(name, split, len(rows))
         # held-out rows that were not given are kept back from the training file, perhaps none
         if not rows and (name == "train" or split.rows_in or split.sources != data.audit.train.sources):
-            out.append(Finding("no_rows", "error", f"no row of {split.rows_in} can be used; give others", name))
+            detail = f"no row of {split.rows_in} in {', '.join(split.sources)} can be used; give others"
+            out.append(Finding("no_rows", "error", detail, name))
         # rows that are kept back count for the file they come from, as in load
         total = split.rows_in + (data.audit.heldout.rows_in if config and config.heldout is None else 0)
         out += _dropped(name, split, total, config)
@@ -88,6 +91,9 @@ def check(data: Data, tokenizer: Any, config: DataConfig | None = None) -> list[
         out += _lengths(name, rows)
         out += _labels(name, rows)
     out += _leaks(data.train_rows, data.heldout_rows)
+    if mismatched and data.train and len({prompt_key(example) for example in data.train}) == 1:
+        detail = "all rows have one prompt, the objective's KL point needs two; add data, or use one without it"
+        out.append(Finding("one_prompt", "error", detail))
     return sorted(out, key=lambda finding: SEVERITIES.index(finding.severity))
 
 

@@ -49,7 +49,8 @@ class Loaded:
     source: str  # "file:line"
     kind: Kind
     renderings: dict[str, Rendering] | None  # chosen and rejected, or row; None unless they were asked for
-    # what generation would start from, tokenised alone, for each rendering; None for rows that came as tokens
+    # what generation would start from, tokenised alone, for each rendering; None for rows that came as tokens, and
+    # unless renderings were asked for
     prompts: dict[str, tuple[int, ...] | None]
     finished: dict[str, bool]  # whether each completion was said to be whole
     truncated: int  # messages cut off by data.overlong=truncate_turns
@@ -82,10 +83,10 @@ def loaded(record: Record, source: str, tokenizer: Any, config: DataConfig, want
                     "dead_pair", "after truncation chosen and rejected have the same tokens; raise data.max_tokens"
                 )
             raise BadRow("identical", "chosen and rejected have the same tokens; remove the row or mend one of them")
-    prompts = {name: _prompt(record.sides[name], shown, tokenizer, keep) for name, shown in renderings.items()}
+    prompts = {name: _prompt(record.sides[name], shown, tokenizer) for name, shown in renderings.items()}
     examples = tuple(_examples(record, renderings, prompts, source, tokenizer, config, wanted))
     finished = {name: side.finished for name, side in record.sides.items()}
-    alone = {name: p.token_ids if isinstance(record.sides[name], Dialogue) else None for name, p in prompts.items()}
+    alone = {name: _alone(record.sides[name], shown, tokenizer) if keep else None for name, shown in renderings.items()}
     return Loaded(source, record.kind, renderings if keep else None, alone, finished, truncated, examples)
 
 
@@ -135,9 +136,12 @@ def _shortened(
             f"raise it above {rendering.prompt_length} or shorten the prompt",
         )
     if config.overlong == "truncate_turns" and isinstance(side, Dialogue) and not isinstance(side.completion, str):
+        reach = {span.message: span.end for span in rendering.spans}
         for end in range(len(side.completion) - 1, 0, -1):
             last = side.completion[end - 1]
             if last["role"] != "assistant" or (last.get("tool_calls") and not config.open_tool_calls):
+                continue
+            if reach.get(len(side.prompt) + end - 1, 0) > limit:  # too long even without what ends it
                 continue
             shorter = _rendering(replace(side, completion=side.completion[:end], finished=True), tokenizer, config)
             if len(shorter.row.token_ids) <= limit and shorter.row.targets.any():
@@ -177,6 +181,10 @@ def _examples(
         both = (rows["chosen"], rows["rejected"])
         if config.targets == "divergent":
             both = tuple(after_divergence(row, other) for row, other in (both, both[::-1]))  # type: ignore[assignment]
+            if not all(row.targets.any() for row in both):
+                raise BadRow(
+                    "no_target", "one of chosen and rejected begins as the other and ends there; use data.targets=all"
+                )
         extra = tuple(_column(name)(record, both, tokenizer, config) for name in wanted.columns)
         return [Example((*both, *extra), prompt=prompts["chosen"], **common)]
     if record.kind == "pair":
@@ -191,12 +199,27 @@ def _examples(
     return [Example((rows["row"],), prompt=prompts["row"], label=record.label, **common)]
 
 
-def _prompt(side: Dialogue | Tokenised, rendering: Rendering, tokenizer: Any, alone: bool) -> Prompt:
+def _prompt(side: Dialogue | Tokenised, rendering: Rendering, tokenizer: Any) -> Prompt:
+    """What stands before the first target; of a conversation in which another role is learnt first, its prompt."""
     if isinstance(side, Dialogue) and not side.prompt:
         return Prompt((), "")
-    if alone and isinstance(side, Dialogue):  # the proof that generation starts from the same tokens
+    if isinstance(side, Dialogue) and not isinstance(side.prompt, str) and _first(rendering).role != "assistant":
         return Prompt(tuple(prompt_ids(tokenizer, side.prompt, tools=side.tools)), side.question)
     return Prompt(tuple(rendering.row.token_ids[: rendering.prompt_length].tolist()), side.question)
+
+
+def _alone(side: Dialogue | Tokenised, rendering: Rendering, tokenizer: Any) -> tuple[int, ...] | None:
+    """The proof that generation starts from the same tokens: the messages before the first target by themselves."""
+    if isinstance(side, Tokenised):
+        return None
+    prompt, first = side.prompt, _first(rendering)
+    if not isinstance(prompt, str) and first.role == "assistant":  # weights and target_roles can move it
+        prompt = (*prompt, *side.completion)[: first.message]
+    return tuple(prompt_ids(tokenizer, prompt, tools=side.tools)) if prompt else ()
+
+
+def _first(rendering: Rendering) -> Span:
+    return next(span for span in rendering.spans if span.target)
 
 
 def after_divergence(row: Row, other: Row) -> Row:
@@ -212,6 +235,11 @@ def _column(name: str) -> Any:
     return getattr(importlib.import_module(module), function)
 
 
+def prompt_key(example: Example) -> tuple[int, ...] | str:
+    """What tells its prompt from others; an example without one stands for itself."""
+    return example.prompt.token_ids or example.source
+
+
 def assign_mismatched(examples: Sequence[Example], seed: int, max_tokens: int) -> list[Example]:
     """Each example with its prompt followed by the completion of another prompt: KTO's sample of the KL point.
 
@@ -219,7 +247,7 @@ def assign_mismatched(examples: Sequence[Example], seed: int, max_tokens: int) -
     does not depend on batches and its reference log-probs can be cached. Raises ValueError for a single prompt.
     """
     order = np.random.default_rng([seed, len(examples)]).permutation(len(examples)).tolist()
-    prompts = [examples[i].prompt.token_ids or examples[i].source for i in order]
+    prompts = [prompt_key(examples[i]) for i in order]
     if len(set(prompts)) < 2:
         raise ValueError("the KL point needs at least two different prompts; add data, or use an objective without it")
     # the next position in the circle with another prompt, for all positions in one pass from the back

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from align.data.sources import BadRow
+from align.data.template import REASONING
 from align.types import Kind
 
 Message = dict[str, Any]
@@ -92,17 +93,16 @@ def parse(record: dict[str, Any], open_tool_calls: bool = False) -> Record:
 
 
 def _renamed(record: dict[str, Any]) -> dict[str, Any]:
-    """ShareGPT's field and role names as ours."""
+    """ShareGPT's field and role names as ours; messages without fields that hold nothing."""
     if "conversations" in record and "messages" not in record:
         record = {("messages" if k == "conversations" else k): v for k, v in record.items()}
     out = {}
     for key, value in record.items():
-        if (
-            isinstance(value, list)
-            and value
-            and all(isinstance(m, dict) and {"from", "value"} <= m.keys() for m in value)
-        ):
-            value = [{"role": _SHAREGPT.get(m["from"], m["from"]), "content": m["value"]} for m in value]
+        if isinstance(value, list) and value and all(isinstance(m, dict) for m in value):
+            if all({"from", "value"} <= m.keys() for m in value):
+                value = [{"role": _SHAREGPT.get(str(m["from"]), m["from"]), "content": m["value"]} for m in value]
+            # data sets in columns fill each message up with null: two that say the same are to be equal
+            value = [{k: v for k, v in m.items() if k in ("role", "content") or v not in (None, [])} for m in value]
         out[key] = value
     return out
 
@@ -223,23 +223,29 @@ def _tokenised(value: Any, name: str) -> Tokenised:
     if not isinstance(value, dict) or not {"token_ids", "spans"} <= value.keys():
         raise BadRow("wrong_type", f"{name} must hold token_ids and spans, as the other conversation of the row does")
     ids, spans = value["token_ids"], value["spans"]
-    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
+    if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
         raise BadRow("wrong_type", f"token_ids of {name} must be a list of token numbers")
     at = 0
     out = []
     for span in spans if isinstance(spans, list) else []:
-        if not isinstance(span, list) or len(span) != 4 or span[1] != at or span[2] < at:
+        if not isinstance(span, list) or [type(part) for part in span] != [str, int, int, bool]:
+            raise BadRow("wrong_type", f"spans of {name} must be [role, start, end, target]: text, two numbers, true")
+        if span[1] != at or span[2] < at:
             raise BadRow(
                 "wrong_type", f"spans of {name} must be [role, start, end, target], each from the end of the last"
             )
+        _check_text(f"spans of {name}", span[0])
         at = span[2]
-        out.append((str(span[0]), span[1], span[2], bool(span[3])))
+        out.append((span[0], span[1], span[2], span[3]))
     if at != len(ids):
         raise BadRow("wrong_type", f"spans of {name} cover {at} of {len(ids)} tokens; they must tile them")
     if not any(target for *_, target in out) or out[0][3]:
         raise BadRow("no_target", f"{name} has no span the policy wrote, or nothing before it")
-    messages = value.get("messages") or []
-    question = next((m["content"] for m in messages if isinstance(m, dict) and m.get("role") == "user"), "")
+    messages = value.get("messages") or []  # only for reading
+    if not isinstance(messages, list):
+        raise BadRow("wrong_type", f"messages of {name} must be a list of messages, found {type(messages).__name__}")
+    said = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "user"]
+    question = next((text for text in said if isinstance(text, str)), "")
     return Tokenised(tuple(ids), tuple(out), question, value.get("finished") is not False)
 
 
@@ -307,7 +313,10 @@ def _check_messages(name: str, messages: Sequence[Any]) -> None:
         if not isinstance(content, str) and not (content is None and calls):
             kind = "null" if content is None else type(content).__name__
             raise BadRow("wrong_type", f"content of {where} must be a string, found {kind}")
-        _check_text(where, content or "")
+        for key in REASONING:
+            if not isinstance(message.get(key, ""), str):
+                raise BadRow("wrong_type", f"{key} of {where} must be a string, found {type(message[key]).__name__}")
+        _check_text(where, json.dumps(message, ensure_ascii=False, default=str))
         weight = message.get("weight")
         if weight is not None and (
             isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < 1e6
@@ -418,6 +427,7 @@ def _tools(tools: Any) -> tuple[Mapping[str, Any], ...] | None:
             raise BadRow("wrong_type", "tools is a string and no JSON; give a list of tool descriptions") from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow("wrong_type", "tools must be a list of objects, each the description of a tool")
+    _check_text("tools", json.dumps(tools, ensure_ascii=False, default=str))
     return tuple(tools)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from align.config import DataConfig
 from align.data.audit import Audit, SplitAudit
-from align.data.examples import Loaded, NotUsed, Wanted, assign_mismatched, loaded
+from align.data.examples import Loaded, NotUsed, Wanted, assign_mismatched, loaded, prompt_key
 from align.data.formats import parse
 from align.data.sources import BadRow, Source, content_hash, locate_all, read
 from align.types import Example, Row
@@ -73,7 +73,9 @@ def load(
     audit.prompts_in_both = len({e.prompt.token_ids for e in heldout if e.prompt.token_ids} & seen)
     if wanted.mismatched and not to_the_end:
         train = assign_mismatched(train, seed, config.max_tokens)
-        heldout = assign_mismatched(heldout, seed, config.max_tokens) if heldout else []
+        # a held-out set of one prompt takes its partners from the training data
+        others = train if len({prompt_key(e) for e in heldout}) < 2 else []
+        heldout = assign_mismatched([*heldout, *others], seed, config.max_tokens)[: len(heldout)] if heldout else []
     return Data(train, heldout, audit, train_rows, heldout_rows)
 
 

@@ -77,7 +77,7 @@ def read(source: Source) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     else:
         rows = _table(source)
         for number, row in enumerate(rows, 1):
-            yield f"{source.name}:{number}", row
+            yield f"{source.name}:{number}", _present(row)
 
 
 def content_hash(source: Source) -> str:
@@ -160,9 +160,18 @@ def _value(text: str) -> Any:
         raise BadRow("invalid_json", "nested too deeply; a row must be one flat JSON object") from None
 
 
+def _present(value: Any, tools: bool = False) -> Any:
+    """Without the nulls by which columns fill up tools and calls: else each tool would have every other's arguments."""
+    if isinstance(value, dict):
+        items = [(key, item) for key, item in value.items() if not (tools and item is None)]
+        return {key: _present(item, tools or key in ("tools", "tool_calls")) for key, item in items}
+    return [_present(item, tools) for item in value] if isinstance(value, list) else value
+
+
 def _table(source: Source) -> Any:
     import datasets
 
+    datasets.disable_progress_bars()  # a run tells its own progress
     name, _, split = source.name.partition(":") if source.kind == "hub" else (source.name, "", "")
     split = split or "train"
     try:

@@ -17,7 +17,8 @@ from align.data.sources import BadRow
 
 Message = dict[str, Any]
 Place = tuple[int | None, int | None]  # of a text in a rendering; None: not to be told
-_SAID = ("reasoning_content", "reasoning", "thinking", "content")  # fields that hold text; templates differ in the name
+REASONING = ("reasoning_content", "reasoning", "thinking")  # fields that hold it; templates differ in the name
+_SAID = (*REASONING, "content")
 _MARKER = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")  # the shape of what templates write between messages
 _PRIVATE = 0xF0000  # first code point of the planes for private use: the marks
 
@@ -42,7 +43,8 @@ class Layout:
     def after(self, i: int) -> int:
         """Where the messages after i begin."""
         known = [at for places in self.places[i + 1 :] for place in places for at in place if at is not None]
-        return min((at for at in known if at >= self.region(i)[1]), default=len(self.text))
+        end = self.region(i)[1]
+        return min((at for at in known if at >= end), default=len(self.text))
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,47 @@ BAD = {
         "wrong_type",
         "end of",
     ),
+    "token that is true": (
+        line({"token_ids": [True, 2], "spans": [["user", 0, 1, False], ["assistant", 1, 2, True]]}),
+        "wrong_type",
+        "token numbers",
+    ),
+    "token beyond 32 bits": (
+        line({"token_ids": [1, 2**40], "spans": [["user", 0, 1, False], ["assistant", 1, 2, True]]}),
+        "wrong_type",
+        "token numbers",
+    ),
+    "span with fractions": (
+        line({"token_ids": [1, 2], "spans": [["user", 0, 1.0, False], ["assistant", 1.0, 2, True]]}),
+        "wrong_type",
+        "two numbers",
+    ),
+    "target is a text": (
+        line({"token_ids": [1, 2], "spans": [["user", 0, 1, False], ["assistant", 1, 2, "false"]]}),
+        "wrong_type",
+        "[role, start, end, target]",
+    ),
+    "surrogate in a span's role": (
+        line({"token_ids": [1, 2], "spans": [["\ud800", 0, 1, False], ["assistant", 1, 2, True]]}),
+        "not_utf8",
+        "half a surrogate pair",
+    ),
+    "messages beside tokens are a text": (
+        line({"token_ids": [1, 2], "spans": [["user", 0, 1, False], ["assistant", 1, 2, True]], "messages": "a"}),
+        "wrong_type",
+        "list of messages",
+    ),
+    "reasoning is a number": (line({"messages": [USER, ANSWER | {"thinking": 5}]}), "wrong_type", "thinking of"),
+    "lone surrogate in a call": (
+        line({"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": "\ud800"}}]}]}),
+        "not_utf8",
+        "half a surrogate pair",
+    ),
+    "lone surrogate in tools": (
+        line({"messages": [USER, ANSWER], "tools": [{"name": "\ud800"}]}),
+        "not_utf8",
+        "tools holds half",
+    ),
     "spans too short": (line({"token_ids": [1, 2], "spans": [["user", 0, 1, False]]}), "wrong_type", "cover 1 of 2"),
     "token of another model": (
         line({"token_ids": [1, 9999], "spans": [["user", 0, 1, False], ["assistant", 1, 2, True]]}),

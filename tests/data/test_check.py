@@ -11,7 +11,7 @@ import pytest
 from align.data.audit import Audit, SplitAudit
 from align.data.chat import Rendering, Span
 from align.data.check import Finding, check, failed, lines, target_runs
-from align.data.examples import Loaded
+from align.data.examples import Loaded, Wanted
 from align.data.load import Data, load
 from align.pretrained import byte_tokenizer
 from align.types import Example, Prompt, Row
@@ -643,3 +643,39 @@ def test_rows_of_a_file_begin_as_generation_does(tmp_path):
     found, _ = checked(tmp_path, rows)
     assert dict(figure(found, "boundary_proof").numbers) == {"sequences": 4, "proved": 4, "given_as_tokens": 0}
     assert not failed(found)
+
+
+def test_one_prompt_is_an_error_where_the_objective_swaps_completions():
+    row = single(1, chat("Hi", "Yo"), label=True)
+    other = single(2, chat("Hi", "No"), label=False)
+    third = single(3, chat("Ho", "No"), label=False)
+
+    def kinds(*rows: Loaded, mismatched: bool = True) -> list[str]:
+        return [f.kind for f in check(data(list(rows)), TOKENIZER, None, mismatched) if f.severity == "error"]
+
+    assert kinds(row, other) == ["one_prompt"]
+    assert kinds(row, third) == []
+    assert kinds(row, other, mismatched=False) == []
+
+
+def loaded_from(tmp_path, *rows: dict) -> list[Finding]:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    found = load(settings(path, max_tokens=1000), TOKENIZER, Wanted(kind=None), keep=True, to_the_end=True)
+    return [f for f in check(found, TOKENIZER) if f.severity != "figure"]
+
+
+def test_an_answer_of_weight_0_moves_where_generation_starts(tmp_path):
+    """It is context, so the prompt that is compared ends after it."""
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    messages[1]["weight"] = 0
+    assert loaded_from(tmp_path, {"messages": messages}) == []
+
+
+def test_a_text_with_an_end_of_turn_inside_is_a_warning(tmp_path):
+    """A conversation as plain text: the words of the user in it would be learnt."""
+    talk = f"Cod.{END}\n<|im_start|>user\nSure?{END}\n<|im_start|>assistant\nYes.{END}"
+    finding = only(loaded_from(tmp_path, {"prompt": "Name a fish.", "completion": talk}))
+    assert (finding.kind, finding.severity, finding.line) == ("control_token", "warning", 1)
+    assert loaded_from(tmp_path, {"prompt": f"Name a fish.{END}", "completion": f"Cod.{END}"}) == []

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
 
+from align.data import examples
+from align.data.chat import render
+from align.data.examples import Wanted
 from align.data.load import fingerprint, load
 from align.pretrained import byte_tokenizer
 from align.types import Row
@@ -110,3 +114,75 @@ def test_fingerprint_sees_the_border_between_rows(tmp_path):
         return fingerprint([replace(example, rows=(Row(ids[:at], targets[:at]), Row(ids[at:], targets[at:])))])
 
     assert len({cut(at) for at in range(1, 8)}) == 7
+
+
+def labelled(prompt: str, label: bool = True) -> dict:
+    return {"prompt": prompt, "completion": f" {label}", "label": label}
+
+
+def test_one_heldout_prompt_takes_its_mismatched_answer_from_the_training_data(tmp_path):
+    """KTO on a small file: 5 % of 10 prompts is one, which has no other held-out prompt to be swapped with."""
+    train = write(tmp_path / "r.jsonl", [labelled(f"Question {i}", i % 2 == 0) for i in range(10)])
+    data = load(settings(train, heldout_fraction=0.05), byte_tokenizer(), Wanted("labelled", mismatched=True))
+    (held,) = data.heldout
+    assert byte_tokenizer().decode(held.mismatched.token_ids).startswith(held.prompt.text + " ")
+    assert all(e.mismatched is not None for e in data.train)
+
+
+def test_the_check_holds_out_the_rows_that_training_does(tmp_path):
+    """Whatever is asked of the renderings, also where the first target is a user's or comes after a weight of 0."""
+    turns = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Question {i}"},
+                {"role": "assistant", "content": "Yes.", "weight": i % 2},
+                {"role": "user", "content": "Sure?"},
+                {"role": "assistant", "content": "No."},
+            ]
+        }
+        for i in range(20)
+    ]
+    name = write(tmp_path / "r.jsonl", turns)
+    for roles in (["assistant"], ["user", "assistant"]):
+        config = settings(name, heldout_fraction=0.3, target_roles=roles, max_tokens=1000)
+        kept, bare = (load(config, byte_tokenizer(), Wanted("single"), keep=keep) for keep in (True, False))
+        assert [e.source for e in kept.heldout] == [e.source for e in bare.heldout]
+        assert len(bare.heldout) == 6
+        assert [e.prompt for e in kept.train] == [e.prompt for e in bare.train]
+
+
+def test_divergent_targets_that_leave_nothing_are_refused(tmp_path):
+    """Cut off, "It is" is the beginning of the other answer: its sequence would have no target."""
+    row = {"prompt": "A fish?", "chosen": " It is", "rejected": " It is Oak.", "chosen_finished": False}
+    with pytest.raises(ValueError, match=r"r.jsonl:1: .* data.targets=all \(reason no_target"):
+        load(settings(write(tmp_path / "r.jsonl", [row]), targets="divergent"), byte_tokenizer())
+
+
+def test_columns_do_not_put_the_arguments_of_one_tool_into_another(tmp_path):
+    """Parquet gives each object the keys of all, and null where it has none: neither are they said nor compared."""
+
+    def pair(name: str, arguments: dict) -> dict:
+        call = {"id": "a", "type": "function", "function": {"name": name, "arguments": arguments}}
+        question = {"role": "user", "content": "1 + 1?"}
+        calls = {"role": "assistant", "content": "", "tool_calls": [call]}
+        result = {"role": "tool", "content": "2", "tool_call_id": "a"}
+        answer = {"role": "assistant", "content": "Two."}
+        return {"chosen": [question, calls, result, answer], "rejected": [question, answer]}
+
+    path = tmp_path / "r.parquet"
+    datasets.Dataset.from_list([pair("add", {"a": 1}), pair("double", {"x": 1})]).to_parquet(path)
+    tokenizer = byte_tokenizer()
+    said = [tokenizer.decode(e.rows[0].token_ids) for e in load(settings(path, max_tokens=1000), tokenizer).train]
+    assert '"arguments": {"a": 1}}' in said[0]
+    assert '"arguments": {"x": 1}}' in said[1]
+
+
+def test_a_long_conversation_is_shortened_in_few_renderings(tmp_path, monkeypatch):
+    """The first rendering tells which answers are too far; each of the others would cost a rendering of its own."""
+    turns = [{"role": r, "content": f"{r} {i}"} for i in range(100) for r in ("user", "assistant")]
+    rendered = []
+    monkeypatch.setattr(examples, "render", lambda *a, **k: rendered.append(1) or render(*a, **k))
+    name = write(tmp_path / "r.jsonl", [{"messages": turns}])
+    data = load(settings(name, max_tokens=1000, overlong="truncate_turns"), byte_tokenizer(), Wanted("single"))
+    assert 900 < len(data.train[0].rows[0].token_ids) <= 1000
+    assert len(rendered) <= 3
