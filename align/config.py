@@ -21,6 +21,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -400,6 +401,10 @@ def _one_line(error: Exception) -> str:
 def _explain(words: Sequence[str], error: Exception, config_dir: Path | None) -> str:
     """One line for what Hydra refuses, with the nearest name that it would accept."""
     text = _one_line(error)
+    for word in words:
+        if not _readable(word):
+            key, _, value = word.partition("=")
+            return f'{word}: cannot be read; with commas, = or quotes in it the value itself is quoted: {key}="{value}"'
     found = {g: options(g, config_dir) for g in _groups()} | {"recipe": sorted(recipes(config_dir))}
     for word in words:
         key, _, value = word.lstrip("+~").partition("=")
@@ -421,6 +426,14 @@ def _explain(words: Sequence[str], error: Exception, config_dir: Path | None) ->
         if word not in with_groups and key not in allowed | sections:
             return f"{key} is not a setting{_nearest(key, allowed | set(found))}"
     return text
+
+
+def _readable(word: str) -> bool:
+    """Whether Hydra's grammar takes a word as one value."""
+    try:
+        return not OverridesParser.create().parse_override(word).is_sweep_override()
+    except HydraException:
+        return False
 
 
 def _groups() -> list[str]:

@@ -140,6 +140,13 @@ def test_unknown_key_names_the_nearest(word, nearest):
     assert (f"did you mean {nearest}?" if nearest else "`align check --keys`") in message
 
 
+@pytest.mark.parametrize("value", ["a=b.jsonl", "a,b.jsonl", "it's.jsonl"])
+def test_value_of_hydras_syntax_is_told_how_to_quote(value):
+    message = refusal([f"data.train={value}"])
+    assert message.startswith(f"data.train={value}: cannot be read; ")
+    assert compose([f'data.train="{value}"']).data.train == value
+
+
 @pytest.mark.parametrize(
     "group, wrong, nearest",
     [
@@ -151,6 +158,8 @@ def test_unknown_key_names_the_nearest(word, nearest):
         ("trainer", "ofline", "offline"),
         ("log", "defalt", "default"),
         ("pairs", "max_mn", "max_min"),
+        ("collect", "chainsum", "chain_sum"),
+        ("rollout", "hff", "hf"),
         ("launch", "locl", "local"),
         ("recipe", "paper/wpo_zephyr", "paper/wpo_zephyr_7b"),
     ],
