@@ -21,7 +21,7 @@ from align import checkpoint
 from align.config import Config, differences
 
 _PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "hydra-core", "numpy", "vllm", "deepspeed")
-_OF_A_START = ("resolved.json", "samples.jsonl", "nonfinite.json", "metrics.jsonl")
+_OF_A_START = ("resolved.json", "before.json", "samples.jsonl", "nonfinite.json", "metrics.jsonl")
 
 
 class RunDirectory:
@@ -58,8 +58,11 @@ class RunDirectory:
                 "start at step 0"
             )
         else:
+            # what auto found holds for the same settings: trajectories may have been collected with it
+            same = saved.exists() and not differences(OmegaConf.load(saved), config.tree)  # type: ignore[arg-type]
             for name in _OF_A_START:
-                (self.path / name).unlink(missing_ok=True)
+                if not (same and name == "resolved.json"):
+                    (self.path / name).unlink(missing_ok=True)
         _write_atomically(saved, OmegaConf.to_yaml(config.tree, resolve=False))
 
     def write_json(self, name: str, value: Any) -> None:

@@ -8,6 +8,7 @@ counts the calls of a function and sends the signal before or after the n-th.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib
 import json
@@ -18,12 +19,15 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+
+from align.tools import Observation
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def shared() -> Killer:
 
 
 def settings(directory: Path, *more: str) -> list[str]:
-    """The words of a 30-step WPO run on random rows below `directory`; the last word for a key wins."""
+    """The words of a 30-step WPO run on random rows below `directory`; the last word for a key wins, key= unsets."""
     train, heldout = directory / "train.jsonl", directory / "heldout.jsonl"
     if not train.exists():
         rows_file(train, 0, 70)  # more than one chunk of the reference cache, no multiple of the batch
@@ -105,7 +109,7 @@ def settings(directory: Path, *more: str) -> list[str]:
         "trainer.eval_every": 5, "trainer.num_samples": 0, "trainer.precision": "float32", "log.tensorboard": "false",
         "reference.cache_dir": directory / "cache",
     } | dict(word.split("=", 1) for word in more)  # fmt: skip
-    return ["train", *(f"{key}={value}" for key, value in words.items())]
+    return ["train", *(f"{key}={value}" for key, value in words.items() if value != "")]
 
 
 def evidence(run: Path) -> dict[str, Any]:
@@ -117,11 +121,34 @@ def evidence(run: Path) -> dict[str, Any]:
         "steps": [row["step"] for row in rows],
         "rows": [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows],
     }
+    summary = run / "summary.json"
+    if summary.exists():
+        out["summary"] = {k: v for k, v in json.loads(summary.read_text()).items() if k != "seconds"}
+    for path in sorted([*run.glob("*.jsonl"), *run.glob("collect/*")]):
+        if path.name != "metrics.jsonl":  # it tells times too
+            out[path.relative_to(run).as_posix()] = path.read_bytes()
     files = [last / "model.safetensors", last / "optimizer.safetensors", *sorted((run / "final").glob("*.safetensors"))]
     for path in files:
         with safe_open(path, "np") as file:
             out[path.name] = {k: file.get_tensor(k).tobytes() for k in sorted(file.keys())}
     return out
+
+
+class Parrot:
+    """A tool for a policy that knows nothing: an emission whose last character is an odd digit calls it."""
+
+    name = "parrot"
+
+    def __init__(self, **_: Any) -> None:
+        """Takes the settings of the tool whose place it takes."""
+
+    def find(self, text: str) -> str | None:
+        """The digit."""
+        return text[-1:] if text[-1:] in tuple("13579") else None
+
+    def run(self, call: str) -> Observation:
+        """The digit again; a call of 1 fails."""
+        return Observation(call, call == "1")
 
 
 def leftovers(run: Path) -> list[str]:
@@ -174,6 +201,10 @@ def _serve() -> None:
 
     import align.trainers.offline  # noqa: F401
 
+    with contextlib.suppress(ImportError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import reasoning_gym  # noqa: F401
+
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)
@@ -206,8 +237,8 @@ def _serve() -> None:
         print(json.dumps(asdict(Ended(code, text, time.monotonic() - start))), file=answers, flush=True)
 
 
-def rows_file(path: Path, seed: int, count: int) -> Path:
-    """A small preference file of nonsense words."""
+def rows_file(path: Path, seed: int, count: int, kind: str = "pair") -> Path:
+    """A small file of nonsense words: pairs, labelled or single rows."""
     import random
 
     words = ["rain", "snow", "tree", "dog", "fish", "bird", "run", "jump", "red", "blue", "moon", "star"]
@@ -219,15 +250,16 @@ def rows_file(path: Path, seed: int, count: int) -> Path:
     def turn(role: str, content: str) -> list[dict[str, str]]:
         return [{"role": role, "content": content}]
 
-    lines = [
-        {
-            "prompt": turn("user", f"question {i} {text()}"),
-            "chosen": turn("assistant", f"{text()} good"),
-            "rejected": turn("assistant", f"{text()} bad"),
-        }
-        for i in range(count)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    def row(i: int) -> dict[str, Any]:
+        prompt = turn("user", f"question {i} {text()}")
+        good, bad = turn("assistant", f"{text()} good"), turn("assistant", f"{text()} bad")
+        if kind == "pair":
+            return {"prompt": prompt, "chosen": good, "rejected": bad}
+        if kind == "labelled":
+            return {"prompt": prompt, "completion": bad if i % 3 else good, "label": i % 3 == 0}
+        return {"messages": prompt + good}
+
+    path.write_text("".join(json.dumps(row(i)) + "\n" for i in range(count)))
     return path
 
 

@@ -103,6 +103,139 @@ def test_killed_again_and_again(base, tmp_path, layout):
     assert evidence(tmp_path / "run") == evidence(tmp_path / "straight")
 
 
+# ---------------------------------------------------------------------- the other objectives
+
+# what differs from the WPO run of settings; the kind of data
+FAMILY = {
+    "kto": (["recipe=kto", "trainer.epochs=2", "trainer.max_steps=null"], "labelled"),
+    "kto-all-weights": (["recipe=kto", "lora.rank=0", "lora.dropout=0", "reference.mode=model"], "labelled"),
+    "sft": (["recipe=sft", "trainer.epochs=2", "trainer.max_steps=null"], "single"),
+    "aot": (["recipe=", "objective=aot", "lora.rank=4"], "pair"),
+    "inpo": (["recipe=inpo"], "pair"),
+    "mix": (["recipe=", "objective=mix", "lora.rank=4"], "pair"),
+    "orpo": (["recipe=orpo"], "pair"),
+}
+# Where they die: in the pass over the reference, in a forward (of KTO's point or AOT's order too), in a step, in a
+# save, in an evaluation, before and after final/ is written.
+DEATHS = [
+    Hook("align.reference:ReferenceCache._write", 1, when="after"),
+    Hook("align.models:Policy.forward", 9),
+    Hook(ENGINE + "step", 5, when="after"),
+    Hook(SAVE + "save_file", 4),
+    Hook("align.trainers.offline:evaluate", 2),
+    Hook("align.trainers.offline:write_final", 1, when="after"),
+]
+CACHED = ("kto", "aot", "inpo", "mix")
+
+
+def _family(base: Path, name: str, run: Path, *more: str) -> list[str]:
+    words, kind = FAMILY[name]
+    train, heldout = base / f"{kind}.jsonl", base / f"{kind}-heldout.jsonl"
+    if not train.exists():
+        rows_file(train, 2, 36, kind)
+        rows_file(heldout, 3, 5, kind)
+    if name == "inpo":
+        words = [*words, f"reference.path={_second_model(base)}"]
+    short = ["trainer.max_steps=8", "trainer.eval_every=4", f"data.train={train}", f"data.heldout={heldout}"]
+    return settings(base, *short, *words, f"run.dir={run}", *more)
+
+
+def _second_model(base: Path) -> Path:
+    from align.pretrained import tiny
+
+    where = base / "second"
+    if not where.exists():
+        second = tiny(7, 16, 1)
+        second.model().save_pretrained(where)
+        second.tokenizer().save_pretrained(where)
+    return where
+
+
+@pytest.fixture(scope="module")
+def straight(base):
+    """A function name -> what the run of FAMILY that nothing happens to leaves."""
+    done: dict[str, dict] = {}
+
+    def evidence_of(name: str) -> dict:
+        if name not in done:
+            run = base / f"straight-{name}"
+            ended = shared().run(_family(base, name, run))
+            assert ended.code == 0, ended.said
+            done[name] = evidence(run)
+            assert len(done[name]["rows"]) >= 8
+            assert {"model.safetensors", "optimizer.safetensors", "summary"} <= done[name].keys()
+        return done[name]
+
+    return evidence_of
+
+
+@pytest.mark.parametrize("hook", DEATHS, ids=lambda h: f"{h.target.split(':')[1]}-{h.when}-{h.n}")
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_kind_of_objective_goes_on(base, straight, tmp_path, name, hook):
+    whole = straight(name)
+    of_cache = "reference" in hook.target
+    if of_cache and name not in CACHED:
+        words = _family(base, name, tmp_path / "run", f"reference.cache_dir={tmp_path / 'cache'}")
+        assert shared().run(words, [hook]).code == 0  # there is no such pass to die in
+        assert not (tmp_path / "cache").exists()
+        return
+    words = _family(base, name, tmp_path / "run", f"reference.cache_dir={(tmp_path if of_cache else base) / 'cache'}")
+    killed = shared().run(words, [hook])
+    assert killed.code == -9, killed.said
+    done = shared().run(words)
+    assert done.code == 0, done.said
+    assert evidence(tmp_path / "run") == whole
+    assert leftovers(tmp_path / "run") == []
+
+
+def test_runs_of_the_family_differ(straight):
+    """The proof above is of each objective, not of one that ignores its settings."""
+    rows = [json.dumps(straight(name)["rows"][-1]) for name in FAMILY]
+    assert len(set(rows)) == len(FAMILY)
+    assert "kl" in rows[0]
+
+
+def test_loss_before_training_is_of_the_run_that_is_finished(base, straight, tmp_path):
+    """Another model evaluates itself and dies before its first checkpoint."""
+    words = _family(base, "orpo", tmp_path / "run")
+    killed = shared().run([*words, "model.seed=5"], [Hook(ENGINE + "step", 1)])
+    assert killed.code == -9, killed.said
+    assert shared().run(words).code == 0
+    assert evidence(tmp_path / "run") == straight("orpo")
+
+
+def test_epochs_over_two_repeated_sources(base, tmp_path):
+    """Half of 8 rows and twice 6 rows make 16 a pass: two steps of 8, the same rows in each pass, in another order."""
+    a, b = rows_file(tmp_path / "a.jsonl", 4, 8, "single"), rows_file(tmp_path / "b.jsonl", 5, 6, "single")
+    more = [f"data.train=[{a},{b}]", "data.repeat=[0.5,2]", "trainer.max_steps=null", "trainer.epochs=3"]
+
+    def words(run: Path) -> list[str]:
+        return _family(base, "sft", run, *more, "trainer.save_every=1")
+
+    done = shared().run(words(tmp_path / "straight"))
+    assert done.code == 0, done.said
+    assert "plan 6 steps of 8 rows from 16" in done.said
+    audit = json.loads((tmp_path / "straight" / "audit.json").read_text())["train"]
+    assert (audit["rows_in"], audit["rows_kept"], audit["examples"]) == (14, 14, 16)
+    assert audit["sources"] == [str(a), str(b)]
+    whole = evidence(tmp_path / "straight")
+    assert [row["data/epoch"] for row in whole["rows"]] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
+    targets = [row["tokens/targets"] for row in whole["rows"]]
+    passes = [sum(targets[i : i + 2]) for i in (0, 2, 4)]
+    assert passes == [audit["target_tokens"]] * 3
+    assert len(set(targets)) > 2  # each pass is shuffled anew
+    assert shared().run(words(tmp_path / "run"), [Hook(ENGINE + "step", 4)]).code == -9
+    assert shared().run(words(tmp_path / "run")).code == 0
+    assert evidence(tmp_path / "run") == whole
+
+
+def test_other_repeats_are_other_data(base, tmp_path):
+    assert shared().run(_family(base, "sft", tmp_path / "run", "data.repeat=[2]")).code == 0
+    refused = shared().run(_family(base, "sft", tmp_path / "run"))
+    assert refused.code == 2
+    assert "data.repeat" in refused.said
+
+
 def _damage(path: Path, how: str) -> None:
     content = bytearray(path.read_bytes())
     if how == "deleted":

@@ -79,6 +79,18 @@ def test_an_abandoned_start_leaves_nothing(tmp_path):
     run.close()
 
 
+def test_what_auto_found_holds_for_the_same_settings_before_the_first_checkpoint(tmp_path):
+    """Trajectories may have been collected in this precision; another one would begin the collection anew."""
+    run = open_run(tmp_path)
+    run.write_json("resolved.json", {"precision": "bfloat16"})
+    (tmp_path / "samples.jsonl").write_text("{}\n")
+    run.close()
+    run = open_run(tmp_path, "log.console_every=7")
+    assert run.read_json("resolved.json") == {"precision": "bfloat16"}
+    assert not (tmp_path / "samples.jsonl").exists()
+    run.close()
+
+
 def test_an_interrupted_replacement_is_undone_before_anything_is_decided(tmp_path):
     run = open_run(tmp_path)
     saved(run)

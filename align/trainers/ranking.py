@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 
 from align import build
 from align.config import Config
@@ -24,8 +25,11 @@ from align.types import Example, Layout
 
 
 def evaluate_run(config: Config, out: str | None) -> list[str]:
-    """Ranking and reward accuracy of the run's final model on data.train (each source a set of its own), which stands
-    for data.heldout if it was not changed; lines for the terminal, and a JSON file. Raises ValueError."""
+    """Ranking and reward accuracy of the run's final model, and of each set of pairs: those of data.train and
+    data.heldout that are not the run's own, else the run's held-out sets, else what it was trained on.
+
+    Returns lines for the terminal; `out` names a JSON file. Raises ValueError.
+    """
     assert config.run.dir is not None
     final = Path(config.run.dir) / "final"
     if not (final / "README.md").is_file():
@@ -34,7 +38,7 @@ def evaluate_run(config: Config, out: str | None) -> list[str]:
     tokenizer = base.tokenizer()
     sets = {name: _pairs(config, name, tokenizer) for name in _sets(config)}
     device = pick_device()
-    precision, _ = pick_precision(config.trainer.precision, device)
+    precision, _ = pick_precision(_precision(config), device)
     policy = _with_final(base, final).to(device)
     layout, _ = choose_layout(policy, config.trainer.layout, 0.0)
     policy = Policy(policy, layout).eval()
@@ -57,9 +61,28 @@ def evaluate_run(config: Config, out: str | None) -> list[str]:
 
 
 def _sets(config: Config) -> list[str]:
-    """Held-out sources if the run has them, else those it was trained on."""
-    named = config.data.heldout if config.data.heldout is not None else config.data.train
-    return named if isinstance(named, list) else [named]
+    assert config.run.dir is not None
+    run = Path(config.run.dir)
+    own = OmegaConf.load(run / "config.yaml").data
+    data = config.data
+    named = [_listed(now) for now, then in ((data.train, own.train), (data.heldout, own.heldout)) if now != then]
+    if not any(named):
+        trained = data.train if config.collect is None else str(run / "collect" / "pairs.jsonl")
+        named = [_listed(data.heldout) or _listed(trained)]
+    return list(dict.fromkeys(name for part in named for name in part))
+
+
+def _listed(names: Any) -> list[str]:
+    return [] if names is None else names if isinstance(names, list) else [names]
+
+
+def _precision(config: Config) -> str:
+    """What the run found for auto holds here too: a second measurement may come out otherwise."""
+    assert config.run.dir is not None
+    found = Path(config.run.dir) / "resolved.json"
+    if config.trainer.precision == "auto" and found.is_file():
+        return json.loads(found.read_text())["precision"]
+    return config.trainer.precision
 
 
 def _pairs(config: Config, name: str, tokenizer: Any) -> list[Example]:

@@ -46,7 +46,7 @@ def test_pairs_have_the_lengths_of_their_regime():
         "shared": 1741,
         "completion": 968,
     }
-    for row in (row for pair in pairs for row in (pair.chosen, pair.rejected)):
+    for row in (row for pair in pairs for row in pair.rows):
         assert regime.completion[0] <= row.targets.sum() <= regime.completion[1]
         assert row.token_ids[-1] == data.EOS
         assert row.token_ids.max() < regime.vocabulary
