@@ -35,6 +35,7 @@ test: $(STAMP)
 experiments: $(STAMP)
 	$(PY) -m tests.experiments.wpo_everyday
 	$(PY) -m tests.experiments.multiturn
+	$(PY) -m tests.experiments.family
 
 # DPO against TRL side by side; writes docs/benchmarks.md.
 bench: $(STAMP)
