@@ -18,7 +18,7 @@ class MCTSDPO:
 
     z = beta (chosen / |chosen|^p - rejected / |rejected|^p), log-ratios and token counts of the part in which the two
     differ (data.targets=divergent), p = length_penalty >= 0, 0 is off. conservative: e is the number label_smoothing
-    of the pair (label_smoothing_from_visits), else 0.
+    of the pair (data.search.label_smoothing, from visits), else 0.
     Xie et al. 2024, MCTS-DPO, arXiv 2405.00451.
     """
 
@@ -44,11 +44,3 @@ class MCTSDPO:
             smoothing = needed_number(batch, "label_smoothing", "objective.conservative=true").to(chosen.dtype)
         losses = smoothed_logistic(self.beta * (chosen - rejected), smoothing)
         return Losses((Term(losses, "example"),), preference_metrics(policy, ratios, batch, self.beta))
-
-
-def label_smoothing_from_visits(better: float, worse: float) -> float:
-    """How doubtful a preference between two nodes of a search is, from how often each was visited; in [0, 1/2].
-
-    1 - 1 / (1 + worse / max(1, better)), at most 1/2. As the authors' code: few visits are not doubted by themselves.
-    """
-    return min(1 - 1 / (1 + worse / max(1, better)), 0.5)

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from align.data.search import label_smoothing
 from align.objectives.losses import Sigmoid
 from align.objectives.mapl import MAPL
 from align.objectives.preference import DPO
-from align.objectives.tree import MCTSDPO, label_smoothing_from_visits
+from align.objectives.tree import MCTSDPO
 from tests.objectives.build import rows_of, stats_of
 
 NAN = math.nan
@@ -55,9 +56,9 @@ def test_a_row_without_smoothing_is_named():
 
 def test_visits_to_smoothing():
     # as often visited, or more often the worse: nothing is known
-    assert label_smoothing_from_visits(4, 4) == label_smoothing_from_visits(1, 9) == 0.5
-    assert label_smoothing_from_visits(9, 3) == pytest.approx(0.25)
-    assert label_smoothing_from_visits(9, 0) == 0.0
+    assert label_smoothing(4, 4) == label_smoothing(1, 9) == 0.5
+    assert label_smoothing(9, 3) == pytest.approx(0.25)
+    assert label_smoothing(9, 0) == 0.0
 
 
 def test_mapl_by_hand():

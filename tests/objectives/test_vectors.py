@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from align.data.examples import after_divergence
+from align.data.search import label_smoothing
 from align.objectives import losses
 from align.objectives.imitation import NLL
 from align.objectives.losses import Hinge, IpoSum, Sigmoid
 from align.objectives.preference import AOT, DPO, INPO, RPO, WPO
 from align.objectives.rationale import RDPO, RORPO
 from align.objectives.reference_free import ORPO, SimPO
-from align.objectives.tree import MCTSDPO, label_smoothing_from_visits
+from align.objectives.tree import MCTSDPO
 from align.objectives.unpaired import KTO, reversed_partners, rotated_partners
 from align.stats import Head, token_stats
 from align.types import PackedBatch, Row, Stats
@@ -264,7 +265,7 @@ def test_partners(entry):
 
 @pytest.mark.parametrize("entry", named("mcts_label_smoothing"), ids=lambda e: e["name"])
 def test_label_smoothing_from_visits(entry):
-    smoothing = label_smoothing_from_visits(entry["inputs"]["visits_better"], entry["inputs"]["visits_worse"])
+    smoothing = label_smoothing(entry["inputs"]["visits_better"], entry["inputs"]["visits_worse"])
     close(smoothing, entry["expected"]["label_smoothing"])
     close(min(1 - entry["expected"]["confidence"], 0.5), smoothing)
 
