@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from align.checkpoint import WriteFailed
 from align.config import LogConfig
+from align.files import write_whole
 
 
 class Log:
@@ -72,12 +73,7 @@ class Log:
                 continue
             if row["step"] <= last_step:
                 rows.append(line)
-        scratch = self.path.with_suffix(".tmp")
-        with scratch.open("w") as stream:
-            stream.write("".join(line + "\n" for line in rows))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(scratch, self.path)
+        write_whole(self.path, "".join(line + "\n" for line in rows))
 
     def flush(self) -> None:
         """metrics.jsonl is on the disk before the checkpoint that follows it."""

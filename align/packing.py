@@ -73,14 +73,9 @@ def micro_batches(
     return [sorted(p) for p in parts if p]
 
 
-def pack(
-    examples: Sequence[Example],
-    layout: Layout,
-    reference: Sequence[np.ndarray] | None = None,
-) -> PackedBatch:
+def pack(examples: Sequence[Example], layout: Layout) -> PackedBatch:
     """One batch of P examples with R rows each, one example's after the other's.
 
-    reference: the cached log-probs of the targets of each row, float32, in the same order.
     Raises ValueError for a sequence without tokens or whose first token is a target (nothing predicts it).
     """
     batch = pack_groups([e.rows for e in examples], layout, [e.source for e in examples])
@@ -92,7 +87,6 @@ def pack(
         labels=None if None in labels else torch.tensor(labels, dtype=torch.bool),
         # a column that an example lacks is NaN there: no objective may take it for a number
         numbers={name: torch.tensor([e.numbers.get(name, math.nan) for e in examples]) for name in names},
-        reference_token_logps=None if reference is None else token_column(reference, batch),
     )
 
 

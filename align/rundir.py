@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from align import checkpoint
 from align.config import Config, differences
+from align.files import write_whole
 
 _PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "hydra-core", "numpy", "vllm", "deepspeed")
 _OF_A_START = ("resolved.json", "before.json", "samples.jsonl", "nonfinite.json", "metrics.jsonl")
@@ -63,11 +64,11 @@ class RunDirectory:
             for name in _OF_A_START:
                 if not (same and name == "resolved.json"):
                     (self.path / name).unlink(missing_ok=True)
-        _write_atomically(saved, OmegaConf.to_yaml(config.tree, resolve=False))
+        write_whole(saved, OmegaConf.to_yaml(config.tree, resolve=False))
 
     def write_json(self, name: str, value: Any) -> None:
         """A small JSON file of the run, whole or not at all."""
-        _write_atomically(self.path / name, json.dumps(value, indent=1) + "\n")
+        write_whole(self.path / name, json.dumps(value, indent=1) + "\n")
 
     def read_json(self, name: str) -> Any:
         """A small JSON file of the run, or None."""
@@ -129,12 +130,3 @@ def environment(command: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.tmp")
-    with scratch.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(scratch, path)

@@ -73,11 +73,6 @@ def row_sums(values: Tensor, row: Tensor, num_rows: int) -> Tensor:
     return wide.to(values.dtype)
 
 
-def row_means(values: Tensor, row: Tensor, lengths: Tensor) -> Tensor:
-    """Means [N] of token values [C]; a sequence without targets has 0, never nan."""
-    return row_sums(values, row, len(lengths)) / positive(lengths)
-
-
 def token_stats(
     hidden: Tensor, head: Head, target_ids: Tensor, extras: tuple[str, ...] = (), chunk: int | None = None
 ) -> tuple[Tensor, ...]:

@@ -13,11 +13,17 @@ import pytest
 import torch
 
 from align.models import stock_attention_name
+from align.objectives.preference import DPO
 from align.types import Example, Prompt, Row
 
 torch.set_num_threads(1)
 
 VOCABULARY = 96
+
+
+def plain_dpo(beta, loss, f_divergence="reverse_kl", f_alpha=None, ld_alpha=None) -> DPO:
+    """DPO without its variants, as configs/objective/dpo.yaml has it, but for what a test asks for."""
+    return DPO(beta, loss, f_divergence, f_alpha, ld_alpha)
 
 
 @pytest.fixture

@@ -49,6 +49,7 @@ def below(folder: str) -> list[str]:
         ("attention.py", {"align.types"}),
         ("stats.py", {"align.types"}),
         ("config.py", set()),
+        ("files.py", set()),
         *((file, {"align.types", "align.stats", "align.objectives"}) for file in below("objectives")),
     ],
 )

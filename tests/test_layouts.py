@@ -10,10 +10,9 @@ import torch
 
 from align.models import Policy, enable_recompute, lora
 from align.objectives.losses import Sigmoid
-from align.objectives.preference import DPO
 from align.packing import micro_batches, pack
 from align.types import Example
-from tests.conftest import pair_of, random_pair, tiny_model
+from tests.conftest import pair_of, plain_dpo, random_pair, tiny_model
 
 FAMILIES = ["llama", "qwen2", "mistral", "gemma2"]
 
@@ -43,7 +42,7 @@ def gradients(model) -> torch.Tensor:
 
 def packed_dpo(policy, reference, pairs, parts, beta=0.1, layout="shared"):
     """Loss and gradients by micro-batches, divided by the global number of pairs."""
-    objective = DPO(beta=beta, loss=Sigmoid(0.0))
+    objective = plain_dpo(beta=beta, loss=Sigmoid(0.0))
     total = 0.0
     for part in parts:
         batch = pack([pairs[i] for i in part], layout)
@@ -142,7 +141,7 @@ def test_lora_adapter_off_is_the_base_model_and_frozen_head_has_the_same_gradien
 
     def adapter_gradient() -> torch.Tensor:
         policy.zero_grad()
-        DPO(0.1, Sigmoid(0.0))(policy(batch), reference, batch).terms[0].losses.sum().backward()
+        plain_dpo(0.1, Sigmoid(0.0))(policy(batch), reference, batch).terms[0].losses.sum().backward()
         return torch.cat([p.grad.flatten() for n, p in policy.named_parameters() if "lora_" in n])
 
     frozen = adapter_gradient()

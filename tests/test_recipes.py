@@ -9,16 +9,17 @@ from align import build
 from align.config import compose, recipes
 from align.data.sources import locate_all
 from align.objectives import imitation, losses, preference, unpaired
+from tests.conftest import plain_dpo
 
 ALL = sorted(recipes())
 # What the recipes that name a loss, or none, mean.
 OBJECTIVES = {
-    "dpo": preference.DPO(0.1, losses.Sigmoid(0.0)),
+    "dpo": plain_dpo(0.1, losses.Sigmoid(0.0)),
     "wpo": preference.WPO(0.1, losses.Sigmoid(0.0), "sampled", 1.0),
-    "ipo": preference.DPO(0.1, losses.IpoSum()),
-    "ln_dpo": preference.DPO(2.0, losses.SigmoidNorm()),
-    "apo": preference.DPO(0.1, losses.ApoZero()),
-    "multiturn_dpo": preference.DPO(0.1, losses.Sigmoid(0.0)),
+    "ipo": plain_dpo(0.1, losses.IpoSum()),
+    "ln_dpo": plain_dpo(2.0, losses.SigmoidNorm()),
+    "apo": plain_dpo(0.1, losses.ApoZero()),
+    "multiturn_dpo": plain_dpo(0.1, losses.Sigmoid(0.0)),
     "kto": unpaired.KTO(0.1, 1.0, 1.0),
     "multiturn_kto": unpaired.KTO(0.1, 1.0, 1.0),
     "sft": imitation.NLL(),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from align.models import Policy, lora, weights_hash
-from align.packing import pack
+from align.packing import pack, token_column
 from align.reference import CHUNK_ROWS, ReferenceCache, row_key
 from align.types import Row
 from tests.conftest import tiny_model
@@ -58,7 +58,8 @@ def test_values_are_the_direct_ones(tmp_path, make_pairs, policy):
             direct = policy(pack([pair], "packed")).token_logps
         torch.testing.assert_close(torch.from_numpy(values), direct, rtol=1e-5, atol=1e-5)
         assert values.dtype == np.float32
-    batch = pack(pairs, "shared", cache(rows_of(pairs)))
+    batch = pack(pairs, "shared")
+    batch = replace(batch, reference_token_logps=token_column(cache(rows_of(pairs)), batch))
     with torch.no_grad():
         torch.testing.assert_close(batch.reference_token_logps, policy(batch).token_logps, rtol=1e-5, atol=1e-5)
 

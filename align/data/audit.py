@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+# Reasons for which a row is left out that are no fault of it: too long for data.max_tokens (data.overlong rules these),
+# or of no use to the objective.
+OVERLONG = ("too_long", "prompt_too_long", "dead_pair")
+NOT_USED = "undesirable"
+
 
 @dataclass
 class SplitAudit:

@@ -20,7 +20,6 @@ from align.data.sources import BadRow
 from align.data.template import Layout, Message, Template, Turn, check_said, json_of, map_texts, quote, texts_of, tidy
 from align.types import Row
 
-ROLES = ("system", "user", "assistant", "tool")
 Tools = list[dict[str, Any]]
 _Region = tuple[int, int, str, int | None, bool]  # characters from, to; role, message, target
 _CONTEXT = 64  # characters before a text that its tokenisation is told of: longer than any control token

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from align.data.audit import NOT_USED, OVERLONG
 from align.data.chat import terminator
 from align.data.examples import prompt_key
 
@@ -32,10 +33,8 @@ SKEW_RATIO = 1.2  # a difference of lengths below this says little beside the sp
 _SKEW_PAIRS = 10  # with fewer pairs the bootstrap interval is not worth the name
 _RESAMPLES = 1000
 _KTO_BALANCE = (1.0, 4 / 3)  # desirable to undesirable, weights included: what TRL 1.16 asks for
-_OVERLONG = ("too_long", "prompt_too_long", "dead_pair")  # reasons that data.overlong rules, as in load.py
 # The renderer's notes: what is learnt differs from what generation would do, or is not what the row says.
 _WARNINGS = ("context", "control_token", "dropped_message", "special_text")
-_NOT_USED = "undesirable"  # a good row that the objective has no use for
 _OTHERS = ("system", "user", "tool")  # roles that generation does not start from
 _SHOWN = 3  # findings of a kind that the terminal shows in full
 
@@ -195,8 +194,8 @@ def _dropped(name: str, split: SplitAudit, total: int, config: DataConfig | None
     counts = {"overlong": 0, "bad": 0}
     for row in split.dropped_rows:
         reason = row["reason"]
-        group = "overlong" if reason in _OVERLONG else "bad"
-        if reason == _NOT_USED:
+        group = "overlong" if reason in OVERLONG else "bad"
+        if reason == NOT_USED:
             severity: Severity = "note"
         else:
             counts[group] += 1

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from align.config import DataConfig
+from align.data.audit import NOT_USED
 from align.data.chat import Rendering, Span, prompt_ids, render, render_text
 from align.data.formats import Dialogue, Record, Tokenised
 from align.data.sources import BadRow
@@ -195,7 +196,7 @@ def _examples(
             for name in ("chosen", "rejected")
         ]
     if wanted.kind == "single" and record.label is False:
-        raise NotUsed("undesirable", "the row is labelled undesirable; only desirable ones are imitated")
+        raise NotUsed(NOT_USED, "the row is labelled undesirable; only desirable ones are imitated")
     return [Example((rows["row"],), prompt=prompts["row"], label=record.label, **common)]
 
 

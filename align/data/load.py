@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 
 from align.config import DataConfig
-from align.data.audit import Audit, SplitAudit
+from align.data.audit import NOT_USED, OVERLONG, Audit, SplitAudit
 from align.data.examples import Loaded, NotUsed, Wanted, assign_mismatched, loaded, prompt_key
 from align.data.formats import parse
 from align.data.sources import BadRow, Source, content_hash, locate_all, read
 from align.types import Example, Row
-
-_OVERLONG = ("too_long", "prompt_too_long", "dead_pair")  # reasons that data.overlong rules
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ class _Reader:
         return parts
 
     def _drop(self, audit: SplitAudit, where: str, bad: BadRow) -> None:
-        overlong = bad.reason in _OVERLONG
+        overlong = bad.reason in OVERLONG
         strict = self.config.on_bad_row == "error" and not overlong and not isinstance(bad, NotUsed)
         if strict and not self.to_the_end:
             raise ValueError(
@@ -146,15 +144,15 @@ class _Reader:
         if not any_left:
             raise ValueError(f"{setting}: 0 usable rows of {audit.rows_in}; the first: {first}")
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(audit.dropped.items()))
-        overlong = sum(audit.dropped.get(reason, 0) for reason in _OVERLONG)
+        overlong = sum(audit.dropped.get(reason, 0) for reason in OVERLONG)
         if config.overlong == "error" and overlong > config.max_bad_fraction * audit.rows_in:
-            long = next(d for d in audit.dropped_rows if d["reason"] in _OVERLONG)
+            long = next(d for d in audit.dropped_rows if d["reason"] in OVERLONG)
             raise ValueError(
                 f"{setting}: {overlong} of {audit.rows_in} rows are longer than data.max_tokens={config.max_tokens} "
                 f"({counts}), more than data.max_bad_fraction={config.max_bad_fraction}; raise data.max_tokens, or set "
                 f"data.overlong=drop or truncate_turns. The first: {long['source']}: {long['detail']}"
             )
-        bad = sum(n for reason, n in audit.dropped.items() if reason not in (*_OVERLONG, "undesirable"))
+        bad = sum(n for reason, n in audit.dropped.items() if reason not in (*OVERLONG, NOT_USED))
         if bad > config.max_bad_fraction * audit.rows_in:
             raise ValueError(
                 f"{setting}: {bad / audit.rows_in:.1%} of {audit.rows_in} rows are bad ({counts}), more than "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from align.data.scored import Sample, Scored, file_and_origin, read_scored
+from align.files import whole
 
 Pick = tuple[int, int]  # chosen, rejected: places among the samples of a prompt
 
@@ -281,14 +281,10 @@ def pairs_of(
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write a text file whole or not at all. Raises ValueError if it cannot be written."""
-    scratch = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("w", encoding="utf-8") as stream:
+        with whole(path) as stream:
             stream.writelines(f"{line}\n" for line in lines)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(scratch, path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror}); give another place") from error
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from align.data.check import Finding, counted, failed, place, prompt_difference, target_runs, trained
+from align.files import whole
 
 if TYPE_CHECKING:
     from align.data.chat import Rendering
@@ -193,17 +192,12 @@ def _write_list(stream: TextIO, name: str, items: Any) -> None:
 def _write(path: str | Path, setting: str, write: Callable[[TextIO], None]) -> None:
     """Under another name until it is whole: no reader meets half a report."""
     path = Path(path)
-    scratch = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("w", encoding="utf-8") as stream:
+        with whole(path) as stream:
             write(stream)
-        os.replace(scratch, path)
     except OSError as error:
         raise ValueError(f"{setting} {path}: cannot be written ({error.strerror}); give another path") from error
-    finally:
-        with suppress(OSError):
-            scratch.unlink()
 
 
 # ---------------------------------------------------------------------- HTML

@@ -29,7 +29,7 @@ class DPO:
     """Direct preference optimisation: a base loss on how much more than the reference the policy prefers chosen.
 
     beta: strength of the pull to the reference, > 0; policy and reference agree => the sigmoid loss is ln 2.
-    Two variants of what the base loss reads; their defaults switch them off:
+    Two variants of what the base loss reads; reverse_kl, None and None switch them off:
     f_divergence, f_alpha: another divergence than the reverse KL holds the policy (Wang et al. 2023, f-DPO,
       arXiv 2309.16240); f_alpha, not 1, is the order of `alpha`. For base losses of the difference of sums only.
     ld_alpha: weight in [0, 1] of the tokens beyond the length of the shorter completion of the pair (Liu et al. 2024,
@@ -38,9 +38,9 @@ class DPO:
 
     beta: float
     loss: BaseLoss
-    f_divergence: Divergence = "reverse_kl"
-    f_alpha: float | None = None
-    ld_alpha: float | None = None
+    f_divergence: Divergence
+    f_alpha: float | None
+    ld_alpha: float | None
 
     kind = "pair"
     columns = ()

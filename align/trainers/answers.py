@@ -11,6 +11,7 @@ from align import build
 from align.config import Config
 from align.engine.local import LocalEngine
 from align.evaluate.samples import Sample, sequence_kl
+from align.files import write_whole
 from align.log import Log
 from align.rollout.base import Completion, Sampling
 from align.types import Example, PackedBatch, Stats
@@ -96,6 +97,4 @@ class Answers:
         return [Sample(**json.loads(line)) for line in lines]
 
     def _write(self, samples: list[Sample]) -> None:
-        scratch = self.path.with_name(".samples.tmp")
-        scratch.write_text("".join(json.dumps(s.as_dict()) + "\n" for s in samples))
-        scratch.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(s.as_dict()) + "\n" for s in samples))

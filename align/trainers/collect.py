@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import numpy as np
 from align.checkpoint import WriteFailed
 from align.data.reasoning import Problem, ProblemSet, final_answer, prompt_messages
 from align.data.reasoning import problems as problem_set
+from align.files import write_whole
 from align.rollout.base import Rollout, Sampling
 from align.rollout.toolloop import ToolLoop, Trajectory, re_encodes
 from align.tools import Tool
@@ -306,14 +306,7 @@ def _write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all, and on the disk before it has its name."""
-    scratch = path.with_name(f".{path.name}.tmp")
     try:
-        with scratch.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(scratch, path)
+        write_whole(path, text)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
         raise WriteFailed(path, error, len(text)) from error

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from align.models import Policy, stock_attention_name
 from align.objectives.losses import Sigmoid
-from align.objectives.preference import DPO
-from align.packing import pack
+from align.packing import pack, token_column
 from align.reference import ReferenceCache
 from align.stats import cached_stats
 from align.types import Example, Layout
 from tests.bench.data import EOS
+from tests.conftest import plain_dpo
 
 BETA = 0.1
 # Tokens of one forward of the cache pass: what a step of the mixed regime has, and more.
@@ -69,14 +69,14 @@ class Align:
         self.policy = policy
         self.reference = reference
         self.cache: Cache = cache if cache is not None else {}
-        self.objective = DPO(beta=BETA, loss=Sigmoid(0.0))
+        self.objective = plain_dpo(beta=BETA, loss=Sigmoid(0.0))
 
     def loss(self, variant: str, pairs: Sequence[Example]) -> Tensor:
         """Mean DPO loss of the pairs, as a training step computes it."""
         layout, cached = ALIGN_VARIANTS[variant]
-        batch = pack(pairs, layout, [self.cache[p.source] for p in pairs] if cached else None)
+        batch = pack(pairs, layout)
         if cached:
-            reference = cached_stats(batch.reference_token_logps, batch)
+            reference = cached_stats(token_column([self.cache[p.source] for p in pairs], batch), batch)
         else:
             with torch.no_grad():
                 reference = _in_layout(self.reference, layout)(batch)

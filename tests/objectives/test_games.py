@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from align.objectives.losses import Sigmoid
-from align.objectives.preference import DPO, INPO
+from align.objectives.preference import INPO
+from tests.conftest import plain_dpo
 from tests.objectives.build import batch_of, stats_of
 
 # Rock, paper, scissors: action i beats i + 1 nine times in ten. The Nash policy is uniform.
@@ -60,7 +61,7 @@ def test_inpo_reaches_the_nash_policy_near_the_reference_and_dpo_does_not():
     for _ in range(120):
         inpo = minimised(INPO(1.0, 0.1), inpo, FIRST)
     for _ in range(30):
-        dpo = minimised(DPO(1.0, Sigmoid(0.0)), dpo, dpo)
+        dpo = minimised(plain_dpo(1.0, Sigmoid(0.0)), dpo, dpo)
     # the policy that is the best answer to itself, less 0.1 KL to the reference
     answer = (FIRST + BEATS @ inpo.exp() / 0.1).log_softmax(0)
     assert (answer - inpo).abs().max() < 0.01

@@ -12,13 +12,14 @@ from align.config import compose
 from align.objectives.imitation import NLL
 from align.objectives.losses import Hinge, Sigmoid
 from align.objectives.mix import Mix
-from align.objectives.preference import AOT, DPO, RPO, WPO
+from align.objectives.preference import AOT, RPO, WPO
 from align.objectives.rationale import RDPO, RORPO
 from align.objectives.reference_free import ORPO, SimPO
 from align.objectives.unpaired import KTO, ApoZeroUnpaired
+from tests.conftest import plain_dpo
 from tests.objectives.build import reduced, rows_of, stats_of, with_step
 
-DPO_PART, SIMPO = DPO(0.1, Sigmoid(0.0)), SimPO(2.0, 0.3, Sigmoid(0.0))
+DPO_PART, SIMPO = plain_dpo(0.1, Sigmoid(0.0)), SimPO(2.0, 0.3, Sigmoid(0.0))
 
 
 def random_rows(num_columns, num=4, **fields):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from align.objectives.losses import Hinge, IpoSum, NcaPair, Robust, Sigmoid, SigmoidNorm
-from align.objectives.preference import AOT, DPO, INPO, RPO, WPO, beyond_shorter
+from align.objectives.preference import AOT, INPO, RPO, WPO, beyond_shorter
+from tests.conftest import plain_dpo
 from tests.objectives.build import batch_of, reduced, rows_of, select, stats_of, with_step
 
 LN2 = math.log(2)
@@ -38,7 +39,7 @@ def test_dpo_by_hand():
     # loss = log(1 + e^-1.5)
     policy, batch = rows_of([[-0.5, -0.5], [-3.0]])
     reference = stats_of(torch.tensor([-1.0, -1.0, -1.0]).double(), batch)
-    loss = DPO(0.5, Sigmoid(0.0))(policy, reference, batch).terms[0].losses
+    loss = plain_dpo(0.5, Sigmoid(0.0))(policy, reference, batch).terms[0].losses
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-1.5)), abs=1e-14)
 
 
@@ -46,14 +47,14 @@ def test_dpo_by_hand():
 def test_equal_networks_give_ln2_and_no_accuracy(loss):
     # a tie is not a win
     policy, batch = rows_of([[-0.5, -0.25], [-3.0]])
-    out = DPO(0.1, loss)(policy, policy, batch)
+    out = plain_dpo(0.1, loss)(policy, policy, batch)
     assert out.terms[0].losses.item() == pytest.approx(LN2, abs=1e-15)
     assert out.metrics["accuracy"].item() == 0.0
 
 
 def test_gradient_raises_chosen_and_lowers_rejected():
     policy, batch = rows_of([[-1.0], [-1.0]])
-    DPO(0.1, Sigmoid(0.0))(policy, policy, batch).terms[0].losses.sum().backward()
+    plain_dpo(0.1, Sigmoid(0.0))(policy, policy, batch).terms[0].losses.sum().backward()
     # -beta s(-z) = -0.05 at z = 0
     assert policy.token_logps.grad.tolist() == pytest.approx([-0.05, 0.05], abs=1e-15)
 
@@ -63,7 +64,7 @@ def test_target_weights_scale_sums_and_lengths():
     weights = torch.tensor([0.5, 0.25, 1.0]).double()
     policy, batch = rows_of([[-2.0, -4.0], [-1.0]], weights=weights)
     zero = zeros_like(policy, batch)
-    out = DPO(1.0, SigmoidNorm())(policy, zero, batch)
+    out = plain_dpo(1.0, SigmoidNorm())(policy, zero, batch)
     assert out.terms[0].losses.item() == pytest.approx(math.log(1 + math.exp(8 / 3 - 1)), abs=1e-12)
     assert out.metrics["reward/margin"].item() == pytest.approx(-1.0, abs=1e-12)
 
@@ -72,7 +73,7 @@ def test_target_weights_scale_sums_and_lengths():
 def test_divergences_have_the_slope_of_reverse_kl_where_policy_and_reference_agree(f_divergence, f_alpha):
     """f''(1) = 1 for each but Jensen-Shannon's 1/2, so the gradients at the start are those of DPO or half of them."""
     policy, batch = rows_of([[-1.0], [-2.0]])
-    loss = DPO(0.1, Sigmoid(0.0), f_divergence, f_alpha)(policy, policy, batch).terms[0].losses
+    loss = plain_dpo(0.1, Sigmoid(0.0), f_divergence, f_alpha)(policy, policy, batch).terms[0].losses
     loss.sum().backward()
     assert loss.item() == pytest.approx(LN2, abs=1e-15)
     slope = 0.5 if f_divergence == "js" else 1.0
@@ -83,10 +84,10 @@ def test_alpha_divergence_by_hand_and_its_limits():
     # alpha 2: f'(t) = t - 1, ratios e^0.5 and e^-1: z = beta (e^0.5 - e^-1)
     policy, batch = rows_of([[0.5], [-1.0]])
     zero = zeros_like(policy, batch)
-    value = DPO(0.3, Sigmoid(0.0), "alpha", 2.0)(policy, zero, batch).terms[0].losses.item()
+    value = plain_dpo(0.3, Sigmoid(0.0), "alpha", 2.0)(policy, zero, batch).terms[0].losses.item()
     assert value == pytest.approx(math.log(1 + math.exp(-0.3 * (math.exp(0.5) - math.exp(-1)))), abs=1e-12)
-    near_one, forward = DPO(0.3, Sigmoid(0.0), "alpha", 1 + 1e-7), DPO(0.3, Sigmoid(0.0), "alpha", 0.0)
-    for a, b in ((near_one, DPO(0.3, Sigmoid(0.0))), (forward, DPO(0.3, Sigmoid(0.0), "forward_kl"))):
+    near_one, forward = plain_dpo(0.3, Sigmoid(0.0), "alpha", 1 + 1e-7), plain_dpo(0.3, Sigmoid(0.0), "alpha", 0.0)
+    for a, b in ((near_one, plain_dpo(0.3, Sigmoid(0.0))), (forward, plain_dpo(0.3, Sigmoid(0.0), "forward_kl"))):
         left, right = (o(policy, zero, batch).terms[0].losses.item() for o in (a, b))
         assert left == pytest.approx(right, abs=1e-6)
 
@@ -98,13 +99,17 @@ def test_divergences_at_huge_ratios(f_divergence, f_alpha):
         policy, batch = rows_of([[chosen], [rejected]])
         leaf = policy.token_logps.detach().float().requires_grad_()
         policy = stats_of(leaf, batch)
-        loss = DPO(0.1, Sigmoid(0.0), f_divergence, f_alpha)(policy, zeros_like(policy, batch), batch).terms[0].losses
+        loss = (
+            plain_dpo(0.1, Sigmoid(0.0), f_divergence, f_alpha)(policy, zeros_like(policy, batch), batch)
+            .terms[0]
+            .losses
+        )
         loss.sum().backward()
         assert torch.isfinite(loss).all()
         assert torch.isfinite(leaf.grad).all()
     # hinge, beta 1: 1 - f'(e^chosen) + f'(e^rejected), f' of forward KL 1 - e^-D: 1 + e^79 - e^-1
     policy, batch = rows_of([[-79.0], [1.0]])
-    loss = DPO(1.0, Hinge(), "forward_kl")(policy, zeros_like(policy, batch), batch).terms[0].losses.item()
+    loss = plain_dpo(1.0, Hinge(), "forward_kl")(policy, zeros_like(policy, batch), batch).terms[0].losses.item()
     assert loss == pytest.approx(1 + math.exp(79) - math.exp(-1), rel=1e-12)
 
 
@@ -114,8 +119,8 @@ def test_ld_alpha_counts_the_tail_of_the_longer_completion_less():
     batch = batch_of(row, 4)
     assert beyond_shorter(batch, 0.25).tolist() == [1, 1, 0.25, 0.25, 1, 1, 0.25]
     policy, reference, batch = random_pairs()
-    plain = DPO(0.1, Sigmoid(0.0))(policy, reference, batch)
-    off = DPO(0.1, Sigmoid(0.0), ld_alpha=1.0)(policy, reference, batch)
+    plain = plain_dpo(0.1, Sigmoid(0.0))(policy, reference, batch)
+    off = plain_dpo(0.1, Sigmoid(0.0), ld_alpha=1.0)(policy, reference, batch)
     assert torch.equal(plain.terms[0].losses, off.terms[0].losses)
 
 
@@ -241,7 +246,7 @@ def test_aot_with_ties_is_finite_and_of_one_pair_is_dpo(paired):
     ref, _ = select(reference, batch, [0])
     one = with_step(objective, stats, ref, part)
     (a,) = torch.autograd.grad(reduced(objective(stats, ref, one), one), policy.token_logps, retain_graph=True)
-    (b,) = torch.autograd.grad(reduced(DPO(0.3, Sigmoid(0.0))(stats, ref, part), part), policy.token_logps)
+    (b,) = torch.autograd.grad(reduced(plain_dpo(0.3, Sigmoid(0.0))(stats, ref, part), part), policy.token_logps)
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 
 
@@ -251,7 +256,7 @@ def test_aot_with_ties_is_finite_and_of_one_pair_is_dpo(paired):
 def test_inpo_with_one_anchor_is_ipo():
     policy, reference, batch = random_pairs()
     start = torch.rand(len(batch.row), generator=torch.Generator().manual_seed(1)).double() - 3
-    ipo = DPO(0.2, IpoSum())
+    ipo = plain_dpo(0.2, IpoSum())
     only_reference = INPO(0.2, 0.2)(policy, reference, replace(batch, start_token_logps=start))
     torch.testing.assert_close(only_reference.terms[0].losses, ipo(policy, reference, batch).terms[0].losses)
     same = INPO(0.2, 0.05)(policy, reference, replace(batch, start_token_logps=reference.token_logps))
@@ -269,7 +274,7 @@ def test_inpo_needs_the_start_policy():
 
 @pytest.mark.parametrize(
     "objective",
-    [DPO(0.1, Sigmoid(0.1)), DPO(0.1, SigmoidNorm(), ld_alpha=0.2), WPO(0.1, Sigmoid(0.0), "none", None),
+    [plain_dpo(0.1, Sigmoid(0.1)), plain_dpo(0.1, SigmoidNorm(), ld_alpha=0.2), WPO(0.1, Sigmoid(0.0), "none", None),
      RPO(0.1, Hinge(), "token_mean", 1.0), RPO(0.1, NcaPair(), "sum", 1.0)],
     ids=lambda o: type(o).__name__,
 )  # fmt: skip
@@ -294,8 +299,8 @@ def test_reference_gets_no_gradient():
     sigmoid = Sigmoid(0.0)
     aot = [AOT(0.1, sigmoid, paired) for paired in (True, False)]
     for objective in (
-        DPO(0.1, sigmoid),
-        DPO(0.1, sigmoid, ld_alpha=0.5),
+        plain_dpo(0.1, sigmoid),
+        plain_dpo(0.1, sigmoid, ld_alpha=0.5),
         RPO(0.1, sigmoid, "sum", 1.0),
         INPO(1, 1),
         *aot,
@@ -308,21 +313,21 @@ def test_reference_gets_no_gradient():
 def test_no_pairs():
     policy, batch = rows_of([])
     with pytest.raises(ValueError, match="the batch has no pairs"):
-        DPO(0.1, Hinge())(policy, policy, batch)
+        plain_dpo(0.1, Hinge())(policy, policy, batch)
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: DPO(0.0, Hinge()), r"objective\.beta=0\.0: must be greater than 0"),
-        (lambda: DPO(math.inf, Hinge()), r"objective\.beta=inf"),
-        (lambda: DPO(math.nan, Hinge()), r"objective\.beta=nan"),
-        (lambda: DPO(0.1, Hinge(), "kl"), r"objective\.f_divergence=kl: must be one of reverse_kl"),
-        (lambda: DPO(0.1, Hinge(), "alpha"), r"objective\.f_alpha=None: .* needs a number"),
-        (lambda: DPO(0.1, Hinge(), "alpha", 1.0), r"objective\.f_alpha=1\.0"),
-        (lambda: DPO(0.1, Hinge(), "js", 0.5), r"objective\.f_alpha=0\.5: .* needs null"),
-        (lambda: DPO(0.1, NcaPair(), "js"), r"objective\.f_divergence=js cannot be combined .*NcaPair"),
-        (lambda: DPO(0.1, Hinge(), ld_alpha=1.1), r"objective\.ld_alpha=1\.1: must be between 0 and 1"),
+        (lambda: plain_dpo(0.0, Hinge()), r"objective\.beta=0\.0: must be greater than 0"),
+        (lambda: plain_dpo(math.inf, Hinge()), r"objective\.beta=inf"),
+        (lambda: plain_dpo(math.nan, Hinge()), r"objective\.beta=nan"),
+        (lambda: plain_dpo(0.1, Hinge(), "kl"), r"objective\.f_divergence=kl: must be one of reverse_kl"),
+        (lambda: plain_dpo(0.1, Hinge(), "alpha"), r"objective\.f_alpha=None: .* needs a number"),
+        (lambda: plain_dpo(0.1, Hinge(), "alpha", 1.0), r"objective\.f_alpha=1\.0"),
+        (lambda: plain_dpo(0.1, Hinge(), "js", 0.5), r"objective\.f_alpha=0\.5: .* needs null"),
+        (lambda: plain_dpo(0.1, NcaPair(), "js"), r"objective\.f_divergence=js cannot be combined .*NcaPair"),
+        (lambda: plain_dpo(0.1, Hinge(), ld_alpha=1.1), r"objective\.ld_alpha=1\.1: must be between 0 and 1"),
         (lambda: WPO(0.1, Hinge(), "sampeld", 1.0), r"objective\.alignment=sampeld: must be one of"),
         (lambda: WPO(0.1, Hinge(), "greedy", -1.0), r"objective\.clamp_max=-1\.0"),
         (lambda: RPO(0.1, Hinge(), "mean", 1.0), r"objective\.normalisation=mean: must be one of sum"),

@@ -11,8 +11,8 @@ import torch
 from align.data.search import label_smoothing
 from align.objectives.losses import Sigmoid
 from align.objectives.mapl import MAPL
-from align.objectives.preference import DPO
 from align.objectives.tree import MCTSDPO
+from tests.conftest import plain_dpo
 from tests.objectives.build import rows_of, stats_of
 
 NAN = math.nan
@@ -34,7 +34,7 @@ def test_smoothing_is_that_of_each_pair():
     losses = MCTSDPO(0.5, 0.0, True)(policy, reference, batch).terms[0].losses
     assert losses.tolist() == pytest.approx([softplus(-1), 0.75 * softplus(-1) + 0.25 * softplus(1)], abs=1e-14)
     certain = MCTSDPO(0.5, 0.0, False)(policy, reference, batch).terms[0].losses
-    assert torch.equal(certain, DPO(0.5, Sigmoid(0.0))(policy, reference, batch).terms[0].losses)
+    assert torch.equal(certain, plain_dpo(0.5, Sigmoid(0.0))(policy, reference, batch).terms[0].losses)
 
 
 def test_length_penalty():
@@ -77,7 +77,7 @@ def test_mapl_by_hand():
 def test_mapl_on_plain_pairs_is_dpo():
     policy, reference, batch = pairs([[-1.0], [-2.0], [-3.0], [-0.5]], mapl_kind=[0.0, 0.0])
     own = MAPL(0.5, 0.7, 0.3, 0.2)(policy, reference, batch).terms[0].losses
-    torch.testing.assert_close(own, DPO(0.5, Sigmoid(0.0))(policy, reference, batch).terms[0].losses)
+    torch.testing.assert_close(own, plain_dpo(0.5, Sigmoid(0.0))(policy, reference, batch).terms[0].losses)
 
 
 def test_mapl_needs_its_numbers():

@@ -19,13 +19,14 @@ from align.data.search import label_smoothing
 from align.objectives import losses
 from align.objectives.imitation import NLL
 from align.objectives.losses import Hinge, IpoSum, Sigmoid
-from align.objectives.preference import AOT, DPO, INPO, RPO, WPO
+from align.objectives.preference import AOT, INPO, RPO, WPO
 from align.objectives.rationale import RDPO, RORPO
 from align.objectives.reference_free import ORPO, SimPO
 from align.objectives.tree import MCTSDPO
 from align.objectives.unpaired import KTO, reversed_partners, rotated_partners
 from align.stats import Head, token_stats
 from align.types import PackedBatch, Row, Stats
+from tests.conftest import plain_dpo
 from tests.objectives.build import batch_of, reduced, stats_of, with_step
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "direct_public.json").read_text())
@@ -53,7 +54,7 @@ def dpo(c):
     if c["loss_type"].startswith("aot"):
         return AOT(c["beta"], Sigmoid(c.get("label_smoothing", 0.0)), c["loss_type"] == "aot")
     loss = DPO_LOSSES[c["loss_type"]](c)
-    return DPO(c["beta"], loss, DIVERGENCES[c.get("f_divergence_type")], None, c.get("ld_alpha"))
+    return plain_dpo(c["beta"], loss, DIVERGENCES[c.get("f_divergence_type")], None, c.get("ld_alpha"))
 
 
 def rpo(c):
@@ -68,8 +69,8 @@ def simpo(c):
 
 OBJECTIVES = {
     "dpo": dpo,
-    "cdpo": lambda c: DPO(c["beta"], Sigmoid(c["label_smoothing"])),
-    "ipo_sum": lambda c: DPO(c["beta"], IpoSum()),
+    "cdpo": lambda c: plain_dpo(c["beta"], Sigmoid(c["label_smoothing"])),
+    "ipo_sum": lambda c: plain_dpo(c["beta"], IpoSum()),
     "wpo": lambda c: WPO(c["beta"], Sigmoid(c["label_smoothing"]), c["alignment"], c["clamp_max"]),
     "kto": lambda c: KTO(c["beta"], c["desirable_weight"], c["undesirable_weight"]),
     "mkto": lambda c: KTO(c["beta"], c["desirable_weight"], c["undesirable_weight"]),
@@ -282,7 +283,7 @@ def test_loss_of_a_trajectory_reads_what_the_model_wrote(entry):
         batch = batch_of(row, 2)
         policy = stats_of(torch.cat([values[required], torch.tensor([-2.0]).double()]), batch)
         reference = stats_of(torch.zeros_like(policy.token_logps), batch)
-        return DPO(0.1, Sigmoid(0.0))(policy, reference, batch).terms[0].losses.item()
+        return plain_dpo(0.1, Sigmoid(0.0))(policy, reference, batch).terms[0].losses.item()
 
     own = loss(logps)
     assert own == pytest.approx(torch.log1p((-0.1 * (logps[required].sum() + 2)).exp()).item(), abs=1e-12)
@@ -310,7 +311,7 @@ def test_gradients_on_a_softmax_policy(entry):
 
     close(gradient(NLL(), pair), expected["grad_sft_chosen"])
     close(-gradient(NLL(), pair[::-1]), expected["grad_unlikelihood_rejected"])
-    of_dpo = gradient(DPO(c["beta"], Sigmoid(0.0)), pair)
+    of_dpo = gradient(plain_dpo(c["beta"], Sigmoid(0.0)), pair)
     close(of_dpo, expected["grad_dpo"])
     others = [i for i in range(len(of_dpo)) if i not in pair]
     assert of_dpo[others].abs().max() < 1e-15

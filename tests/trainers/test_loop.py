@@ -14,12 +14,12 @@ from align.config import compose
 from align.engine.local import LocalEngine
 from align.models import Policy
 from align.objectives.losses import Sigmoid
-from align.objectives.preference import DPO, WPO
+from align.objectives.preference import WPO
 from align.packing import num_tokens
 from align.stats import cached_stats
 from align.trainers.loop import Anchor, NonFinite, Trainee, evaluate, plan, token_plan, train_step
 from align.types import Example
-from tests.conftest import tiny_model
+from tests.conftest import plain_dpo, tiny_model
 from tests.engine.test_local import optimizer
 
 
@@ -152,11 +152,12 @@ def test_micro_batches_do_not_change_the_step(make_pairs, layout):
 
 def by_hand(own: Trainee, pairs, name: str) -> list[float]:
     """A metric of the objective, each pair on its own."""
-    from align.packing import pack
+    from align.packing import pack, token_column
 
     out = []
     for p in pairs:
-        batch = pack([p], own.layout, own.reference.cached(p.rows))
+        batch = pack([p], own.layout)
+        batch = replace(batch, reference_token_logps=token_column(own.reference.cached(p.rows), batch))
         with torch.no_grad():
             reference = cached_stats(batch.reference_token_logps, batch)
             losses = own.objective(own.engine.forward(batch, own.objective.needs), reference, batch)
@@ -197,7 +198,7 @@ def test_nonfinite_names_its_rows_and_touches_nothing(make_pairs, budget):
     reference = FixedReference(pairs)
     for bad, value in (("rows:4", np.nan), ("rows:7", np.inf)):
         reference.values[bad] = np.full_like(reference.values[bad], value)
-    own = trainee(reference, budget, objective=DPO(0.1, Sigmoid(0.0)))
+    own = trainee(reference, budget, objective=plain_dpo(0.1, Sigmoid(0.0)))
     before = {k: v.clone() for k, v in own.engine.model_state().items()}
     with pytest.raises(NonFinite) as caught:
         train_step(own, pairs, 1e-3)
@@ -219,7 +220,7 @@ def test_nonfinite_gradient_of_a_finite_loss(make_pairs):
 
 def test_training_prefers_the_chosen(make_pairs):
     pairs = named(make_pairs(8))
-    own = trainee(FixedReference(pairs), objective=DPO(0.1, Sigmoid(0.0)))
+    own = trainee(FixedReference(pairs), objective=plain_dpo(0.1, Sigmoid(0.0)))
     first = train_step(own, pairs, 1e-3)
     for _ in range(15):
         last = train_step(own, pairs, 1e-3)
