@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from align.config import Config
 from align.pretrained import Pretrained
+from align.rollout.base import Host
 
 
 def objective(config: Config) -> Any:
@@ -24,10 +25,20 @@ def pair_rule(config: Config) -> Any:
     return _instantiate(config.pairs, "pairs")
 
 
-def rollout(config: Config, policy: Any, tokenizer: Any, **settings: Any) -> Any:
+def advantage(config: Config) -> Any:
+    """How rewards become advantages. Raises ValueError for impossible values."""
+    return _instantiate(config.advantage, "advantage")
+
+
+def trainer(config: Config) -> Any:
+    """The function train(config, command) of the loop that trainer.kind names."""
+    return function(f"align.trainers.{config.trainer.kind}.train", "trainer.kind")
+
+
+def rollout(config: Config, host: Host) -> Any:
     """The backend of the group `rollout` for a policy. Raises ValueError for impossible values."""
     try:
-        return instantiate(config.rollout)(policy, tokenizer, **settings)
+        return instantiate(config.rollout)(host)
     except InstantiationException as error:
         cause = error.__cause__ or error
         raise ValueError(f"rollout ({config.rollout.get('_target_')}): {' '.join(str(cause).split())}") from error

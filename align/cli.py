@@ -18,6 +18,8 @@ align: align language models to human preferences
                                              every row's tokens, what is learnt of them and what is wrong with the data
   align data pairs scored=FILE out=FILE pairs=RULE [max_per_prompt=N] [seed=N]
                                              preference pairs from scored samples; trees=FILE for a search tree's steps
+  align generate model=PATH data.train=PROMPTS out=FILE.jsonl [n=N] [greedy=true] [reward=...] [rollout=vllm]
+                                             a model's completions, one a line, with rewards if some are named
   align evaluate run.dir=DIR [data.train=FILE ...] [--json OUT.json]
                                              ranking and reward accuracy of a finished run on pairs
 
@@ -72,9 +74,9 @@ def _train(words: list[str], config_dir: Path | None) -> int:
     from align.config import compose
 
     config = compose(words, config_dir)
-    from align.trainers.offline import train
+    from align.build import trainer
 
-    return train(config, command="align train " + " ".join(words))
+    return trainer(config)(config, command="align train " + " ".join(words))
 
 
 def _check(words: list[str], config_dir: Path | None) -> int:
@@ -203,7 +205,45 @@ def _evaluate(words: list[str], config_dir: Path | None) -> int:
     return 0
 
 
-_COMMANDS = {"train": _train, "check": _check, "recipes": _recipes, "data": _data, "evaluate": _evaluate}
+def _generate(words: list[str], config_dir: Path | None) -> int:
+    own = {"out": "", "n": "", "greedy": "false"}
+    rest = []
+    for word in words:
+        key, _, value = word.partition("=")
+        if key in own:
+            own[key] = value
+        else:
+            rest.append(word)
+    if not own["out"]:
+        raise ValueError("give out=FILE.jsonl: where the completions are written")
+    if own["greedy"] not in ("true", "false"):
+        raise ValueError(f"greedy={own['greedy']}: must be true or false")
+    given = {word.partition("=")[0] for word in rest}
+    without_effect = given & {"data.heldout", "data.heldout_fraction"}
+    if without_effect:
+        raise ValueError(f"{min(without_effect)} has no effect here: every row of data.train is a prompt; remove it")
+    if own["n"]:
+        rest.append(f"sampling.n={own['n']}")
+    if own["greedy"] == "true":
+        if own["n"] not in ("", "1") or given & {"sampling.n", "sampling.temperature"}:
+            raise ValueError("greedy=true is n=1 and sampling.temperature=0; remove the other")
+        rest += ["sampling.n=1", "sampling.temperature=0"]
+    from align.config import compose
+
+    config = compose(rest, config_dir)
+    from align.trainers.generate import generate
+
+    return generate(config, Path(own["out"]), print)
+
+
+_COMMANDS = {
+    "train": _train,
+    "check": _check,
+    "recipes": _recipes,
+    "data": _data,
+    "generate": _generate,
+    "evaluate": _evaluate,
+}
 
 
 def _files(words: list[str], *options: str) -> tuple[dict[str, str], list[str]]:

@@ -101,9 +101,22 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class TrainerConfig:
-    """configs/trainer"""
+class SamplingConfig:
+    """configs/config.yaml, sampling"""
 
+    n: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    stop: list[str]
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """configs/trainer/offline.yaml, which the other trainers add to"""
+
+    kind: str
     epochs: int
     max_steps: int | None
     schedule_steps: int | None
@@ -117,6 +130,41 @@ class TrainerConfig:
     keep_checkpoints: int
     num_samples: int
     sample_tokens: int
+
+
+@dataclass(frozen=True)
+class OnlineConfig(TrainerConfig):
+    """configs/trainer/online.yaml"""
+
+    inner_epochs: int
+    inner_batches: int
+    old_logps: str
+    kl_in_reward: float
+    truncated: str
+    extra_draws: int
+    max_missing_fraction: float
+    value_lr_scale: float
+    heldout_n: int
+    pass_component: str | None
+    samples_every: int
+    engine_tolerance: float | None
+
+
+@dataclass(frozen=True)
+class IterateConfig(TrainerConfig):
+    """configs/trainer/iterate.yaml"""
+
+    rounds: int
+    prompts_per_round: int | None
+    reference: str
+    select: str
+    greedy: bool
+    min_score: float | None
+    max_pairs_per_prompt: int | None
+    offline_data: Any  # one source or a list of them
+    chunk_prompts: int
+    heldout_n: int
+    pass_component: str | None
 
 
 @dataclass(frozen=True)
@@ -177,6 +225,9 @@ class Config:
     model: DictConfig
     objective: DictConfig
     rollout: DictConfig
+    sampling: SamplingConfig
+    advantage: DictConfig | None  # how rewards become advantages; online training only
+    reward: DictConfig | None  # name of a component -> its _target_, weight and keys
     pairs: DictConfig | None  # the rule of align data pairs and of collected pairs
     choices: dict[str, str] = field(compare=False)  # group -> option, for names and the model card
     tree: DictConfig = field(compare=False)  # as composed, for config.yaml
@@ -188,11 +239,15 @@ _SECTIONS = {
     "reference": ReferenceConfig,
     "optimizer": OptimizerConfig,
     "data": DataConfig,
+    "sampling": SamplingConfig,
     "trainer": TrainerConfig,
     "collect": CollectConfig,
     "log": LogConfig,
     "launch": LaunchConfig,
 }
+
+# trainer.kind -> its settings; the loop itself is align.trainers.<kind>.train
+_TRAINERS = {"offline": TrainerConfig, "online": OnlineConfig, "iterate": IterateConfig}
 
 _CHOICES = {
     "reference.mode": ("cached", "adapter", "model"),
@@ -203,6 +258,10 @@ _CHOICES = {
     "trainer.layout": ("auto", "shared", "packed", "padded"),
     "trainer.recompute": ("auto", "off", "selective", "full"),
     "trainer.precision": ("auto", "float32", "bfloat16"),
+    "trainer.old_logps": ("auto", "trainer", "engine"),
+    "trainer.truncated": ("keep", "mask"),
+    "trainer.reference": ("fixed", "updated"),
+    "trainer.select": ("pairs", "best_of_n", "labelled", "collect"),
     "log.wandb": ("off", "offline", "online"),
     "collect.observation_role": ("user", "tool"),
 }
@@ -224,6 +283,24 @@ _RANGES: dict[str, tuple[float | None, float | None, bool, bool]] = {
     "data.heldout_fraction": (0, 1, True, False),
     "data.max_tokens": (2, None, True, True),
     "data.max_bad_fraction": (0, 1, True, True),
+    "sampling.n": (1, None, True, True),
+    "sampling.max_new_tokens": (1, None, True, True),
+    "sampling.temperature": (0, None, True, True),
+    "sampling.top_p": (0, 1, False, True),
+    "sampling.top_k": (0, None, True, True),
+    "trainer.inner_epochs": (1, None, True, True),
+    "trainer.inner_batches": (1, None, True, True),
+    "trainer.kl_in_reward": (0, None, True, True),
+    "trainer.extra_draws": (0, None, True, True),
+    "trainer.max_missing_fraction": (0, 1, True, True),
+    "trainer.value_lr_scale": (0, None, False, True),
+    "trainer.heldout_n": (0, None, True, True),
+    "trainer.samples_every": (0, None, True, True),
+    "trainer.engine_tolerance": (0, None, False, True),
+    "trainer.rounds": (1, None, True, True),
+    "trainer.prompts_per_round": (1, None, True, True),
+    "trainer.chunk_prompts": (1, None, True, True),
+    "trainer.max_pairs_per_prompt": (1, None, True, True),
     "trainer.epochs": (1, None, True, True),
     "trainer.max_steps": (1, None, True, True),
     "trainer.schedule_steps": (1, None, True, True),
@@ -300,6 +377,13 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
         if name != word and name not in known_models and ("/" in name or Path(name).is_dir()):
             words[i : i + 1] = ["model=hub", f"model.path={name}"]
             break
+    # Your own reward replaces the recipe's; reward=OPTION beside it keeps that one as well.
+    if any(w.startswith("reward.") and "._target_=" in w for w in words) and not any(
+        w.startswith("reward=") for w in words
+    ):
+        words.append("reward=[]")
+    # a component of the reward has a name of the user's own: a new key
+    words = [f"++{word}" if word.startswith("reward.") else word for word in words]
     _register_recipes(config_dir)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str((shipped_root() / "configs").resolve()), version_base="1.3"):
@@ -386,6 +470,8 @@ def _refuse_unknown(full: DictConfig, known: DictConfig, choices: dict[str, str]
     """Hydra adds what a recipe invents; here it is an error, as on the command line."""
     allowed = {key for key, _ in leaves(known)}
     for key, _ in leaves(full):
+        if key.startswith("reward.") and key.count(".") > 1:  # its keys are those of what it names
+            continue
         if key not in allowed and not any(key.startswith(f"{a}.") for a in allowed):
             if key.replace(".", "/") in _groups():
                 raise ConfigError(f"{key} is a group of settings: choose one with {key.replace('.', '/')}=...")
@@ -465,6 +551,11 @@ def _typed(tree: DictConfig, choices: dict[str, str]) -> Config:
         if values.get(name) is None and name == "collect":
             sections[name] = None
             continue
+        if name == "trainer":
+            kind = (values[name] or {}).get("kind")
+            if kind not in _TRAINERS:
+                raise ConfigError(f"trainer.kind={kind}: must be one of {', '.join(_TRAINERS)}")
+            cls = _TRAINERS[kind]
         schema = OmegaConf.structured(cls)
         OmegaConf.set_readonly(schema, False)
         try:
@@ -482,6 +573,8 @@ def _typed(tree: DictConfig, choices: dict[str, str]) -> Config:
         model=tree.model,
         objective=tree.objective,
         rollout=tree.rollout,
+        advantage=tree.get("advantage"),
+        reward=tree.get("reward"),
         pairs=tree.get("pairs"),
         choices=choices,
         tree=tree,
@@ -509,7 +602,9 @@ def _number(value: Any) -> bool:
 
 def _check_values(config: Config) -> None:
     def absent(key: str) -> bool:
-        return key.startswith("collect.") and config.collect is None
+        if key.startswith("collect."):
+            return config.collect is None
+        return key.startswith("trainer.") and not hasattr(config.trainer, key.removeprefix("trainer."))
 
     for key, allowed in _CHOICES.items():
         if absent(key):
@@ -556,6 +651,13 @@ def _check_values(config: Config) -> None:
         raise ConfigError(
             "data.train=collected and collect=... belong together: choose data=collected with collect=chain_sum"
         )
+    online = config.trainer.kind == "online"
+    if online and config.advantage is None:
+        raise ConfigError("trainer=online needs an estimator of advantages: add advantage=remax or another")
+    if online and not config.reward:
+        raise ConfigError("trainer=online needs a reward: add reward.NAME._target_=module.function")
+    if not online and config.advantage is not None:
+        raise ConfigError(f"advantage has no effect with trainer.kind={config.trainer.kind}; remove it")
     if config.merge and lora.rank == 0:
         raise ConfigError("merge=true has no effect with lora.rank=0; remove it or set lora.rank")
 

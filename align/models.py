@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -32,10 +33,16 @@ class Policy(nn.Module):
     hang when ranks differ in the number of module calls.
     """
 
-    def __init__(self, model: nn.Module, layout: Layout):
+    def __init__(self, model: nn.Module, layout: Layout, value_head: bool = False):
         super().__init__()
         self.model = model
         self.layout = layout
+        self.value_head: nn.Linear | None = None
+        if value_head:  # beside the model: what PEFT and save_pretrained know of stays a plain language model
+            width = self.causal_lm.get_output_embeddings().weight.shape[1]
+            self.value_head = nn.Linear(width, 1, bias=True, device=self.device, dtype=torch.float32)
+            nn.init.zeros_(self.value_head.weight)  # no opinion at the start
+            nn.init.zeros_(self.value_head.bias)
         if layout != "padded":
             self.causal_lm.config._attn_implementation = attention.NAME
 
@@ -68,7 +75,15 @@ class Policy(nn.Module):
                 segments=attention.SegmentPlan(batch.segments),
                 use_cache=False,
             ).last_hidden_state
-        return stats(hidden.reshape(-1, hidden.shape[-1]), head_of(lm), batch, needs)
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        out = stats(hidden, head_of(lm), batch, needs)
+        if "values" not in needs:
+            return out
+        if self.value_head is None:
+            raise ValueError("values are needed and the policy has no value head")
+        before = hidden.index_select(0, batch.target_index).float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            return replace(out, values=self.value_head(before)[:, 0])
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:

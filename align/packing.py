@@ -137,7 +137,22 @@ def pack_groups(groups: Sequence[Sequence[Row]], layout: Layout, sources: Sequen
         groups=torch.arange(len(rows)).view(len(groups), -1),
         sources=tuple(sources),
         origins=("",) * len(groups),
+        columns=_columns(rows, positions, sources),
     )
+
+
+def _columns(rows: Sequence[Row], positions: Sequence[np.ndarray], sources: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The rows' columns one after the other. Raises ValueError if a row lacks one or its length is not the row's."""
+    names = sorted({name for row in rows for name in row.columns})
+    out = {}
+    for name in names:
+        parts = []
+        for row, targets in zip(rows, positions, strict=True):
+            if name not in row.columns or len(row.columns[name]) != len(targets):
+                raise ValueError(f"{sources[0]}...: a row of the batch has no column {name} of {len(targets)} targets")
+            parts.append(row.columns[name])
+        out[name] = torch.from_numpy(np.concatenate(parts).astype(np.float32))
+    return out
 
 
 def token_column(parts: Sequence[np.ndarray], batch: PackedBatch) -> torch.Tensor:
@@ -156,7 +171,8 @@ def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
         if isinstance(value, torch.Tensor)
     }
     numbers = {name: value.to(device, non_blocking=True) for name, value in batch.numbers.items()}
-    return replace(batch, **moved, numbers=numbers)
+    columns = {name: value.to(device, non_blocking=True) for name, value in batch.columns.items()}
+    return replace(batch, **moved, numbers=numbers, columns=columns)
 
 
 def _long(parts: list[np.ndarray]) -> torch.Tensor:

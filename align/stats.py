@@ -18,7 +18,7 @@ from align.types import PackedBatch, Stats
 CHUNK_BYTES_CPU = 48 << 20
 CHUNK_GPU = 2048  # tokens
 
-EXTRAS = ("log_collision", "log_max", "entropy")
+EXTRAS = ("log_collision", "log_max", "entropy", "entropy_bonus")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def stats(hidden: Tensor, head: Head, batch: PackedBatch, needs: frozenset[str] 
     """What the network thinks of the targets of a batch.
 
     hidden: [T, H], last hidden states of the stream, after the final norm.
-    needs: which of log_collision, log_max, entropy to compute as well; other names are ignored here.
+    needs: which of log_collision, log_max, entropy, entropy_bonus to compute as well; other names are ignored here.
     """
     extras = tuple(name for name in EXTRAS if name in needs)
     values = token_stats(hidden.index_select(0, batch.target_index), head, batch.target_ids, extras)
@@ -78,25 +78,58 @@ def token_stats(
 ) -> tuple[Tensor, ...]:
     """log p(target) [C], then one [C] per name in `extras`, all in float32 (float64 for float64 input).
 
-    hidden: [C, H]; target_ids: [C]. Only the log-probs carry a gradient, to hidden, weight and bias.
+    hidden: [C, H]; target_ids: [C]. Only the log-probs and entropy_bonus carry a gradient, to hidden, weight and bias.
     """
+    hidden, weight, bias = _operands(hidden, head)
+    chunk = chunk or _chunk_size(hidden, weight)
+    # the entropy's gradient depends on what comes from above, so nothing of it can be formed in the forward
+    bonus = "entropy_bonus" in extras
+    frozen = not (bonus or weight.requires_grad or (bias is not None and bias.requires_grad))
+    function = _FrozenHead if frozen and hidden.requires_grad and torch.is_grad_enabled() else _ChunkedHead
+    keep = torch.is_grad_enabled() and not hidden.is_cuda and head.softcap is None
+    with torch.autocast(hidden.device.type, enabled=False):
+        out = function.apply(hidden, weight, bias, target_ids, head.scale, head.softcap, extras, chunk, keep)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def full_kl(
+    hidden: Tensor, head: Head, reference_hidden: Tensor, reference_head: Head, chunk: int | None = None
+) -> Tensor:
+    """KL(policy || reference) [C] of the whole next-token distributions, nats, float32 (float64 for float64 input).
+
+    hidden, reference_hidden: [C, H] and [C, H'], before the same targets. The gradient goes to hidden and to the
+    policy's head; none to the reference.
+    """
+    hidden, weight, bias = _operands(hidden, head)
+    other_hidden, other_weight, other_bias = _operands(reference_hidden.detach(), reference_head)
+    other = Head(
+        other_weight.detach(),
+        None if other_bias is None else other_bias.detach(),
+        reference_head.scale,
+        reference_head.softcap,
+    )
+    if len(other.weight) != len(weight):
+        raise ValueError(
+            f"policy and reference have {len(weight)} and {len(other.weight)} tokens in their vocabularies"
+        )
+    chunk = chunk or max(1, _chunk_size(hidden, weight) // 2)  # the logits of two networks at the same time
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _ChunkedKL.apply(hidden, weight, bias, other_hidden, other, head.scale, head.softcap, chunk)
+
+
+def _operands(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states, weight and bias in the one type that their product runs in."""
     weight, bias = head.weight, head.bias
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     elif weight.dtype != hidden.dtype:
         weight = weight.to(hidden.dtype)
-    if bias is not None:
-        bias = bias.to(weight.dtype)
-    if chunk is None:
-        fitting = CHUNK_BYTES_CPU // (4 * weight.shape[0])
-        chunk = CHUNK_GPU if hidden.is_cuda else max(64, fitting)
-    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
-    function = _FrozenHead if frozen and hidden.requires_grad and torch.is_grad_enabled() else _ChunkedHead
-    keep = torch.is_grad_enabled() and not hidden.is_cuda and head.softcap is None
-    with torch.autocast(hidden.device.type, enabled=False):
-        out = function.apply(hidden, weight, bias, target_ids, head.scale, head.softcap, extras, chunk, keep)
-    return out if isinstance(out, tuple) else (out,)
+    return hidden, weight, bias if bias is None else bias.to(weight.dtype)
+
+
+def _chunk_size(hidden: Tensor, weight: Tensor) -> int:
+    return CHUNK_GPU if hidden.is_cuda else max(64, CHUNK_BYTES_CPU // (4 * weight.shape[0]))
 
 
 def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
@@ -132,7 +165,7 @@ def _normalise(z: Tensor, target_ids: Tensor, extras: tuple[str, ...]) -> tuple[
             values.append(2 * torch.linalg.vector_norm(z, dim=1).log() - 2 * log_total)
         elif name == "log_max":  # the largest x is exp(0)
             values.append(-log_total)
-        else:  # entropy: log sum x - sum x log x / sum x
+        else:  # entropy and its bonus: log sum x - sum x log x / sum x
             values.append(log_total + torch.special.entr(z).sum(1) / total)
     return target - top - log_total, top + log_total, total, values
 
@@ -158,20 +191,18 @@ class _ChunkedHead(torch.autograd.Function):
             for collected, value in zip(rest, values, strict=True):
                 collected.append(value)
         outputs = (_join(logps, hidden), *(_join(r, hidden) for r in rest))
-        ctx.save_for_backward(hidden, weight, bias, target_ids, _join(lses, hidden))
-        ctx.settings = (scale, softcap, chunk)
-        ctx.mark_non_differentiable(*outputs[1:])
+        bonus = extras.index("entropy_bonus") if "entropy_bonus" in extras else None
+        entropy = None if bonus is None else outputs[1 + bonus]
+        ctx.save_for_backward(hidden, weight, bias, target_ids, _join(lses, hidden), entropy)
+        ctx.settings = (scale, softcap, chunk, bonus)
+        ctx.mark_non_differentiable(*(x for x in outputs[1:] if x is not entropy))
         return outputs
 
     @staticmethod
-    def backward(ctx, grad, *_):
-        hidden, weight, bias, target_ids, lse = ctx.saved_tensors
-        scale, softcap, chunk = ctx.settings
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        # summed over chunks, hence in float32 even for bfloat16 weights
-        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+    def backward(ctx, grad, *others):
+        hidden, weight, bias, target_ids, lse, entropy = ctx.saved_tensors
+        scale, softcap, chunk, bonus = ctx.settings
+        grads = _Gradients(ctx, hidden, weight, bias)
         # used up: a second backward through the same graph computes it again
         kept, ctx.kept = ctx.kept, None
         for start in reversed(range(0, len(hidden), chunk)):
@@ -184,24 +215,87 @@ class _ChunkedHead(torch.autograd.Function):
             else:
                 d = raw = kept
                 kept = None
-            d.mul_(-g[:, None])  # -g p
+            if bonus is None:
+                d.mul_(-g[:, None])  # -g p
+            else:
+                d = _entropy_chain(d, entropy[part, None], others[bonus][part, None]).addcmul_(d, g[:, None], value=-1)
             d.scatter_add_(1, y[:, None], g[:, None])  # + g at the target
-            d = _chain(d, raw, scale, softcap)
-            narrow = d.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(narrow, weight, out=grad_hidden[part])
-            if grad_weight is not None:
-                if wide == weight.dtype:
-                    grad_weight.addmm_(narrow.t(), h)
-                else:
-                    grad_weight.add_(narrow.t() @ h)
-            if grad_bias is not None:
-                grad_bias.add_(d.sum(0))
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        if grad_bias is not None:
-            grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
+            grads.add(part, _chain(d, raw, scale, softcap))
+        return *grads.finished(), None, None, None, None, None, None
+
+
+def _entropy_chain(p: Tensor, entropy: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of grad * H by the logits, -grad p (log p + H), of probabilities that may be 0."""
+    return torch.special.entr(p).addcmul_(p, entropy, value=-1).mul_(grad)
+
+
+class _Gradients:
+    """What gradients by the logits, chunk after chunk, add up to for the hidden states and the head.
+
+    The first three inputs of the function that `ctx` belongs to are hidden, weight and bias.
+    """
+
+    def __init__(self, ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None):
+        self.hidden, self.weight = hidden, weight
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        # summed over chunks, hence in float32 even for bfloat16 weights
+        self.of_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        self.of_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
+        self.of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+
+    def add(self, part: slice, d: Tensor) -> None:
+        """The share of the tokens of `part`; d: gradient by W h + b."""
+        narrow = d.to(self.hidden.dtype)
+        if self.of_hidden is not None:
+            torch.mm(narrow, self.weight, out=self.of_hidden[part])
+        if self.of_weight is not None:
+            if self.of_weight.dtype == self.weight.dtype:
+                self.of_weight.addmm_(narrow.t(), self.hidden[part])
+            else:
+                self.of_weight.add_(narrow.t() @ self.hidden[part])
+        if self.of_bias is not None:
+            self.of_bias.add_(d.sum(0))
+
+    def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of hidden, weight and bias, None where none is asked for."""
+        dtype = self.weight.dtype
+        return (
+            self.of_hidden,
+            None if self.of_weight is None else self.of_weight.to(dtype),
+            None if self.of_bias is None else self.of_bias.to(dtype),
+        )
+
+
+class _ChunkedKL(torch.autograd.Function):
+    """KL of two softmaxes; the logits of both live as one chunk each and are computed again in the backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, other_hidden, other, scale, softcap, chunk):
+        out = []
+        for h, k in zip(hidden.split(chunk), other_hidden.split(chunk), strict=True):
+            logp = torch.log_softmax(_logits(h, weight, bias, scale, softcap), 1)
+            gap = torch.log_softmax(_logits(k, other.weight, other.bias, other.scale, other.softcap), 1)
+            gap = torch.sub(logp, gap, out=gap)  # log p - log q
+            out.append(gap.mul_(logp.exp_()).sum(1))
+        kl = _join(out, hidden)
+        ctx.save_for_backward(hidden, weight, bias, other_hidden, kl)
+        ctx.settings = (other, scale, softcap, chunk)
+        return kl
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, bias, other_hidden, kl = ctx.saved_tensors
+        other, scale, softcap, chunk = ctx.settings
+        grads = _Gradients(ctx, hidden, weight, bias)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            raw = _logits(hidden[part], weight, bias, scale, softcap)
+            logp = torch.log_softmax(raw, 1)
+            d = torch.log_softmax(_logits(other_hidden[part], other.weight, other.bias, other.scale, other.softcap), 1)
+            # g p (log p - log q - KL)
+            d = torch.sub(logp, d, out=d).sub_(kl[part, None]).mul_(logp.exp_()).mul_(grad[part, None])
+            grads.add(part, _chain(d, raw, scale, softcap))
+        return *grads.finished(), None, None, None, None, None
 
 
 class _FrozenHead(torch.autograd.Function):

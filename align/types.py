@@ -1,8 +1,8 @@
 """The data that moves between the parts: frozen, shaped, without behaviour.
 
 Axis letters used in the whole package: T tokens of the stream, C targets, N sequences, P examples (a pair, or one
-labelled or imitated sequence), R sequences of an example, S attention segments, V vocabulary, H hidden size,
-L tokens of one row.
+labelled or imitated sequence, or the completions of one prompt), R sequences of an example, S attention segments,
+V vocabulary, H hidden size, L tokens of one row, G prompts, K components of a reward.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Unit = Literal["example", "row", "token"]
 Layout = Literal["shared", "packed", "padded"]
-Kind = Literal["pair", "labelled", "single"]
+Kind = Literal["pair", "labelled", "single", "rollout"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Row:
     token_ids: np.ndarray  # [L] int32
     targets: np.ndarray  # [L] bool; True where the policy wrote the token. targets[0] is False
     weights: np.ndarray | None = None  # [L] float32, > 0 at targets: how much each counts; None: 1
+    # name -> [number of targets] float32, what is known of each target: advantages, old log-probs, ...
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class PackedBatch:
     origins: tuple[str, ...]  # [P]
     labels: Tensor | None = None  # [P] bool
     numbers: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [P] float32
+    columns: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [C] float32, of rows that carry them
     reference_token_logps: Tensor | None = None  # [C] float32, when cached
     start_token_logps: Tensor | None = None  # [C] float32, of the policy this run started from, when asked for
     step_values: Tensor | None = None  # [B, K], what the objective computed of all B examples of the step beforehand
@@ -93,6 +96,37 @@ class Stats:
     log_collision: Tensor | None = None  # [C] log sum_v p(v)^2, no gradient
     log_max: Tensor | None = None  # [C] log max_v p(v), no gradient
     entropy: Tensor | None = None  # [C] nats, no gradient
+    entropy_bonus: Tensor | None = None  # [C] the same numbers with their gradient
+    values: Tensor | None = None  # [C] of the value head, before each target, with their gradient
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """N completions of G prompts as an advantage estimator sees them: one stream of rewards, nothing with a gradient.
+
+    The completions of a prompt stand together. Tokens are targets: what the policy wrote, end of turn included.
+    """
+
+    scores: Tensor  # [N] float64, reward of each completion; NaN where none could be had
+    group: Tensor  # [N] int64, the prompt of each; ascending from 0
+    row: Tensor  # [C] int64, the completion a token belongs to; ascending from 0
+    truncated: Tensor  # [N] bool, cut at the length limit
+    greedy: Tensor | None = None  # [G] float64, reward of each prompt's greedy completion; needs "greedy"
+    penalties: Tensor | None = None  # [C] float64, -kl_in_reward * (old - reference) log-prob; None without
+    values: Tensor | None = None  # [C] float64, of the value head before each token; needs "values"
+    steps: Tensor | None = None  # [C] float64, process reward where a step ends, NaN elsewhere; needs "steps"
+    answers: tuple[str | None, ...] | None = None  # [N], extracted final answers; needs "answers"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an estimator says: token columns for the objective, "advantages" among them, and what it measured.
+
+    A completion whose score is NaN has advantages of 0 and does not enter any baseline.
+    """
+
+    columns: dict[str, Tensor]  # name -> [C] float64
+    metrics: dict[str, float] = field(default_factory=dict)  # names below advantage/
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from align.rundir import RunDirectory
 
 CONFIGS = Path(config.__file__).parent.parent / "configs"
 OPTION_FILES = sorted(CONFIGS.rglob("*.yaml"))
+TRAINERS = config._TRAINERS
 SECTIONS = {
     "optimizer": config.OptimizerConfig,
     "data": config.DataConfig,
@@ -66,7 +67,9 @@ def test_recipe_composes_with_model(recipe, model):
     "path", [p for p in OPTION_FILES if p.parent.name in SECTIONS], ids=lambda p: f"{p.parent.name}-{p.stem}"
 )
 def test_fields_are_keys_of_option(path):
-    assert [f.name for f in dataclasses.fields(SECTIONS[path.parent.name])] == list(own_keys(path))
+    keys = own_keys(path)
+    cls = TRAINERS[keys["kind"]] if path.parent.name == "trainer" else SECTIONS[path.parent.name]
+    assert [f.name for f in dataclasses.fields(cls)] == list(keys)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +82,7 @@ def test_fields_are_keys_of_root_section(name, cls):
 
 def test_root_holds_nothing_without_a_type():
     root = yaml.safe_load((CONFIGS / "config.yaml").read_text())
-    assert set(root) - {"defaults"} == {"seed", "run", "lora", "reference", "merge"}
+    assert set(root) - {"defaults"} == {"seed", "run", "lora", "reference", "sampling", "merge"}
 
 
 @pytest.mark.parametrize(
@@ -164,6 +167,9 @@ def test_value_of_hydras_syntax_is_told_how_to_quote(value):
         ("pairs", "max_mn", "max_min"),
         ("collect", "chainsum", "chain_sum"),
         ("rollout", "hff", "hf"),
+        ("advantage", "remaxx", "remax"),
+        ("reward", "verifyer", "verifier"),
+        ("objective/correction", "truncat", "truncate"),
         ("launch", "locl", "local"),
         ("recipe", "paper/wpo_zephyr", "paper/wpo_zephyr_7b"),
     ],

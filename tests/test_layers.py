@@ -67,7 +67,7 @@ def test_objectives_need_torch_only(file):
     [
         ("hydra", {"cli.py", "config.py", "build.py"}),
         ("deepspeed", {"engine/deepspeed.py"}),
-        ("vllm", {"rollout/vllm.py", MAKE}),
+        ("vllm", {"rollout/vllm_engine.py", "rollout/transfer.py", "rollout/serve.py", MAKE}),
         ("wandb", {"log.py"}),
         ("peft", {"models.py"}),
     ],

@@ -32,12 +32,16 @@ def test_recipe_builds_the_objective_it_names(name):
     objective = build.objective(config)
     written = yaml.safe_load(recipes()[name].read_text()).get("objective", {})
     assert {key: getattr(objective, key) for key in written} == written
-    assert objective.kind in ("pair", "labelled", "single")
+    assert objective.kind in ("pair", "labelled", "single", "rollout")
+    assert (objective.kind == "rollout") == (config.trainer.kind == "online")
+    if config.trainer.kind == "online":
+        estimator = build.advantage(config)
+        assert ("values" in estimator.needs) == ("values" in objective.needs)
     if name in OBJECTIVES:
         assert objective == OBJECTIVES[name]
     if config.collect is None:
         for where in (config.data.train, config.data.heldout):
-            assert locate_all(where, "data")[0].kind in ("jsonl", "hub")
+            assert locate_all(where, "data")[0].kind in ("jsonl", "hub", "gym")
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -49,10 +53,20 @@ def test_header_tells_source_command_and_hardware(name):
     assert any(line.startswith("# Hardware: ") for line in header)
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if n.startswith("paper/")])
+@pytest.mark.parametrize("name", ["paper/dpo_zephyr_7b", "paper/wpo_llama3_8b", "paper/wpo_zephyr_7b"])
 def test_paper_recipes_hold_the_papers_batch_and_beta(name):
     """Both papers' released configurations: 128 pairs a step, beta 0.01, a tenth of the steps to warm up."""
     config = compose([f"recipe={name}"])
     assert (config.trainer.batch_size, config.objective.beta) == (128, 0.01)
     assert (config.optimizer.warmup_fraction, config.lora.rank) == (0.1, 0)
     assert config.optimizer.lr == (1e-6 if "llama3" in name else 5e-7)
+
+
+def test_online_paper_recipes_hold_the_scripts_numbers():
+    """The numbers of liziniu/ReMax@536ba49 and yining610/dynamic-reward-weighting@238fe65."""
+    remax, grpo = (compose([f"recipe=paper/{name}"]) for name in ("remax_llama2_7b", "grpo_qwen3_8b"))
+    assert (remax.advantage.gamma, remax.advantage.clip, remax.advantage.form) == (0.99, 5.0, "one_step")
+    assert (remax.trainer.kl_in_reward, remax.optimizer.lr, remax.optimizer.weight_decay) == (0.05, 1e-6, 0.1)
+    assert (remax.sampling.top_p, remax.sampling.temperature, remax.sampling.max_new_tokens) == (0.9, 1.0, 256)
+    assert (grpo.trainer.batch_size, grpo.sampling.n, grpo.trainer.inner_batches) == (64, 8, 2)
+    assert (grpo.objective.kl_coefficient, grpo.optimizer.lr, grpo.optimizer.schedule) == (0.001, 1e-6, "constant")

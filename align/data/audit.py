@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Reasons for which a row is left out that are no fault of it: too long for data.max_tokens (data.overlong rules these),
-# or of no use to the objective.
+# of no use to the objective, or generated for both splits.
 OVERLONG = ("too_long", "prompt_too_long", "dead_pair")
 NOT_USED = "undesirable"
+IN_TRAIN = "also_in_train"
+NO_FAULT = (NOT_USED, IN_TRAIN)
 
 
 @dataclass
@@ -22,6 +24,7 @@ class SplitAudit:
     dropped: dict[str, int] = field(default_factory=dict)
     dropped_rows: list[dict[str, str]] = field(default_factory=list)  # source ("file:line"), reason, detail
     truncated_rows: list[str] = field(default_factory=list)  # "file:line"
+    repeated_prompts: int = 0  # kept rows whose prompt stands in an earlier one
     examples: int = 0  # what the rows give the objective: a pair can be two labelled sequences, a set can be repeated
     tokens: int = 0  # of all sequences, shared ones counted for each
     target_tokens: int = 0
@@ -40,6 +43,7 @@ class Audit:
     train: SplitAudit = field(default_factory=SplitAudit)
     heldout: SplitAudit = field(default_factory=SplitAudit)
     prompts_in_both: int = 0
+    prompts_only: bool = False  # rows are prompts, nothing is learnt from what they hold
 
     def as_dict(self) -> dict[str, Any]:
         """audit.json: totals first, then each split. Fails if a row is unaccounted for."""
@@ -62,9 +66,11 @@ class Audit:
             dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(split.dropped.items())) or "none"
             cut = f", {len(split.truncated_rows)} of them cut short" if split.truncated_rows else ""
             more = f"; {split.examples} examples" if split.examples != split.rows_kept else ""
+            again = f"; {split.repeated_prompts} repeated prompts" if self.prompts_only else ""
+            what = f"{split.tokens} prompt" if self.prompts_only else f"{split.target_tokens} target"
             out.append(
                 f"data {name}: {split.rows_in} rows in = {split.rows_kept} kept{cut} + "
-                f"{sum(split.dropped.values())} dropped ({dropped}){more}; {split.target_tokens} target tokens"
+                f"{sum(split.dropped.values())} dropped ({dropped}){again}{more}; {what} tokens"
             )
         if self.prompts_in_both:
             out.append(f"data warning: {self.prompts_in_both} held-out prompts also stand in the training data")

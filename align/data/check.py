@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from align.data.audit import NOT_USED, OVERLONG
+from align.data.audit import NO_FAULT, OVERLONG
 from align.data.chat import terminator
 from align.data.examples import prompt_key
 
@@ -195,7 +195,7 @@ def _dropped(name: str, split: SplitAudit, total: int, config: DataConfig | None
     for row in split.dropped_rows:
         reason = row["reason"]
         group = "overlong" if reason in OVERLONG else "bad"
-        if reason == NOT_USED:
+        if reason in NO_FAULT:
             severity: Severity = "note"
         else:
             counts[group] += 1

@@ -57,11 +57,30 @@ def problems(task: str, settings: Mapping[str, Any], num_train: int, num_heldout
     With tasks that draw each problem by its number, as most do, the held-out ones do not depend on num_train.
     Raises ValueError for an unknown task or setting, and when the task has too few different questions.
     """
-    wanted = num_train + num_heldout
-    dataset = _dataset(task, settings, 4 * wanted, seed)
+    key = f"collect.task={task}"
+    try:
+        found, drawn, dataset = draw(task, settings, num_train + num_heldout, seed, key)
+    except TooFew as error:
+        raise ValueError(
+            f"{error} (num_problems + num_heldout); ask for fewer, or for harder ones in collect.task_settings"
+        ) from None
+    heldout, train = tuple(found[:num_heldout]), tuple(found[num_heldout:])
+    assert not {p.question for p in heldout} & {p.question for p in train}
+    return ProblemSet(train, heldout, drawn - len(found), dataset)
+
+
+class TooFew(ValueError):
+    """A task has fewer different questions than are wanted."""
+
+
+def draw(task: str, settings: Mapping[str, Any], wanted: int, seed: int, key: str) -> tuple[list[Problem], int, Any]:
+    """The first problems with different questions, how many were drawn for them, and the data set that scores them.
+
+    key: how the user named them, for messages. Raises TooFew, and ValueError for an unknown task or setting.
+    """
+    dataset = _dataset(task, settings, 4 * wanted, seed, key)
     seen: set[str] = set()
     found: list[Problem] = []
-    drawn = 0
     for drawn in range(1, 4 * wanted + 1):
         entry = dataset[drawn - 1]
         question = entry["question"].strip()
@@ -69,15 +88,8 @@ def problems(task: str, settings: Mapping[str, Any], num_train: int, num_heldout
             seen.add(question)
             found.append(Problem(f"{task}-{seed}-{drawn - 1}", question, str(entry["answer"]), entry))
         if len(found) == wanted:
-            break
-    if len(found) < wanted:
-        raise ValueError(
-            f"collect.task={task}: {drawn} draws have {len(found)} different questions, {wanted} are wanted "
-            "(num_problems + num_heldout); ask for fewer, or for harder ones in collect.task_settings"
-        )
-    heldout, train = tuple(found[:num_heldout]), tuple(found[num_heldout:])
-    assert not {p.question for p in heldout} & {p.question for p in train}
-    return ProblemSet(train, heldout, drawn - len(found), dataset)
+            return found, drawn, dataset
+    raise TooFew(f"{key}: {4 * wanted} draws have {len(found)} different questions, {wanted} are wanted")
 
 
 def prompt_messages(problem: Problem, num_examples: int) -> list[Message]:
@@ -130,7 +142,7 @@ def _tidy(answer: str) -> str:
     return answer.replace(",", "") if _NUMBER.fullmatch(answer) else answer
 
 
-def _dataset(task: str, settings: Mapping[str, Any], size: int, seed: int) -> Any:
+def _dataset(task: str, settings: Mapping[str, Any], size: int, seed: int, key: str) -> Any:
     try:
         import warnings
 
@@ -138,11 +150,9 @@ def _dataset(task: str, settings: Mapping[str, Any], size: int, seed: int) -> An
             warnings.simplefilter("ignore")
             import reasoning_gym
     except ImportError as error:
-        raise ValueError(
-            f"collect.task={task} needs the package reasoning-gym ({error}); type: pip install reasoning-gym"
-        ) from error
+        raise ValueError(f"{key} needs the package reasoning-gym ({error}); type: pip install reasoning-gym") from error
     try:
         return reasoning_gym.create_dataset(task, size=size, seed=seed, **settings)
     except Exception as error:  # its factories raise ValueError, TypeError and AssertionError for wrong settings
         first = " ".join(str(error).split())[:300]
-        raise ValueError(f"collect.task={task} with collect.task_settings={dict(settings)}: {first}") from error
+        raise ValueError(f"{key} with task_settings={dict(settings)}: {first}") from error

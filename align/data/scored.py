@@ -98,7 +98,8 @@ def read_scored(names: Sequence[str]) -> ScoredFiles:
     """Read files of scored samples and put the samples of equal prompts together, also across files.
 
     A row is {"prompt", "completions": [{"text" or "messages", and/or "token_ids" with "spans", "score", ...}]}, or
-    {"prompt", "completion", "score", ...} for one sample; each sample may have origin and finished, a row tools. A
+    {"prompt", "completion", "score", ...} for one sample, such as a line of align generate, whose prompt_ids and
+    token_ids take the place of token_ids with spans; each sample may have origin and finished, a row tools. A
     name may be FILE@origin: the origin of the samples of that file that have none.
     Raises ValueError with "file:line" and the cure for the first row that cannot be used.
     """
@@ -166,6 +167,8 @@ def _sample(item: Any, prompt: Any, tools: Any, where: str, origin: str) -> Samp
         raise BadRow("wrong_type", f"origin must be a string, found {type(own).__name__}")
     if text is not None and messages is not None:
         raise BadRow("wrong_type", "has both text and messages; keep one")
+    if ids is not None and spans is None and "prompt_ids" in item:
+        ids, spans = _joined(item["prompt_ids"], ids)
     if (ids is None) != (spans is None):
         raise BadRow("missing_field", "token_ids and spans belong together; one of them is missing")
     completion = messages if text is None else text
@@ -177,6 +180,16 @@ def _sample(item: Any, prompt: Any, tools: Any, where: str, origin: str) -> Samp
         _check({"token_ids": ids, "spans": spans})
     tokens = None if ids is None else {"token_ids": ids, "spans": spans}
     return Sample(_score(item), completion, tokens, own or origin, finished, where)
+
+
+def _joined(prompt_ids: Any, token_ids: Any) -> tuple[Any, Any]:
+    """The whole conversation of a line of `align generate`, which has the tokens of prompt and completion apart."""
+    if not isinstance(prompt_ids, list) or not isinstance(token_ids, list):
+        raise BadRow("wrong_type", "prompt_ids and token_ids must be lists of token numbers")
+    if not token_ids:  # nothing was written
+        return None, None
+    end = len(prompt_ids) + len(token_ids)
+    return [*prompt_ids, *token_ids], [["prompt", 0, len(prompt_ids), False], ["assistant", len(prompt_ids), end, True]]
 
 
 def _check(record: dict[str, Any]) -> None:

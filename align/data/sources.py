@@ -1,4 +1,4 @@
-"""Where rows come from: files, saved data sets, the hub. A row is a JSON object and its "file:line".
+"""Where rows come from: files, saved data sets, the hub, generators. A row is a JSON object and its "file:line".
 
 What a row means is pairs.py's; here a row is only readable or not.
 """
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Kind = Literal["jsonl", "json", "parquet", "saved", "directory", "hub"]
+from align.data import gym
+
+Kind = Literal["jsonl", "json", "parquet", "saved", "directory", "hub", "gym"]
 _SUFFIXES: dict[str, Kind] = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"}
 
 
@@ -31,7 +33,7 @@ class Source:
 
     name: str  # as the user wrote it
     kind: Kind
-    path: Path | None  # None on the hub
+    path: Path | None  # None on the hub and for problems of a gym
 
 
 def locate_all(names: Any, key: str) -> list[Source]:
@@ -44,6 +46,9 @@ def locate_all(names: Any, key: str) -> list[Source]:
 
 def locate(name: str) -> Source:
     """The source a name means. Raises ValueError when there is none; reads nothing."""
+    if name.startswith(gym.PREFIX):
+        gym.parse_name(name)
+        return Source(name, "gym", None)
     if name.startswith("align:"):
         here = Path(__file__).parent
         path = (here / name.removeprefix("align:")).resolve()
@@ -74,6 +79,9 @@ def read(source: Source) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
         yield from _jsonl(source)
     elif source.kind == "json":
         yield from _json(source)
+    elif source.kind == "gym":
+        for number, row in enumerate(gym.rows(gym.parse_name(source.name)), 1):
+            yield f"{source.name}:{number}", row
     else:
         rows = _table(source)
         for number, row in enumerate(rows, 1):
@@ -81,9 +89,12 @@ def read(source: Source) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
 
 
 def content_hash(source: Source) -> str:
-    """sha256 of a file's or directory's bytes; of its name for a hub data set, whose rows are hashed when read."""
+    """sha256 of a file's or directory's bytes, or of the rows of a generator; of its name for a hub data set, whose
+    rows are hashed when read."""
     digest = hashlib.sha256()
-    if source.path is None:
+    if source.kind == "gym":
+        digest.update("\n".join(gym.lines(gym.parse_name(source.name))).encode())
+    elif source.path is None:
         digest.update(source.name.encode())
     else:
         files = [source.path] if source.path.is_file() else sorted(p for p in source.path.rglob("*") if p.is_file())

@@ -14,18 +14,24 @@ from align.types import PackedBatch, Stats
 
 
 class LocalEngine:
-    """Holds a policy and its optimiser."""
+    """Holds a policy and its optimiser. value_lr_scale: learning rate of the value head over that of the rest."""
 
-    def __init__(self, policy: Policy, config: OptimizerConfig, precision: torch.dtype):
+    def __init__(self, policy: Policy, config: OptimizerConfig, precision: torch.dtype, value_lr_scale: float = 1.0):
         self.policy = policy
         self.config = config
         self.precision = precision
         self.parameters = {n: p for n, p in policy.named_parameters() if p.requires_grad}
-        decay = [p for p in self.parameters.values() if p.ndim > 1]
-        rest = [p for p in self.parameters.values() if p.ndim <= 1]  # norms and biases are not decayed
+        value = [p for n, p in self.parameters.items() if n.startswith("value_head.")]
+        policy_only = [p for n, p in self.parameters.items() if not n.startswith("value_head.")]
+        decay = [p for p in policy_only if p.ndim > 1]
+        rest = [p for p in policy_only if p.ndim <= 1]  # norms and biases are not decayed
         groups = [
-            {"params": params, "weight_decay": weight_decay}
-            for params, weight_decay in ((decay, config.weight_decay), (rest, 0.0))
+            {"params": params, "weight_decay": weight_decay, "scale": scale}
+            for params, weight_decay, scale in (
+                (decay, config.weight_decay, 1.0),
+                (rest, 0.0, 1.0),
+                (value, 0.0, value_lr_scale),
+            )
             if params
         ]
         self.optimizer = torch.optim.AdamW(
@@ -59,7 +65,7 @@ class LocalEngine:
     def step(self, lr: float) -> None:
         """One optimiser step at this learning rate; gradients are forgotten."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

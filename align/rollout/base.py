@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 Stop = Literal["end", "string", "length"]
+Progress = Callable[[Iterable[int], int], Iterable[int]]
 
 
 @dataclass(frozen=True)
@@ -64,21 +67,69 @@ class Completion:
         return self.stop != "length"
 
 
-class Rollout(Protocol):
-    """A backend. What it draws for a prompt depends on (sampling.seed, place of the prompt in the call, number of
-    the sample), on nothing else in the call but rounding."""
+@dataclass(frozen=True)
+class Host:
+    """What a backend gets of the run that it works for.
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int = 1) -> list[list[Completion]]:
-        """n completions of each prompt, in order. Raises ValueError for n > 1 with greedy sampling."""
+    directory is the backend's own, for weights and logs. check may raise (a signal came); whoever waits calls it at
+    least once a second. progress wraps a loop over parts of the work. say takes a line for people.
+    """
+
+    policy: Any  # align.models.Policy, with the weights to start from
+    tokenizer: Any
+    directory: Path
+    precision: str  # float32 or bfloat16: in what the trainer's matrix products run
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    check: Callable[[], None] = lambda: None
+    progress: Progress = lambda items, _: items
+    say: Callable[[str], None] = lambda line: None
+
+
+class EngineFailed(RuntimeError):
+    """A backend cannot go on; the message holds its own last words."""
+
+
+class Rollout(Protocol):
+    """A backend: built from a Host and the keys of its option of configs/rollout. What it draws for a prompt depends
+    on (sampling.seed, place of the prompt in the call, number of the sample), on nothing else in the call but
+    rounding."""
+
+    counts: dict[str, int]  # what went wrong and was mended since the start, such as restarts; for the metrics
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int = 1, greedy: bool = False
+    ) -> list[list[Completion]]:
+        """n completions of each prompt, in order; with `greedy` one more at the end, the likeliest token each time.
+
+        All of them are one batch of requests. Raises ValueError for n > 1 with greedy sampling, for an empty prompt
+        and for one that is longer than the engine takes.
+        """
+        ...
+
+    def logps(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[float]]:
+        """Log-probabilities at temperature 1 of the tokens of each sequence from its start (>= 1) on."""
         ...
 
     def sync(self, policy: Any) -> None:
-        """From now on generate with this policy's weights."""
+        """From now on generate with this policy's weights as they are now; nothing computed with older ones is kept."""
         ...
 
     def close(self) -> None:
         """Give up memory and processes."""
         ...
+
+
+GREEDY = -1  # the number of a prompt's greedy twin among its samples
+
+
+def check_request(prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, greedy: bool) -> None:
+    """Raises ValueError for what no backend can do."""
+    if sampling.greedy and n + greedy > 1:
+        raise ValueError(f"n={n}: greedy completions of a prompt are all the same; use temperature > 0")
+    if n + greedy < 1:
+        raise ValueError(f"n={n}: must be at least 1")
+    if not all(len(p) for p in prompts):
+        raise ValueError("a prompt without tokens: there is nothing to continue")
 
 
 def seed_of(seed: int, *keys: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,49 +15,40 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from align.data import chat
 from align.models import Policy, stock_attention
-from align.rollout.base import Completion, Sampling, Stop, seed_of
+from align.rollout.base import GREEDY, Completion, Host, Sampling, Stop, check_request, seed_of
 
 # Tokens after which rows that ended leave the batch: most programs are shorter than the longest of their batch.
 _SEGMENT = 16
-
-Progress = Callable[[Iterable[int], int], Iterable[int]]
 
 
 class HFRollout:
     """The policy's own network, generating: no second copy of the weights, nothing to sync.
 
     batch_size: rows generated together; prompts of like length share a batch, padded on the left.
-    autocast: the context that forwards run in, as the engine's. progress: wraps the loop over batches, may raise.
     A row's draws are its own (see Rollout); its logits depend on its batch by rounding only.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        tokenizer: Any,
-        *,
-        batch_size: int,
-        autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-        progress: Progress = lambda items, _: items,
-    ):
+    def __init__(self, host: Host, *, batch_size: int):
         if batch_size < 1:
             raise ValueError(f"rollout.batch_size={batch_size}: must be at least 1")
-        self.policy = policy
-        self.tokenizer = tokenizer
+        self.policy: Policy = host.policy
+        self.tokenizer = host.tokenizer
         self.batch_size = batch_size
-        self.autocast = autocast
-        self.progress = progress
-        self.stops = chat.stop_ids(tokenizer, policy.causal_lm.generation_config)
+        self.autocast = host.autocast
+        self.check = host.check
+        self.progress = host.progress
+        self.counts: dict[str, int] = {}
+        self.stops = chat.stop_ids(host.tokenizer, self.policy.causal_lm.generation_config)
         if not self.stops:
             raise ValueError("neither the tokenizer nor the model names a token that ends a turn; set its eos_token")
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int = 1) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int = 1, greedy: bool = False
+    ) -> list[list[Completion]]:
         """See Rollout. The global generators and the policy's mode are left as they were."""
-        if n > 1 and sampling.greedy:
-            raise ValueError(f"n={n}: greedy completions of a prompt are all the same; use temperature > 0")
-        if not all(len(p) for p in prompts):
-            raise ValueError("a prompt without tokens: there is nothing to continue")
-        rows = [(i, k) for i in range(len(prompts)) for k in range(n)]
+        check_request(prompts, sampling, n, greedy)
+        samples = [*range(n), *([GREEDY] if greedy else [])]
+        rows = [(i, k) for i in range(len(prompts)) for k in samples]
         rows.sort(key=lambda row: (len(prompts[row[0]]), row))
         out: dict[tuple[int, int], Completion] = {}
         cuts = _cuts([len(prompts[i]) for i, _ in rows], self.batch_size)
@@ -66,13 +57,30 @@ class HFRollout:
         try:
             with torch.no_grad(), stock_attention(self.policy.causal_lm), _plain_settings(self.policy.causal_lm):
                 for number in self.progress(range(len(cuts) - 1), len(cuts) - 1):
+                    self.check()
                     part = rows[cuts[number] : cuts[number + 1]]
                     with self.autocast():
                         completions = self._batch([prompts[i] for i, _ in part], sampling, part)
                     out.update(zip(part, completions, strict=True))
         finally:
             self.policy.train(training)
-        return [[out[i, k] for k in range(n)] for i in range(len(prompts))]
+        return [[out[i, k] for k in samples] for i in range(len(prompts))]
+
+    @torch.no_grad()
+    def logps(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[float]]:
+        """See Rollout."""
+        out = []
+        training = self.policy.training
+        self.policy.eval()
+        try:
+            with stock_attention(self.policy.causal_lm), self.autocast():
+                for ids, start in zip(sequences, starts, strict=True):
+                    tokens = torch.tensor([list(ids)], device=self.policy.device)
+                    scores = self.policy.causal_lm(tokens, use_cache=False).logits[0, start - 1 : -1]
+                    out.append(scores.float().log_softmax(-1).gather(1, tokens[0, start:, None])[:, 0].tolist())
+        finally:
+            self.policy.train(training)
+        return out
 
     def sync(self, policy: Policy) -> None:
         """Generate with `policy` from now on; a policy that was trained in place needs no call."""
@@ -98,6 +106,7 @@ class HFRollout:
             mask[k, width - rest :] = 1
         ids, mask = ids.to(device), mask.to(device)
         uniform = None if sampling.greedy else _uniform(sampling, keys).to(device)
+        twins = torch.tensor([k == GREEDY for _, k in keys], device=device)
         live = list(range(len(prompts)))  # rows that still write
         logps: list[list[float]] = [[] for _ in prompts]
         out: list[Completion | None] = [None] * len(prompts)
@@ -105,7 +114,7 @@ class HFRollout:
             start = ids.shape[1] - width
             count = sampling.max_new_tokens - start
             count = min(count, _SEGMENT) if cache is not None else count
-            picker = _Picker(sampling, None if uniform is None else uniform[live, start:])
+            picker = _Picker(sampling, None if uniform is None else uniform[live, start:], twins[live])
             ends = _StopTexts(self.tokenizer, sampling.stop, width, stops)
             ids = lm.generate(
                 input_ids=ids,
@@ -195,9 +204,10 @@ class _Buffer(DynamicLayer):
 class _Picker(LogitsProcessor):
     """Draws each row's next token by its own stream of uniform numbers, and keeps its log-probability."""
 
-    def __init__(self, sampling: Sampling, uniform: Tensor | None):
+    def __init__(self, sampling: Sampling, uniform: Tensor | None, twins: Tensor):
         self.sampling = sampling
         self.uniform = uniform  # [B, tokens to draw] float64; None: the likeliest token
+        self.twins = twins  # [B] bool, rows that take the likeliest token all the same
         self.logps: list[Tensor] = []  # of each token drawn, [B] float32
 
     def __call__(self, _: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -206,13 +216,15 @@ class _Picker(LogitsProcessor):
             token = scores.argmax(-1, keepdim=True)
         else:
             token = _draw(scores, self.sampling, self.uniform[:, len(self.logps), None])
+            token = torch.where(self.twins[:, None], scores.argmax(-1, keepdim=True), token)
         self.logps.append((scores.gather(1, token) - scores.logsumexp(-1, keepdim=True))[:, 0])
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)  # type: ignore[return-value]
 
 
 def _uniform(sampling: Sampling, keys: Sequence[tuple[int, int]]) -> Tensor:
     """Numbers in [0, 1) for each row and token, [B, max_new_tokens] float64: a row's own, whatever shares its batch."""
-    seeds = [seed_of(sampling.seed, *key) for key in keys]
+    # a greedy twin draws nothing; any seed serves
+    seeds = [seed_of(sampling.seed, i, max(k, 0)) for i, k in keys]
     return torch.from_numpy(np.stack([np.random.default_rng(seed).random(sampling.max_new_tokens) for seed in seeds]))
 
 

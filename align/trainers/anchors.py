@@ -70,6 +70,15 @@ class Anchors:
             return self._adapter_off()
         return self._frozen((self.foreign or self.pretrained).model())
 
+    def fresh(self) -> Forward:
+        """The reference for rows that no cache can know: the adapter switched off, or a second set of weights.
+
+        reference.mode=cached means whichever of the two the policy allows. Raises ValueError for another vocabulary.
+        """
+        if self.foreign is None and self.config.reference.mode != "model":
+            return self.network(None)
+        return self._frozen(self._checked(self.foreign) if self.foreign is not None else self.pretrained.model())
+
     def _own(self) -> Anchor:
         mode = self.config.reference.mode
         if mode == "cached":
@@ -79,6 +88,13 @@ class Anchors:
         return Anchor(None, self._frozen(self.pretrained.model()))
 
     def _other(self, foreign: Pretrained) -> Anchor:
+        model = self._checked(foreign)
+        if self.config.reference.mode == "cached":
+            network = Policy(model.to(self.engine.policy.device).float(), self.engine.policy.layout)
+            return Anchor(self._cache(network, weights_hash(model)), None)
+        return Anchor(None, self._frozen(model))
+
+    def _checked(self, foreign: Pretrained) -> Any:
         model = foreign.model()
         there, here = model.config.vocab_size, self.engine.policy.causal_lm.config.vocab_size
         if there != here:
@@ -86,10 +102,7 @@ class Anchors:
                 f"reference.path={foreign.name} has a vocabulary of {there} tokens, the policy of {here}; a reference "
                 "must share the tokenizer"
             )
-        if self.config.reference.mode == "cached":
-            network = Policy(model.to(self.engine.policy.device).float(), self.engine.policy.layout)
-            return Anchor(self._cache(network, weights_hash(model)), None)
-        return Anchor(None, self._frozen(model))
+        return model
 
     def _frozen(self, model: Any) -> Forward:
         policy = self.engine.policy

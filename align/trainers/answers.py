@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 from align import build
-from align.config import Config
 from align.engine.local import LocalEngine
 from align.evaluate.samples import Sample, sequence_kl
 from align.files import write_whole
-from align.log import Log
 from align.rollout.base import Completion, Sampling
+from align.trainers.run import Run
 from align.types import Example, PackedBatch, Stats
 
 # The KL needs samples of its own, at temperature 1; so many bound its cost.
@@ -23,25 +20,15 @@ MAX_KL_PROMPTS = 32
 class Answers:
     """Asks the policy the first trainer.num_samples distinct held-out prompts."""
 
-    def __init__(
-        self,
-        config: Config,
-        engine: LocalEngine,
-        tokenizer: Any,
-        heldout: list[Example],
-        directory: Path,
-        log: Log,
-        check: Callable[[], None],
-    ):
-        self.config = config
+    def __init__(self, run: Run, engine: LocalEngine, heldout: list[Example]):
+        self.run = run
+        self.config = run.config
         self.engine = engine
-        self.tokenizer = tokenizer
+        self.tokenizer = run.tokenizer
         seen = dict.fromkeys((e.prompt.token_ids, e.prompt.text) for e in heldout if e.prompt.token_ids)
-        self.prompts = list(seen)[: config.trainer.num_samples]
-        self.path = directory / "samples.jsonl"
-        self.log = log
-        self.check = check
-        self.gold = build.function(config.data.gold, "data.gold") if config.data.gold else None
+        self.prompts = list(seen)[: self.config.trainer.num_samples]
+        self.path = run.out.path / "samples.jsonl"
+        self.gold = build.function(self.config.data.gold, "data.gold") if self.config.data.gold else None
 
     def before(self) -> None:
         """Greedy answers of the untrained policy; a resumed run already has them."""
@@ -80,17 +67,11 @@ class Answers:
         return out
 
     def _generate(self, prompts: list[tuple[int, ...]], what: str, seed: int | None) -> list[Completion]:
-        def checked(items: Iterable[int], total: int) -> Iterator[int]:
-            # Before the first step there is nothing to save, after the last one it is saved: stopping is safe.
-            for item in self.log.progress(what)(items, total):
-                self.check()
-                yield item
-
-        policy, autocast = self.engine.policy, self.engine.autocast
-        rollout = build.rollout(self.config, policy, self.tokenizer, autocast=autocast, progress=checked)
         limit = self.config.trainer.sample_tokens
         sampling = Sampling(limit, temperature=0.0) if seed is None else Sampling(limit, seed=seed)
-        return [row[0] for row in rollout.generate(prompts, sampling)]
+        # before the first step there is nothing to save, after the last one it is saved: stopping is safe
+        with self.run.showing(what):
+            return [row[0] for row in self.run.rollout(self.engine.policy).generate(prompts, sampling)]
 
     def _read(self) -> list[Sample]:
         lines = self.path.read_text().splitlines() if self.path.exists() else []

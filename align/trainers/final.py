@@ -91,6 +91,13 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         out.append((f"{solved['count']} held-out problems solved", f"{solved['before']:.1%}", f"{solved['after']:.1%}"))
         interval = f"{change['mean']:+.1%} [{change['low']:+.1%}, {change['high']:+.1%}]"
         out.append(("  change, 95 % paired bootstrap", "", interval))
+    for name, found in summary.get("rewards", {}).items():
+        change = found["change"]
+        out.append(
+            (f"{name}: reward of {found['count']} greedy answers", f"{found['before']:+.3f}", f"{found['after']:+.3f}")
+        )
+        interval = f"{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
+        out.append(("  change, 95 % paired bootstrap", "", interval))
     samples = summary.get("samples")
     if samples:
         before, after = samples["before"], samples["after"]

@@ -149,6 +149,31 @@ def reference_gap(trainee: Trainee, examples: Sequence[Example]) -> float:
     return gap
 
 
+@torch.no_grad()
+def token_values(
+    network: Callable[[PackedBatch], Stats],
+    examples: Sequence[Example],
+    layout: Layout,
+    max_tokens: int,
+    device: torch.device,
+    names: Sequence[str] = ("token_logps",),
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, list[list[np.ndarray]]]:
+    """Token statistics of a network by name: for each example, for each of its rows, an array [targets of the row]."""
+    out: dict[str, list[list[np.ndarray]]] = {name: [[] for _ in examples] for name in names}
+    sources = [e.source for e in examples]
+    for part in micro_batches([e.rows for e in examples], sources, layout, max_tokens):
+        check()
+        batch = to_device(pack_groups([examples[i].rows for i in part], layout, [sources[i] for i in part]), device)
+        stats = network(batch)
+        borders = np.cumsum([int(row.targets.sum()) for i in part for row in examples[i].rows])[:-1]
+        for name in names:
+            pieces = iter(np.split(getattr(stats, name).float().cpu().numpy(), borders))
+            for i in part:
+                out[name][i] = [next(pieces) for _ in examples[i].rows]
+    return out
+
+
 def _parts(trainee: Trainee, examples: Sequence[Example]) -> list[list[int]]:
     return micro_batches([e.rows for e in examples], [e.source for e in examples], trainee.layout, trainee.max_tokens)
 
@@ -273,7 +298,9 @@ class _Totals:
                 count: float = len(self.examples)
             else:
                 rows = [row for e in self.examples for row in _column_of(e.rows, term.column)]
-                count = len(rows) if term.unit == "row" else sum(_target_weight(row) for row in rows)
+                # a sequence without targets is in no mean over sequences
+                spoken = [row for row in rows if row.targets.any()]
+                count = len(spoken) if term.unit == "row" else sum(_target_weight(row) for row in spoken)
             self.counts[key] = count or 1.0
         return self.counts[key]
 

@@ -79,21 +79,21 @@ class Align:
             reference = cached_stats(token_column([self.cache[p.source] for p in pairs], batch), batch)
         else:
             with torch.no_grad():
-                reference = _in_layout(self.reference, layout)(batch)
-        losses = self.objective(_in_layout(self.policy, layout)(batch), reference, batch)
+                reference = in_layout(self.reference, layout)(batch)
+        losses = self.objective(in_layout(self.policy, layout)(batch), reference, batch)
         return torch.stack([t.weight * t.losses.sum() / len(pairs) for t in losses.terms]).sum()
 
     def cache_pass(self, pairs: Sequence[Example]) -> Cache:
         """Reference log-probs of all pairs by align's own cache, hashes and files included."""
         with tempfile.TemporaryDirectory() as root:
             cache = ReferenceCache(Path(root), "bench", torch.float32)
-            forward = _in_layout(self.reference, "shared")
+            forward = in_layout(self.reference, "shared")
             groups, names = [p.rows for p in pairs], [p.source for p in pairs]
             cache.fill(groups, names, forward, "shared", CACHE_TOKENS, forward.device, lambda steps, _: steps)
             return {p.source: np.concatenate(cache(p.rows)) for p in pairs}
 
 
-def _in_layout(model: Any, layout: Layout) -> Policy:
+def in_layout(model: Any, layout: Layout) -> Policy:
     """A Policy around a model that another layout may have used before; costs nothing."""
     model.config._attn_implementation = stock_attention_name(model.config)
     return Policy(model, layout)
@@ -111,7 +111,7 @@ class Trl:
     def loss(self, variant: str, pairs: Sequence[Example]) -> Tensor:
         """Mean DPO loss of the pairs by TRL."""
         recompute, best = variant == "trl default", variant == "trl best"
-        _score_completions_only(best)
+        score_completions_only(best)
         if recompute:
             self.policy.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}  # TRL's default
@@ -125,7 +125,7 @@ class Trl:
     @torch.no_grad()
     def cache_pass(self, pairs: Sequence[Example], batch_size: int) -> None:
         """TRL's own precompute: batches in the order of the data."""
-        _score_completions_only(True)
+        score_completions_only(True)
         for start in range(0, len(pairs), batch_size):
             part = pairs[start : start + batch_size]
             inputs = self.trainer.data_collator([self._example(p, cached=False) for p in part])
@@ -146,7 +146,7 @@ class Trl:
         return example
 
 
-def _score_completions_only(on: bool) -> None:
+def score_completions_only(on: bool) -> None:
     """Whether TRL's head skips prompt and padding positions on a CPU as it does on a GPU.
 
     `add_fused_lm_head` asks `_use_triton(device)` which positions to score; the kernels ask a
@@ -187,13 +187,13 @@ def _dpo_trainer(policy: Any, reference: Any | None) -> Any:
             ref_model=reference,
             args=config,
             train_dataset=stand_in,
-            processing_class=_tokenizer(),
+            processing_class=stand_in_tokenizer(),
         )
     policy.train()
     return trainer
 
 
-def _tokenizer() -> Any:
+def stand_in_tokenizer() -> Any:
     """The least tokenizer DPOTrainer accepts; it sees only the stand-in."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -22,7 +22,10 @@ class Scripted:
         self.say = say
         self.calls: list[tuple[int, int, Sampling]] = []  # prompts, n, sampling of each call
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int = 1) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int = 1, greedy: bool = False
+    ) -> list[list[Completion]]:
+        assert not greedy
         self.calls.append((len(prompts), n, sampling))
         return [[self._one(self.tokenizer.decode(p), k, sampling) for k in range(n)] for p in prompts]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from align.models import Policy, lora, stock_attention
 from align.pretrained import byte_tokenizer, smollm2
-from align.rollout.base import Sampling
+from align.rollout.base import Host, Sampling
 from align.rollout.hf import HFRollout, _common, _cuts, _draw, _StopTexts, _uniform
 from tests.conftest import tiny_model
 
@@ -24,8 +26,12 @@ def policy(family="llama", **overrides):
     return Policy(lm, "shared")
 
 
+def host(network, **more):
+    return Host(network, TOKENIZER, Path("unused"), "float32", **more)
+
+
 def rollout(family="llama", batch_size=8, **overrides):
-    return HFRollout(policy(family, **overrides), TOKENIZER, batch_size=batch_size)
+    return HFRollout(host(policy(family, **overrides)), batch_size=batch_size)
 
 
 def prompts(rng, n, shared=5):
@@ -110,7 +116,7 @@ def test_every_stop_token_of_the_generation_config_ends_a_row(rng):
     other = free[0][0].token_ids[2]
     lm = r.policy.causal_lm
     lm.generation_config.eos_token_id = [EOS, other]
-    ended = HFRollout(r.policy, TOKENIZER, batch_size=8).generate(asked, Sampling(20, temperature=0.0))
+    ended = HFRollout(host(r.policy), batch_size=8).generate(asked, Sampling(20, temperature=0.0))
     for a, b in zip(free, ended, strict=True):
         ids = list(a[0].token_ids)
         cut = ids[: ids.index(other) + 1] if other in ids else ids
@@ -148,11 +154,11 @@ def test_the_token_that_completes_a_stop_text_is_kept_whole():
 
 def test_lora_is_part_of_what_generates(rng):
     lm = policy().causal_lm.float()
-    plain = HFRollout(Policy(lm, "shared"), TOKENIZER, batch_size=4)
+    plain = HFRollout(host(Policy(lm, "shared")), batch_size=4)
     asked = prompts(rng, 3)
     before = plain.generate(asked, Sampling(10, temperature=0.0))
     adapted = Policy(lora(lm, rank=4, alpha=64.0, dropout=0.0, targets="all-linear", seed=0), "shared")
-    r = HFRollout(adapted, TOKENIZER, batch_size=4)
+    r = HFRollout(host(adapted), batch_size=4)
     assert r.generate(asked, Sampling(10, temperature=0.0)) == before  # B is 0
     for name, p in adapted.named_parameters():
         if "lora_B" in name:
@@ -170,7 +176,7 @@ def test_progress_counts_batches_and_may_stop(rng):
                 raise KeyboardInterrupt
             yield item
 
-    r = HFRollout(policy(), TOKENIZER, batch_size=2, progress=progress)
+    r = HFRollout(host(policy(), progress=progress), batch_size=2)
     r.policy.train()
     with pytest.raises(KeyboardInterrupt):
         r.generate(prompts(rng, 6), Sampling(2))
@@ -223,3 +229,25 @@ def test_common_beginning_leaves_each_prompt_a_token():
     assert _common([[1], [1, 2]]) == 0
     assert _common([[1, 2, 3]]) == 0
     assert _common([[2, 3], [1, 3]]) == 0
+
+
+def test_the_greedy_twin_of_a_prompt_comes_last_and_changes_nothing_else(rng):
+    r = rollout(batch_size=5)
+    asked = prompts(rng, 4)
+    sampling = Sampling(16, temperature=1.0, seed=5)
+    both = r.generate(asked, sampling, n=3, greedy=True)
+    alone = r.generate(asked, sampling, n=3)
+    twins = r.generate(asked, Sampling(16, temperature=0.0))
+    for group, sampled, (twin,) in zip(both, alone, twins, strict=True):
+        assert [c.token_ids for c in group] == [*(c.token_ids for c in sampled), twin.token_ids]
+        np.testing.assert_allclose(group[-1].logps, twin.logps, atol=1e-6)
+    assert [g[0].token_ids for g in r.generate(asked, sampling, n=0, greedy=True)] == [t.token_ids for (t,) in twins]
+
+
+def test_log_probs_of_given_tokens(rng):
+    r = rollout()
+    asked = prompts(rng, 3)
+    drawn = r.generate(asked, Sampling(9, seed=1))
+    given = r.logps([[*p, *c.token_ids] for p, (c,) in zip(asked, drawn, strict=True)], [len(p) for p in asked])
+    for got, (c,) in zip(given, drawn, strict=True):
+        np.testing.assert_allclose(got, c.logps, atol=1e-5)

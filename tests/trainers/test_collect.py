@@ -247,11 +247,12 @@ def test_nothing_to_learn_from_is_an_error_with_a_cure(tmp_path):
 
 def real(pretrained, directory, settings, **more):
     from align.models import Policy, choose_layout
+    from align.rollout.base import Host
     from align.rollout.hf import HFRollout
 
     lm, tokenizer = pretrained.model(), pretrained.tokenizer()
     policy = Policy(lm, choose_layout(lm, "auto", 0.0)[0])
-    rollout = HFRollout(policy, tokenizer, batch_size=8)
+    rollout = HFRollout(Host(policy, tokenizer, directory, "float32"), batch_size=8)
     tool = PythonTool(10.0, 512, 1000)
     return Collector(settings, rollout, tokenizer, tool, directory, seed=0, max_tokens=1024, key={}, **more), policy
 

@@ -24,7 +24,20 @@ TOKENIZER = byte_tokenizer()
 WORDS = ["Cod.", "A cow", "Oak, elm and ash", "No", "It is four.", "Seven or eight", "Ü", "Paris please"]
 OBJECTIVES = [f"objective={name}" for name in options("objective")]
 LOSSES = [f"objective=dpo objective/loss={name}" for name in options("objective/loss")]
-CASES = OBJECTIVES + LOSSES + ["objective=wpo objective/loss=ipo_sum", "objective=mix objective@objective.first=aot"]
+AGGREGATIONS = ["sequence_mean_token_mean", "sequence_mean_token_sum", "sequence_sum_over_length"]
+ONLINE = [
+    "objective=clipped objective.kl_coefficient=0.1 objective.entropy_coefficient=0.01",
+    "objective=clipped objective.value_coefficient=0.5 objective.value_clip=0.2 objective/correction=truncate",
+    *(f"objective=clipped objective.aggregation={name} objective.max_length=" + ("40" if "over" in name else "null")
+      for name in AGGREGATIONS),
+]  # fmt: skip
+CASES = [
+    *OBJECTIVES,
+    *LOSSES,
+    *ONLINE,
+    "objective=wpo objective/loss=ipo_sum",
+    "objective=mix objective@objective.first=aot",
+]
 
 
 def turns(i: int, answer: str, late: bool) -> list[dict]:
@@ -45,16 +58,28 @@ def turns(i: int, answer: str, late: bool) -> list[dict]:
 def data(kind: str, columns: tuple[str, ...], n: int = 9) -> list:
     """Pairs of which some branch late, after a tool's turn; labelled and single rows come of the same."""
     out = []
+    online, kind = kind == "rollout", "pair" if kind == "rollout" else kind
     for i in range(n):
         late = i % 3 == 0
         prompt = [{"role": "user", "content": f"Question {i}, {WORDS[i % 8]}"}]
         record = {
             "prompt": prompt, "chosen": turns(i, WORDS[i % 8], late), "rejected": turns(i, WORDS[(i + 3) % 8], late),
             "rationale": "Because.", "origin": "ab"[i % 2],
-            "numbers": {"mapl_kind": i % 3, "satisfied_gap": 1, "label_smoothing": 0.1},
+            "numbers": {"mapl_kind": i % 3, "satisfied_gap": 1, "label_smoothing": 0.1, "reward": i % 2},
         }  # fmt: skip
         out += examples(record, TOKENIZER, Wanted(kind, columns))
+    if online:  # two completions of a prompt, with what an online step knows of their tokens
+        out = [replace(e, rows=tuple(drawn(row, 2 * i + k) for k, row in enumerate(e.rows))) for i, e in enumerate(out)]
     return [replace(e, source=f"rows:{i}") for i, e in enumerate(out)]
+
+
+def drawn(row, seed: int):
+    rng = np.random.default_rng(seed)
+    count = int(row.targets.sum())
+    old = rng.normal(-5.0, 0.5, count)
+    columns = {"old_logps": old, "rollout_logps": old + rng.normal(0, 0.1, count)}
+    columns |= {name: rng.normal(0, 1, count) for name in ("advantages", "returns", "old_values")}
+    return replace(row, columns={name: c.astype(np.float32) for name, c in columns.items()})
 
 
 def gradient_of(case: str, split: int, layout: str = "shared", shuffled: bool = False):
@@ -67,7 +92,9 @@ def gradient_of(case: str, split: int, layout: str = "shared", shuffled: bool = 
         rows = [rows[i] for i in np.random.default_rng(1).permutation(len(rows))]
     settings = dict(vocab_size=len(TOKENIZER), max_position_embeddings=1024)
     reference = Policy(tiny_model("llama", torch.float64, **settings), layout)
-    policy = Policy(tiny_model("llama", torch.float64, seed=1, **settings), layout)
+    policy = Policy(
+        tiny_model("llama", torch.float64, seed=1, **settings), layout, value_head="values" in objective.needs
+    )
     engine = LocalEngine(policy, optimizer(max_grad_norm=None), torch.float32)
     network = Anchor(None, torch.no_grad()(lambda batch: reference(batch)))
     taken = {}

@@ -1,0 +1,1 @@
+"""Advantages: what each token earned, from the rewards of a whole rollout. Imports torch and types only."""

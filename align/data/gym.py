@@ -1,0 +1,104 @@
+"""Problems of reasoning-gym as a source of rows: gym:TASK/size:256/seed:0, no file behind it.
+
+What a task is and how its answers are scored is reasoning-gym's (github.com/open-thought/reasoning-gym).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
+
+from align.data.reasoning import TooFew, draw
+
+PREFIX = "gym:"
+_CURE = "write gym:TASK/size:256/seed:0, and settings of the task in the same way"
+
+
+@dataclass(frozen=True)
+class Gym:
+    """Which problems of a task."""
+
+    name: str  # as the user wrote it
+    task: str
+    size: int
+    seed: int
+    skip: int  # different questions that are left to another source
+    settings: Mapping[str, Any]  # the task's own
+
+
+def parse_name(name: str) -> Gym:
+    """The problems that a name means. Raises ValueError; draws nothing.
+
+    gym:TASK/KEY:VALUE/..., without characters that a shell or Hydra would want quoted. size is needed; seed and skip
+    are 0 unless given; other keys go to the task. A value is JSON (12, 0.5, true, [1,2]) or else a text.
+    """
+    task, *words = name.removeprefix(PREFIX).split("/")
+    given: dict[str, Any] = {}
+    for word in words:
+        key, colon, value = word.partition(":")
+        if not key or not colon or not value:
+            raise ValueError(f"{name}: {word or 'an empty word'} is not KEY:VALUE; {_CURE}")
+        if key in given:
+            raise ValueError(f"{name}: {key} stands twice; keep one")
+        given[key] = _value(value)
+    if not task or ":" in task:
+        raise ValueError(f"{name}: names no task; {_CURE}")
+    if "size" not in given:
+        raise ValueError(f"{name}: how many problems? {_CURE}")
+    whole = {key: given.pop(key, 0) for key in ("size", "seed", "skip")}
+    for key, value in whole.items():
+        low = 1 if key == "size" else 0
+        if type(value) is not int or value < low:
+            raise ValueError(f"{name}: {key}:{value} must be a whole number of at least {low}")
+    return Gym(name, task, settings=MappingProxyType(given), **whole)
+
+
+def rows(gym: Gym) -> list[dict[str, Any]]:
+    """The problems, the same ones each time; a question that came before, among the skipped ones too, is left out.
+
+    prompt and completion are messages, so that the row can be imitated and asked; answer, task and entry, which is
+    reasoning-gym's with its metadata, are for rewards. Without an answer in the entry there is no completion.
+    Raises ValueError for an unknown task or setting, and when the task has too few different questions.
+    """
+    return [json.loads(line) for line in lines(gym)]
+
+
+def lines(gym: Gym) -> tuple[str, ...]:
+    """The rows as JSON."""
+    return _lines(gym.name)
+
+
+@lru_cache(maxsize=8)  # for the hash of the rows and the rows
+def _lines(name: str) -> tuple[str, ...]:
+    gym = parse_name(name)
+    try:
+        found, _, _ = draw(gym.task, gym.settings, gym.skip + gym.size, gym.seed, name)
+    except TooFew as error:
+        raise ValueError(f"{error} (size + skip); ask for fewer, or for other settings of the task") from None
+    out = []
+    for problem in found[gym.skip :]:
+        entry = dict(problem.entry)
+        row: dict[str, Any] = {"prompt": [{"role": "user", "content": problem.question}]}
+        if entry["answer"] is not None:
+            row["completion"] = [{"role": "assistant", "content": problem.answer}]
+        row |= {"answer": entry["answer"], "task": gym.task, "entry": entry}
+        out.append(json.dumps(row, default=_plain))
+    return tuple(out)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _plain(value: Any) -> Any:
+    """Metadata that JSON has no form for: numpy's numbers and arrays, sets, dates."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(value)

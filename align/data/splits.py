@@ -1,0 +1,178 @@
+"""Sources to the rows of both splits: who is kept, who is left out and why. What a row becomes is its reader's."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from align.config import DataConfig
+from align.data.audit import IN_TRAIN, NO_FAULT, OVERLONG, Audit, SplitAudit
+from align.data.examples import NotUsed
+from align.data.sources import BadRow, Source, content_hash, locate_all, read
+
+
+class Sourced(Protocol):
+    """A row that knows where it came from."""
+
+    @property
+    def source(self) -> str:
+        """ "file:line" """
+        ...
+
+
+T = TypeVar("T")
+R = TypeVar("R", bound=Sourced)
+
+
+@dataclass(frozen=True)
+class Reader(Generic[R]):
+    """Reads rows by the rules that data.on_bad_row, data.overlong and data.max_bad_fraction make.
+
+    understand: what a row becomes, from its object and its "file:line"; raises BadRow for one that cannot be used.
+    prompt: the tokens of its prompt, or others that stand for a row without one. to_the_end: bad rows are counted
+    whatever the settings say of them.
+    """
+
+    config: DataConfig
+    understand: Callable[[dict[str, Any], str], R]
+    prompt: Callable[[R], Sequence[int]]
+    to_the_end: bool = False
+
+    def splits(self, audit: Audit) -> tuple[list[list[R]], list[R]]:
+        """The kept rows of each source of data.train, and the held-out rows: those of data.heldout, else a part.
+
+        Raises ValueError, naming file and line, for the first bad row with on_bad_row=error, for more than
+        max_bad_fraction of them with drop, and for a split of which nothing is left.
+        """
+        config = self.config
+        sources = locate_all(config.train, "data.train")
+        repeats(config, len(sources))  # refused before anything is read
+        heldout_sources = None if config.heldout is None else locate_all(config.heldout, "data.heldout")
+        parts = self._split(sources, audit.train, f"data.train={config.train}")
+        if heldout_sources is not None:
+            held = self._split(heldout_sources, audit.heldout, f"data.heldout={config.heldout}")
+            return parts, [row for part in self._unseen(heldout_sources, held, parts, audit.heldout) for row in part]
+        kept = self._keep_back([row for part in parts for row in part])
+        heldout = [row for part in parts for row in part if row.source in kept]
+        audit.heldout.rows_in = len(heldout)
+        audit.train.rows_in -= len(heldout)
+        audit.heldout.sources, audit.heldout.sha256 = audit.train.sources, audit.train.sha256
+        return [[row for row in part if row.source not in kept] for part in parts], heldout
+
+    def _split(self, sources: Sequence[Source], audit: SplitAudit, setting: str) -> list[list[R]]:
+        parts = []
+        for source in sources:
+            audit.sources.append(source.name)
+            audit.sha256.append(content_hash(source))
+            part = []
+            for where, record in read(source):
+                audit.rows_in += 1
+                try:
+                    if isinstance(record, BadRow):
+                        raise record
+                    part.append(self.understand(record, where))
+                except BadRow as bad:
+                    self._drop(audit, where, bad)
+            parts.append(part)
+        if not self.to_the_end:
+            self._judge(audit, setting, any(parts))
+        return parts
+
+    def _drop(self, audit: SplitAudit, where: str, bad: BadRow) -> None:
+        overlong = bad.reason in OVERLONG
+        strict = self.config.on_bad_row == "error" and not overlong and not isinstance(bad, NotUsed)
+        if strict and not self.to_the_end:
+            raise ValueError(
+                f"{where}: {bad} (reason {bad.reason}; data.on_bad_row=drop leaves such rows out)"
+            ) from None
+        audit.drop(where, bad.reason, str(bad))
+
+    def _judge(self, audit: SplitAudit, setting: str, any_left: bool) -> None:
+        """Raise if too much is missing."""
+        config = self.config
+        if audit.rows_in == 0:
+            raise ValueError(f"{setting}: has no rows; give a file with at least one")
+        first = next((f"{d['source']}: {d['detail']}" for d in audit.dropped_rows), "")
+        if not any_left:
+            raise ValueError(f"{setting}: 0 usable rows of {audit.rows_in}; the first: {first}")
+        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(audit.dropped.items()))
+        overlong = sum(audit.dropped.get(reason, 0) for reason in OVERLONG)
+        if config.overlong == "error" and overlong > config.max_bad_fraction * audit.rows_in:
+            long = next(d for d in audit.dropped_rows if d["reason"] in OVERLONG)
+            raise ValueError(
+                f"{setting}: {overlong} of {audit.rows_in} rows are longer than data.max_tokens={config.max_tokens} "
+                f"({counts}), more than data.max_bad_fraction={config.max_bad_fraction}; raise data.max_tokens, or set "
+                f"data.overlong=drop or truncate_turns. The first: {long['source']}: {long['detail']}"
+            )
+        bad = sum(n for reason, n in audit.dropped.items() if reason not in (*OVERLONG, *NO_FAULT))
+        if bad > config.max_bad_fraction * audit.rows_in:
+            raise ValueError(
+                f"{setting}: {bad / audit.rows_in:.1%} of {audit.rows_in} rows are bad ({counts}), more than "
+                f"data.max_bad_fraction={config.max_bad_fraction}; mend them or raise it. The first: {first}"
+            )
+
+    def _unseen(
+        self, sources: Sequence[Source], held: list[list[R]], parts: list[list[R]], audit: SplitAudit
+    ) -> list[list[R]]:
+        """The held-out rows without the generated ones whose prompt is also learnt from.
+
+        Files are somebody's choice and only counted in prompts_in_both; two seeds of a generator meet by chance.
+        """
+        seen = {self._key(row) for part in parts for row in part}
+        out = []
+        for source, part in zip(sources, held, strict=True):
+            left = []
+            for row in part:
+                if source.kind == "gym" and self._key(row) in seen:
+                    audit.drop(row.source, IN_TRAIN, "the question also stands in data.train")
+                else:
+                    left.append(row)
+            out.append(left)
+        if any(held) and not any(out) and not self.to_the_end:
+            raise ValueError(
+                f"data.heldout={self.config.heldout}: every question also stands in data.train; give another seed, a "
+                "larger size, or settings of the task with more different questions"
+            )
+        return out
+
+    def _keep_back(self, rows: Sequence[R]) -> set[str]:
+        """Sources of the rows that are held out: those of the prompts with the smallest hashes; if there are two
+        prompts, each side gets one."""
+        keys = {row.source: self._key(row) for row in rows}
+        prompts = sorted(set(keys.values()))
+        count = min(math.ceil(self.config.heldout_fraction * len(prompts)), len(prompts) - 1)
+        held = set(prompts[:count])
+        return {source for source, key in keys.items() if key in held}
+
+    def _key(self, row: R) -> bytes:
+        return hashlib.sha256(np.array(self.prompt(row), dtype=np.int64).tobytes()).digest()
+
+
+def repeats(config: DataConfig, num_sources: int) -> list[float]:
+    """data.repeat for each source of data.train."""
+    if config.repeat is None:
+        return [1.0] * num_sources
+    if len(config.repeat) != num_sources:
+        raise ValueError(
+            f"data.repeat={config.repeat}: give one number for each of the {num_sources} sources of data.train"
+        )
+    return [float(times) for times in config.repeat]
+
+
+def repeated(rows: Sequence[T], times: float, seed: int) -> list[T]:
+    """The rows `times` over; of a fraction a fixed random part, in the order of the file."""
+    whole = int(times)
+    count = round((times - whole) * len(rows))
+    part = sorted(np.random.default_rng([seed, len(rows)]).permutation(len(rows))[:count].tolist())
+    return [*(list(rows) * whole), *(rows[i] for i in part)]
+
+
+def num_repeated(prompts: Iterable[Sequence[int]]) -> int:
+    """How many prompts have come before, token for token; those without tokens are not counted."""
+    listed = [tuple(prompt) for prompt in prompts if len(prompt)]
+    return len(listed) - len(set(listed))

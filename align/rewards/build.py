@@ -1,0 +1,141 @@
+"""The node `reward` of the settings to named components, and their scores side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from align.rewards.base import Conversation, Reward
+from align.rewards.calls import FunctionReward
+from align.rewards.worker import Refused, resolve
+
+# Of a component that the command line names without an option of configs/reward.
+DEFAULT_WEIGHT = 1.0
+DEFAULT_SECONDS = 10.0  # deadline of a call
+
+
+@dataclass(frozen=True)
+class RewardHost:
+    """What a component that runs in the trainer's process gets of the run.
+
+    check may raise (a signal came); whoever waits calls it at least once a second. say takes a line for people.
+    """
+
+    policy: Any = None  # align.models.Policy, for components that share its weights; None: there is none
+    tokenizer: Any = None  # the policy's
+    device: Any = "cpu"  # a torch.device
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    micro_batch_tokens: int = 8192  # padded tokens of a forward
+    check: Callable[[], None] = lambda: None
+    say: Callable[[str], None] = lambda line: None
+
+
+class Rewards:
+    """K components in the order of the settings."""
+
+    def __init__(self, parts: Mapping[str, Reward], weights: Sequence[float]):
+        self.names = tuple(parts)
+        self.weights = np.asarray(weights, dtype=np.float64)  # [K]
+        self._parts = dict(parts)
+
+    def score(self, conversations: Sequence[Conversation]) -> np.ndarray:
+        """Rewards [N, K] float64, not weighted, in the order of the conversations; NaN where a component has none."""
+        columns = np.full((len(conversations), len(self.names)), math.nan)
+        if len(conversations):
+            for k, part in enumerate(self._parts.values()):
+                columns[:, k] = part(conversations)
+        # a component in this process may forget to look
+        columns[~np.isfinite(columns)] = math.nan
+        return columns
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Failures since the start by "NAME/reason"."""
+        return {f"{name}/{reason}": n for name, part in self._parts.items() for reason, n in part.counts.items()}
+
+    def close(self) -> None:
+        """Give up processes and memory."""
+        for part in self._parts.values():
+            part.close()
+
+
+def components(node: Mapping[str, Any], host: RewardHost) -> Rewards:
+    """The components that a mapping NAME -> {_target_, weight, seconds, keys of the target} names.
+
+    A target whose class says `in_process = True` is built here as target(host, **keys); every other one is imported
+    and called in a process of its own. Raises ValueError in one line that names the setting.
+    """
+    if not node:
+        raise ValueError("no reward: choose reward=everyday_gold, or name one: reward.NAME._target_=my.module.function")
+    settings = {str(name): _checked(str(name), part) for name, part in node.items()}
+    parts: dict[str, Reward] = {}
+    try:
+        for name, (target, _, seconds, keys) in settings.items():
+            parts[name] = _component(name, target, seconds, keys, host)
+    except BaseException:
+        for part in parts.values():
+            part.close()
+        raise
+    return Rewards(parts, [weight for _, weight, _, _ in settings.values()])
+
+
+def _checked(name: str, part: Any) -> tuple[str, float, float | None, dict[str, Any]]:
+    """Target, weight, seconds (None: not given) and the keys for the target."""
+    if not name.isidentifier():
+        raise ValueError(f"reward.{name}: a name of letters, digits and _ is needed, for the metrics")
+    if not isinstance(part, Mapping) or "_target_" not in part:
+        raise ValueError(f"reward.{name}._target_ is missing: give the dotted path of a function or class")
+    keys = {str(key): value for key, value in part.items()}
+    target = keys.pop("_target_")
+    if not isinstance(target, str):
+        raise ValueError(f"reward.{name}._target_={target}: must be a dotted path such as my.module.function")
+    weight = keys.pop("weight", DEFAULT_WEIGHT)
+    if not _real(weight) or not math.isfinite(weight):
+        raise ValueError(f"reward.{name}.weight={weight}: must be a finite number")
+    seconds = keys.pop("seconds", None)
+    if seconds is not None and (not _real(seconds) or not 0 < seconds < math.inf):
+        raise ValueError(f"reward.{name}.seconds={seconds}: must be a finite number greater than 0")
+    odd = sorted(key for key in keys if key.startswith("_"))
+    if odd:
+        raise ValueError(f"reward.{name}.{odd[0]} is not a setting; beside _target_ keys begin with a letter")
+    return target, float(weight), seconds, keys
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _component(name: str, target: str, seconds: float | None, keys: dict[str, Any], host: RewardHost) -> Reward:
+    if target.startswith("align."):  # our own tell here where they run; the user's are imported in their process only
+        try:
+            found = resolve(target)
+        except Refused as error:
+            raise ValueError(f"reward.{name}._target_={target}: {error}") from error
+        if getattr(found, "in_process", False):
+            return _in_process(name, found, seconds, keys, host)
+    reward = FunctionReward(name, target, keys, seconds=seconds or DEFAULT_SECONDS, check=host.check, say=host.say)
+    if reward.in_process:
+        reward.close()
+        return _in_process(name, resolve(target), seconds, keys, host)
+    return reward
+
+
+def _in_process(name: str, found: Any, seconds: float | None, keys: dict[str, Any], host: RewardHost) -> Reward:
+    takes_seconds = "seconds" in inspect.signature(found).parameters
+    if seconds is not None and not takes_seconds:
+        raise ValueError(
+            f"reward.{name}.seconds has no effect: {found.__name__} runs in the trainer's process; remove it"
+        )
+    if takes_seconds:
+        keys = keys | {"seconds": seconds or DEFAULT_SECONDS}
+    try:
+        inspect.signature(found).bind(host, **keys)
+        return found(host, **keys)
+    except (TypeError, ValueError, OSError, RuntimeError) as error:  # of PEFT and transformers
+        raise ValueError(f"reward.{name}: {' '.join(str(error).split())[:400]}") from error

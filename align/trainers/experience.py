@@ -1,0 +1,191 @@
+"""What a policy wrote to prompts and what it got for it; and the way from there to rows with advantages.
+
+Nothing here has a gradient or a state: the online loop asks in this order.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from align.data.prompts import PromptRow
+from align.data.reasoning import final_answer
+from align.packing import num_tokens
+from align.rewards.base import Conversation
+from align.rewards.build import Rewards
+from align.rollout.base import Completion, Rollout, Sampling
+from align.types import Episodes, Estimate, Example, Layout, Prompt, Row
+
+
+@dataclass(frozen=True)
+class Group:
+    """The completions of one prompt, scored."""
+
+    prompt: PromptRow
+    completions: tuple[Completion, ...]  # [n]
+    texts: tuple[str, ...]  # [n], without special tokens
+    rewards: np.ndarray  # [n, K]; NaN where a component has none
+    scores: np.ndarray  # [n], the weighted sum; NaN where a component has none
+    greedy: Completion | None = None
+    greedy_text: str = ""
+    greedy_rewards: np.ndarray | None = None  # [K]
+    greedy_score: float = math.nan
+
+    @property
+    def settled(self) -> bool:
+        """Whether all rewards are the same, so that no baseline within the prompt leaves anything to learn."""
+        known = self.scores[~np.isnan(self.scores)]
+        return len(known) == 0 or bool((known == known[0]).all())
+
+
+class Experience:
+    """Draws from a rollout and scores what comes. seconds: of generating and of scoring since they were last taken."""
+
+    def __init__(self, rollout: Rollout, rewards: Rewards, tokenizer: Any):
+        self.rollout = rollout
+        self.rewards = rewards
+        self.tokenizer = tokenizer
+        self.generate_seconds = 0.0
+        self.score_seconds = 0.0
+
+    def draw(self, prompts: Sequence[PromptRow], sampling: Sampling, n: int, greedy: bool) -> list[Group]:
+        """n completions of each prompt, and its greedy one where asked for; all of them scored in one call."""
+        start = time.perf_counter()
+        drawn = self.rollout.generate([p.token_ids for p in prompts], sampling, n, greedy)
+        middle = time.perf_counter()
+        texts = [[self.text(c) for c in group] for group in drawn]
+        asked = [
+            conversation(prompt, c, text)
+            for prompt, group, written in zip(prompts, drawn, texts, strict=True)
+            for c, text in zip(group, written, strict=True)
+        ]
+        size = n + greedy
+        rewards = self.rewards.score(asked).reshape(len(prompts), size, -1)
+        # a component without weight is measured, and may be missing
+        counted = self.rewards.weights != 0
+        scores = rewards[..., counted] @ self.rewards.weights[counted]
+        self.generate_seconds += middle - start
+        self.score_seconds += time.perf_counter() - middle
+        return [
+            Group(
+                prompt,
+                tuple(group[:n]),
+                tuple(written[:n]),
+                r[:n],
+                s[:n],
+                *((group[n], written[n], r[n], float(s[n])) if greedy else ()),
+            )
+            for prompt, group, written, r, s in zip(prompts, drawn, texts, rewards, scores, strict=True)
+        ]
+
+    def text(self, completion: Completion) -> str:
+        """What a completion says, without the end of its turn."""
+        return self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+
+
+def conversation(prompt: PromptRow, completion: Completion, text: str) -> Conversation:
+    """What a reward sees."""
+    return Conversation(
+        prompt.text,
+        text,
+        completion.finished,
+        prompt.messages,
+        prompt.token_ids,
+        completion.token_ids,
+        prompt.fields,
+    )
+
+
+def examples(groups: Sequence[Group], truncated: str, layout: Layout, max_tokens: int) -> list[Example]:
+    """A row for each completion, an example for as many completions of a prompt as fit a micro-batch.
+
+    A completion without a reward has no targets; with truncated="mask" neither has one that was cut. The engine's
+    log-probs stand in the column rollout_logps. Examples hold the same number of rows: a batch wants it so.
+    """
+    made = [[_row(group, k, truncated) for k in range(len(group.completions))] for group in groups]
+    n = len(groups[0].completions)
+
+    def fits(size: int) -> bool:
+        parts = (rows[i : i + size] for rows in made for i in range(0, n, size))
+        return size == 1 or all(num_tokens(part, layout) <= max_tokens for part in parts)
+
+    size = next(d for d in range(n, 0, -1) if n % d == 0 and fits(d))
+    return [
+        Example(tuple(rows[i : i + size]), group.prompt.source, Prompt(group.prompt.token_ids, group.prompt.text))
+        for group, rows in zip(groups, made, strict=True)
+        for i in range(0, n, size)
+    ]
+
+
+def _row(group: Group, k: int, truncated: str) -> Row:
+    completion = group.completions[k]
+    ids = np.array([*group.prompt.token_ids, *completion.token_ids], dtype=np.int32)
+    learnt = not math.isnan(group.scores[k]) and (completion.finished or truncated == "keep")
+    targets = (np.arange(len(ids)) >= len(group.prompt.token_ids)) & learnt
+    logps = completion.logps if learnt else ()
+    return Row(ids, targets, columns={} if logps is None else {"rollout_logps": np.array(logps, dtype=np.float32)})
+
+
+def episodes(
+    groups: Sequence[Group],
+    rows: Sequence[Row],
+    needs: frozenset[str],
+    penalties: Sequence[np.ndarray] | None,
+    values: Sequence[np.ndarray] | None,
+) -> Episodes:
+    """What an estimator sees. rows: of all completions in order, of whose targets the tokens are."""
+    counts = torch.tensor([int(row.targets.sum()) for row in rows])
+    greedy = torch.tensor([g.greedy_score for g in groups], dtype=torch.float64) if "greedy" in needs else None
+    texts = [text for g in groups for text in g.texts]
+    return Episodes(
+        scores=torch.from_numpy(np.concatenate([g.scores for g in groups])).double(),
+        group=torch.arange(len(groups)).repeat_interleave(torch.tensor([len(g.completions) for g in groups])),
+        row=torch.arange(len(rows)).repeat_interleave(counts),
+        truncated=torch.tensor([not c.finished for g in groups for c in g.completions]),
+        greedy=greedy,
+        penalties=None if penalties is None else torch.from_numpy(np.concatenate(penalties)).double(),
+        values=None if values is None else torch.from_numpy(np.concatenate(values)).double(),
+        answers=tuple(final_answer(text) for text in texts) if "answers" in needs else None,
+    )
+
+
+def with_columns(parts: Sequence[Example], estimate: Estimate, more: dict[str, Sequence[np.ndarray]]) -> list[Example]:
+    """The examples whose rows carry the estimate's columns, and `more`: name -> one array for each row."""
+    rows = [row for e in parts for row in e.rows]
+    borders = np.cumsum([int(row.targets.sum()) for row in rows])[:-1]
+    columns = {name: np.split(c.float().numpy(), borders) for name, c in estimate.columns.items()} | more
+    filled = iter(
+        replace(row, columns={**row.columns, **{name: c[i] for name, c in columns.items()}})
+        for i, row in enumerate(rows)
+    )
+    return [replace(e, rows=tuple(next(filled) for _ in e.rows)) for e in parts]
+
+
+def reward_metrics(groups: Sequence[Group], rewards: Rewards) -> dict[str, float]:
+    """Means over what is known, by component; reward/missing counts completions without a score."""
+    table = np.concatenate([g.rewards for g in groups])
+    scores = np.concatenate([g.scores for g in groups])
+    out = {f"reward/{name}": _mean(table[:, k]) for k, name in enumerate(rewards.names)}
+    if groups[0].greedy_rewards is not None:
+        twins = np.stack([g.greedy_rewards for g in groups])  # type: ignore[misc]
+        out |= {f"reward/{name}_greedy": _mean(twins[:, k]) for k, name in enumerate(rewards.names)}
+    lengths = [len(c.token_ids) for g in groups for c in g.completions]
+    return out | {
+        "reward/total": _mean(scores),
+        "reward/total_std": float(np.nanstd(scores)) if (~np.isnan(scores)).any() else math.nan,
+        "reward/missing": int(np.isnan(scores).sum()),
+        "rollout/settled_prompts": float(np.mean([g.settled for g in groups])),
+        "rollout/tokens": float(np.mean(lengths)),
+        "rollout/truncated": float(np.mean([not c.finished for g in groups for c in g.completions])),
+    }
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan

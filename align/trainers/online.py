@@ -1,0 +1,603 @@
+"""`align train` with a policy that learns from what it writes itself: draw, score, estimate, update, sync, again.
+
+Blind to the algorithm: the estimator of advantages and the objective say what they need. A step is a function of the
+weights, the seed and its place among the prompts, so that a killed run does it again as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from align import build, checkpoint
+from align.config import Config, OnlineConfig
+from align.data.prompts import PromptRow, load_prompts, prompts_fingerprint
+from align.engine.local import LocalEngine, learning_rate
+from align.evaluate.passk import pass_at_k_interval
+from align.evaluate.samples import paired_bootstrap
+from align.files import write_whole
+from align.models import Policy, weights_hash
+from align.rewards.build import RewardHost, components
+from align.rollout.base import Sampling
+from align.rundir import environment
+from align.trainers.anchors import Anchors
+from align.trainers.experience import Experience, Group, episodes, examples, reward_metrics, with_columns
+from align.trainers.final import final_table, write_final
+from align.trainers.loop import Anchor, Plan, Trainee, plan, token_values, train_step
+from align.trainers.run import SELF_CHECK_TOLERANCE, Run, SelfCheckError, start
+from align.trainers.signals import Stopped
+from align.types import Example, Prompt, Row
+
+PROBE_PROMPTS = 4  # on which engine and trainer are compared after each sync
+ENGINE_TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}  # nats per token, see trainer.engine_tolerance
+_EVALUATION = 1 << 40  # the seed's key of held-out completions, which no step has
+
+
+def train(config: Config, command: str) -> int:
+    """Run or resume; returns the exit code. Raises ValueError for what the user can cure."""
+    objective = build.objective(config)
+    if getattr(objective, "kind", "pair") != "rollout":
+        raise ValueError(
+            f"objective={config.choices['objective']} learns from data: use trainer=offline, or another objective"
+        )
+    advantage = build.advantage(config)
+    if "values" in advantage.needs and "values" not in objective.needs:
+        raise ValueError(f"advantage={config.choices['advantage']} needs a value head: set objective.value_coefficient")
+    if "values" in objective.needs and "values" not in advantage.needs:
+        raise ValueError(
+            f"objective.value_coefficient has no effect: advantage={config.choices['advantage']} uses no values"
+        )
+    if "steps" in advantage.needs:
+        raise ValueError(
+            f"advantage={config.choices['advantage']} needs rewards of steps, which no component of reward gives yet"
+        )
+    if config.lora.dropout > 0:
+        raise ValueError("lora.dropout must be 0 with trainer=online: the policy that learns is the one that drew")
+    if config.data.gold is not None and "everyday" not in config.choices["data"]:
+        raise ValueError("data.gold has no effect with trainer=online: name it as a component of the reward")
+    return start(config, command, objective, partial(OnlineTraining, advantage))
+
+
+class OnlineTraining(Run):
+    """Online training, in the order it happens."""
+
+    def __init__(self, advantage: Any, config: Config, *rest: Any):
+        super().__init__(config, *rest)
+        assert isinstance(config.trainer, OnlineConfig)
+        self.advantage = advantage
+        self.trainer = config.trainer
+        s = config.sampling
+        self.sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p, s.top_k, tuple(s.stop), config.seed)
+        if self.sampling.greedy:
+            raise ValueError("sampling.temperature=0: all completions of a prompt would be the same; use 1.0")
+        self.single_step = self.trainer.inner_epochs * self.trainer.inner_batches == 1
+        self.old_logps = self.trainer.old_logps
+        if self.old_logps == "auto":
+            engine = self.single_step and self.trainer.kl_in_reward > 0
+            self.old_logps = "engine" if engine else "none" if self.single_step else "trainer"
+        self.rewards: Any = None
+
+    def run(self, command: str) -> int:
+        """Everything from prompts to final/."""
+        config, log = self.config, self.log
+        prompts = load_prompts(config.data, self.tokenizer, self.sampling.max_new_tokens, config.seed)
+        self.train, self.heldout = prompts.train, prompts.heldout[: self.trainer.num_samples]
+        self.out.write_json("audit.json", prompts.audit.as_dict())
+        self.out.write_json("environment.json", environment(command))
+        for line in prompts.audit.lines():
+            log.say(line)
+        self.data_hash = {
+            "data.train": prompts_fingerprint(prompts.train),
+            "data.heldout": prompts_fingerprint(prompts.heldout),
+        }
+        state = self.restore_point(self.data_hash)
+        self.plan = plan(self.trainer, len(self.train), state.progress["schedule_steps"] if state else None)
+        if state is not None and state.step > self.plan.num_steps:
+            raise ValueError(
+                f"trainer.max_steps={self.trainer.max_steps}: {self.out.path} already has {state.step} steps; give "
+                "at least as many, or another run.dir"
+            )
+        if state is not None and state.step == self.plan.num_steps and self.complete(state.step):
+            log.say(f"{self.out.path} is complete at step {state.step}; a larger trainer.max_steps goes on")
+            return 0
+        policy = self._policy()
+        self.model_hash = weights_hash(policy.model)
+        self.check_weights(state, self.model_hash)
+        self._trainee(policy)
+        self._self_check()
+        if state is not None:
+            self.engine.restore(state.model, state.optimizer)
+            log.say(f"resumed {self.out.path} at step {state.step}")
+        self.rewards = components(self._reward_node(), self._reward_host())
+        self.experience = Experience(self.rollout(policy), self.rewards, self.tokenizer)
+        if self.trainer.pass_component not in (None, *self.rewards.names):
+            raise ValueError(
+                f"trainer.pass_component={self.trainer.pass_component}: must be one of {', '.join(self.rewards.names)}"
+            )
+        self._prove(state.step if state else 0)
+        if state is None:
+            self._before()
+        self._fit(state)
+        self._finish(command)
+        return 0
+
+    def close(self) -> None:
+        """Ends the rewards' processes too."""
+        super().close()
+        if self.rewards is not None:
+            self.rewards.close()
+
+    # ------------------------------------------------------------------ building
+
+    def _policy(self) -> Policy:
+        t, s = self.trainer, self.config.sampling
+        longest = max(len(p.token_ids) for p in self.train) + s.max_new_tokens
+        if longest > t.micro_batch_tokens:
+            raise ValueError(
+                f"trainer.micro_batch_tokens={t.micro_batch_tokens}: a prompt with its completion can have {longest} "
+                f"tokens; use at least {longest}"
+            )
+        value_head = "values" in self.advantage.needs
+        policy, lines = self.policy(longest * t.batch_size * s.n, lambda m, layout: Policy(m, layout, value_head))
+        steps = t.inner_epochs * t.inner_batches
+        each = "" if steps == 1 else f", {steps} optimiser steps on each"
+        lines.insert(
+            1,
+            f"plan {self.plan.num_steps} steps of {t.batch_size} prompts from {len(self.train)}, {s.n} completions of "
+            f"each{' and a greedy one' if 'greedy' in self.advantage.needs else ''}{each}; at most "
+            f"{t.micro_batch_tokens} tokens at once",
+        )
+        for line in lines:
+            self.log.say(line)
+        if s.temperature != 1 or s.top_p != 1 or s.top_k != 0:
+            self.log.say(
+                f"completions are drawn with temperature {s.temperature:g}, top_p {s.top_p:g}, top_k {s.top_k}, not "
+                "from the policy itself, whose log-probs are those of temperature 1: a small bias"
+            )
+        return policy
+
+    def _trainee(self, policy: Policy) -> None:
+        config = self.config
+        self.engine = LocalEngine(policy, config.optimizer, self.precision, self.trainer.value_lr_scale)
+        self.reference: Callable[..., Any] | None = None
+        if "reference" in self.objective.needs or self.trainer.kl_in_reward > 0:
+            anchors = Anchors(
+                config, self.engine, self.pretrained, weights_hash(policy.model), [], self.log, self.signals.check
+            )
+            self.reference = anchors.fresh()
+        elif config.reference.path is not None:
+            raise ValueError(f"reference.path={config.reference.path} has no effect: nothing here has a reference")
+        cached = None
+        if "reference" in self.objective.needs:
+            cached = Anchor(lambda rows: [row.columns["reference_logps"] for row in rows], None)
+        self.trainee = Trainee(self.engine, self.objective, policy.layout, config.trainer.micro_batch_tokens, cached)
+
+    def _reward_node(self) -> dict[str, Any]:
+        from omegaconf import OmegaConf
+
+        node = OmegaConf.to_container(self.config.reward, resolve=True)
+        assert isinstance(node, dict)
+        return node  # type: ignore[return-value]
+
+    def _reward_host(self) -> RewardHost:
+        policy = self.engine.policy
+        return RewardHost(
+            policy,
+            self.tokenizer,
+            policy.device,
+            self.autocast,
+            self.trainer.micro_batch_tokens,
+            self.signals.check,
+            self.log.say,
+        )
+
+    # ------------------------------------------------------------------ checks
+
+    def _probe(self) -> list[Example]:
+        rows = [p for p in self.train if len(p.token_ids) > 1][:PROBE_PROMPTS]
+        return [
+            Example(
+                (Row(np.array(p.token_ids, dtype=np.int32), np.arange(len(p.token_ids)) > 0),),
+                p.source,
+                Prompt(p.token_ids, p.text),
+            )
+            for p in rows
+        ]
+
+    def _self_check(self) -> None:
+        """The policy's layout must compute what the model means, and the reference must be the untrained policy."""
+        probe = self._probe()
+        if not probe:
+            self.log.say("self-check left out: no prompt has two tokens")
+            return
+        gap = self.check_layout(self.engine.policy, probe)
+        said = f"self-check passed: layouts agree to {gap:.1e} nats"
+        if self.reference is not None and self.config.reference.path is None:
+            ours, theirs = (self._values(network, probe)["token_logps"] for network in (self._network, self.reference))
+            ratio = max(float(np.abs(a - b).max()) for (a,), (b,) in zip(ours, theirs, strict=True))
+            if not ratio <= SELF_CHECK_TOLERANCE[self.precision]:
+                raise SelfCheckError(
+                    f"self-check: policy and reference differ by {ratio:.2g} nats per token before training; the "
+                    "reference is miswired"
+                )
+            said += f", policy = reference to {ratio:.1e} nats per token"
+        self.log.say(said)
+
+    def _prove(self, step: int) -> dict[str, float]:
+        """What the engine gives the probe's prompts against what the trainer gives them. Raises SelfCheckError."""
+        probe = self._probe()
+        if not probe:
+            return {}
+        there = self.rollout(self.engine.policy).logps([e.prompt.token_ids for e in probe], [1] * len(probe))
+        here = self._values(self._network, probe)["token_logps"]
+        differences = np.concatenate([np.abs(np.array(a) - b) for a, (b,) in zip(there, here, strict=True)])
+        largest = float(differences.max())
+        tolerance = self.trainer.engine_tolerance or ENGINE_TOLERANCE[self.precision_name]
+        if not largest <= tolerance:
+            cause = (
+                "the weights did not reach the engine whole, or it kept what it had computed with older ones"
+                if step
+                else "the engine has other weights, another precision or another attention than the trainer"
+            )
+            raise SelfCheckError(
+                f"step {step}: the engine's log-probs differ from the trainer's by up to {largest:.2g} nats "
+                f"(trainer.engine_tolerance {tolerance:g}); likely {cause}"
+            )
+        return {
+            "rollout/engine_logp_diff_max": largest,
+            "rollout/engine_logp_diff_mean": float(differences.mean()),
+        }
+
+    def _network(self, batch: Any, needs: frozenset[str] = frozenset()) -> Any:
+        return self.engine.forward(batch, needs)
+
+    def _values(
+        self, network: Callable[..., Any], parts: Sequence[Example], names: Sequence[str] = ("token_logps",)
+    ) -> dict[str, list[list[np.ndarray]]]:
+        self.engine.policy.eval()
+        return token_values(
+            network,
+            parts,
+            self.engine.policy.layout,
+            self.trainer.micro_batch_tokens,
+            self.engine.policy.device,
+            names,
+            self.signals.check,
+        )
+
+    # ------------------------------------------------------------------ a step
+
+    def _step(self, step: int) -> dict[str, float]:
+        """Draw, score, estimate, update. Signals are heeded until the first weight changes."""
+        start = time.perf_counter()
+        greedy = "greedy" in self.advantage.needs
+        groups = self._draw(step, greedy)
+        row = reward_metrics(groups, self.rewards)
+        n = self.config.sampling.n
+        missing = row["reward/missing"] / (len(groups) * n)
+        if missing > self.trainer.max_missing_fraction:
+            raise ValueError(
+                f"step {step}: {missing:.0%} of the completions have no reward (trainer.max_missing_fraction="
+                f"{self.trainer.max_missing_fraction:g}); failures so far: {self.rewards.counts}"
+            )
+        t = self.trainer
+        parts = examples(groups, t.truncated, self.engine.policy.layout, t.micro_batch_tokens)
+        before = time.perf_counter()
+        parts, more = self._prepared(groups, parts)
+        self._write_samples(step, groups)
+        updating = time.perf_counter()
+        row |= more | self._update(step, parts)
+        end = time.perf_counter()
+        e = self.experience
+        row |= {
+            "time/generate_s": e.generate_seconds,
+            "time/score_s": e.score_seconds,
+            "time/reference_s": updating - before,
+            "time/update_s": end - updating,
+            "time/step_s": end - start,
+        }
+        e.generate_seconds = e.score_seconds = 0.0
+        return row
+
+    def _draw(self, step: int, greedy: bool) -> list[Group]:
+        """The groups of a step; with extra_draws those that cannot teach are replaced by further prompts'."""
+        size = self.trainer.batch_size
+        kept: list[Group] = []
+        spare: list[Group] = []
+        for draw in range(1 + self.trainer.extra_draws):
+            prompts = self._next_prompts(size - len(kept))
+            groups = self.experience.draw(prompts, self.sampling.at(step, draw), self.config.sampling.n, greedy)
+            if self.trainer.extra_draws == 0:
+                return groups
+            kept += [g for g in groups if not g.settled]
+            spare += [g for g in groups if g.settled]
+            if len(kept) >= size:
+                break
+        return kept or spare[:size]
+
+    def _next_prompts(self, count: int) -> list[PromptRow]:
+        """The next prompts in the order of the epochs; moves the position."""
+        places = Plan(len(self.train), 1, 0, 0)
+        limit = self.plan.limit
+        last = self.position + count
+        out = [
+            self.train[places.indices(k + 1, self.config.seed)[0]]
+            for k in range(self.position, int(min(last, limit)) if math.isfinite(limit) else last)
+        ]
+        self.position += len(out)
+        return out
+
+    def _prepared(self, groups: list[Group], parts: list[Example]) -> tuple[list[Example], dict[str, float]]:
+        """The examples with all columns that the objective reads."""
+        metrics: dict[str, float] = {}
+        columns: dict[str, list[np.ndarray]] = {}
+        rows = [row for e in parts for row in e.rows]
+        if self.reference is not None:
+            columns["reference_logps"] = _flat(self._values(self.reference, parts)["token_logps"])
+        values = "values" in self.advantage.needs
+        if self.old_logps == "trainer" or values:
+            needs = frozenset({"values"} if values else ())
+            names = ("token_logps", "values") if values else ("token_logps",)
+            found = self._values(partial(self._network, needs=needs), parts, names)
+            if self.old_logps == "trainer":
+                columns["old_logps"] = _flat(found["token_logps"])
+        engine = [row.columns["rollout_logps"] for row in rows] if "rollout_logps" in rows[0].columns else None
+        if self.old_logps == "engine":
+            if engine is None:
+                raise ValueError("trainer.old_logps=engine: this rollout tells no log-probs; use trainer")
+            if not self.single_step:
+                columns["old_logps"] = engine
+        old = columns.get("old_logps", engine)
+        penalties = None
+        if self.reference is not None and old is not None:
+            gaps = [a - b for a, b in zip(old, columns["reference_logps"], strict=True)]
+            metrics["kl/reference"] = float(np.mean([gap.sum() for gap in gaps]))
+            if self.trainer.kl_in_reward > 0:
+                penalties = [-self.trainer.kl_in_reward * gap for gap in gaps]
+        if "old_logps" in columns and engine is not None:
+            apart = np.concatenate([np.abs(a - b) for a, b in zip(columns["old_logps"], engine, strict=True)])
+            metrics["rollout/sampled_logp_diff_max"] = float(apart.max()) if len(apart) else 0.0
+        estimate = self.advantage(
+            episodes(groups, rows, self.advantage.needs, penalties, _flat(found["values"]) if values else None)
+        )
+        return with_columns(parts, estimate, columns), metrics | estimate.metrics
+
+    def _update(self, step: int, parts: list[Example]) -> dict[str, float]:
+        """One optimiser step for each inner batch; metrics are their means."""
+        t = self.trainer
+        lr = learning_rate(self.config.optimizer, step, self.plan.schedule_steps)
+        rows = []
+        for epoch in range(t.inner_epochs):
+            order = np.arange(len(parts))
+            if not self.single_step:
+                order = np.random.default_rng([self.config.seed, step, epoch]).permutation(len(parts))
+            for chosen in np.array_split(order, min(t.inner_batches, len(parts))):
+                rows.append(train_step(self.trainee, [parts[i] for i in chosen], lr))
+        keys = dict.fromkeys(k for row in rows for k in row)
+        return {k: float(np.mean([row[k] for row in rows if k in row])) for k in keys}
+
+    # ------------------------------------------------------------------ the loop
+
+    def _fit(self, state: checkpoint.State | None) -> None:
+        step = state.step if state else 0
+        self.position = state.progress["position"] if state else 0
+        pending = state.progress["pending"] if state else None
+        self.log.keep(step - 1 if pending else step)
+        saved = step
+        if pending:
+            self._close_step(step, pending)
+            self._save(step, None)
+        while step < self.plan.num_steps:
+            position = self.position
+            try:
+                row = self._step(step + 1)
+            except Stopped:
+                self.position = position  # the step is done again as a whole
+                if saved != step or step == 0:
+                    self._save(step, None)
+                raise
+            step += 1
+            row["data/epoch"] = self.position / len(self.train)
+            try:
+                self.signals.check()
+                self._close_step(step, row)
+            except Stopped:
+                self._save(step, row)
+                raise
+            if step % self.trainer.save_every == 0 or step == self.plan.num_steps:
+                self._save(step, None)
+                saved = step
+
+    def _close_step(self, step: int, row: dict[str, float]) -> None:
+        """Give the new weights to the engine, prove it, evaluate if it is time, write the row."""
+        start = time.perf_counter()
+        rollout = self.rollout(self.engine.policy)
+        rollout.sync(self.engine.policy)
+        row = row | self._prove(step)
+        synced = time.perf_counter() - start
+        parts = ("generate", "score", "reference", "update")
+        row["time/sync_s"] = synced
+        row["time/step_s"] += synced
+        row["time/other_s"] = row["time/step_s"] - synced - sum(row[f"time/{part}_s"] for part in parts)
+        row |= {f"rollout/{name}": count for name, count in rollout.counts.items()}
+        row |= {f"reward/failed_{name}": count for name, count in self.rewards.counts.items()}
+        last = step == self.plan.num_steps
+        every = self.trainer.eval_every
+        if self.heldout and (last or (every > 0 and step % every == 0)):
+            start = time.perf_counter()
+            groups = self._answers()
+            row |= self._heldout_metrics(groups)
+            row["time/eval_s"] = time.perf_counter() - start
+            if last:
+                self._write_heldout("after", step, groups)
+        self.log.row({"step": step} | row)
+        if step % self.config.log.console_every == 0 or last:
+            self.log.say(_console_line(step, self.plan, row, self.rewards.names))
+
+    def _save(self, step: int, pending: dict[str, float] | None) -> None:
+        self.log.flush()
+        progress = {
+            "schedule_steps": self.plan.schedule_steps,
+            "data": self.data_hash,
+            "model": self.model_hash,
+            "position": self.position,
+            "pending": pending,
+        }
+        state = checkpoint.State(step, self.engine.model_state(), self.engine.optimizer_state(), progress)
+        checkpoint.save(self.out.checkpoints, state, self.trainer.keep_checkpoints)
+
+    # ------------------------------------------------------------------ held-out prompts
+
+    def _answers(self) -> list[Group]:
+        sampling = Sampling(
+            self.trainer.sample_tokens,
+            self.sampling.temperature,
+            self.sampling.top_p,
+            self.sampling.top_k,
+            self.sampling.stop,
+            self.config.seed,
+        ).at(_EVALUATION)
+        groups = self.experience.draw(self.heldout, sampling, self.trainer.heldout_n, greedy=True)
+        self.experience.generate_seconds = self.experience.score_seconds = 0.0  # they are the evaluation's
+        return groups
+
+    def _before(self) -> None:
+        """Answers of the untrained policy; a start that was killed before its first checkpoint writes them anew."""
+        if self.heldout:
+            self._write_heldout("before", 0, self._answers())
+
+    def _heldout_metrics(self, groups: list[Group]) -> dict[str, float]:
+        greedy = np.stack([g.greedy_rewards for g in groups])  # type: ignore[misc]
+        names = self.rewards.names
+        out = {f"heldout/{name}_greedy": float(np.nanmean(greedy[:, k])) for k, name in enumerate(names)}
+        out["heldout/total_greedy"] = float(np.nanmean([g.greedy_score for g in groups]))
+        n = self.trainer.heldout_n
+        if n == 0:
+            return out
+        sampled = np.stack([g.rewards for g in groups])  # [G, n, K]
+        out |= {f"heldout/{name}": float(np.nanmean(sampled[..., k])) for k, name in enumerate(names)}
+        which = names.index(self.trainer.pass_component or names[0])
+        right = np.nan_to_num(sampled[..., which]) >= 1.0
+        for k in sorted({1, n} | {2**i for i in range(1, n.bit_length()) if 2**i < n}):
+            interval = pass_at_k_interval(right.tolist(), k)
+            out |= {f"heldout/pass@{k}": interval.mean}
+            out |= {f"heldout/pass@{k}_low": interval.low, f"heldout/pass@{k}_high": interval.high}
+        return out
+
+    def _write_heldout(self, phase: str, step: int, groups: list[Group]) -> None:
+        path = self.out.path / f"heldout-{phase}.jsonl"
+        write_whole(path, "".join(json.dumps(_line(step, g, self.rewards.names)) + "\n" for g in groups))
+
+    def _write_samples(self, step: int, groups: list[Group]) -> None:
+        if self.trainer.samples_every == 0 or step % self.trainer.samples_every:
+            return
+        folder = self.out.path / "samples"
+        folder.mkdir(exist_ok=True)
+        text = "".join(json.dumps(_line(step, g, self.rewards.names)) + "\n" for g in groups)
+        try:
+            write_whole(folder / f"step-{step:06d}.jsonl", text)
+        except OSError as error:
+            raise checkpoint.WriteFailed(folder / f"step-{step:06d}.jsonl", error, len(text)) from error
+
+    # ------------------------------------------------------------------ the end
+
+    def _finish(self, command: str) -> None:
+        step = self.plan.num_steps
+        rows = [json.loads(line) for line in (self.out.path / "metrics.jsonl").read_text().splitlines()]
+        last = rows[-1]
+        summary: dict[str, Any] = {
+            "step": step,
+            "merged": self.config.merge,
+            "seconds": time.perf_counter() - self.started,
+            "heldout": f"{len(self.heldout)} prompts",
+            "metrics": {k: v for k, v in last.items() if k.startswith(("loss/", "heldout/")) and v is not None},
+            "kl": last.get("kl/reference"),
+        }
+        if self.heldout:
+            summary["rewards"] = self._changes()
+        write_final(
+            self.out.final,
+            self.engine.policy,
+            self.tokenizer,
+            self.generation_config,
+            self.config,
+            self.pretrained.name,
+            command,
+            summary,
+        )
+        self.out.write_json("summary.json", summary)
+        self.log.console.print(final_table(summary))
+        self.log.say(f"model {self.out.final}, evidence {self.out.path}")
+
+    def _changes(self) -> dict[str, Any]:
+        """Mean greedy reward of the held-out prompts before and after, by component, with the paired interval."""
+        phases = []
+        for phase in ("before", "after"):
+            lines = (self.out.path / f"heldout-{phase}.jsonl").read_text().splitlines()
+            phases.append([json.loads(line)["greedy"] for line in lines])
+        out = {}
+        names = self.rewards.names
+        for name in names if len(names) == 1 else (*names, "total"):
+            pairs = [[_value(g, name) for g in phase] for phase in phases]
+            known = [(a, b) for a, b in zip(*pairs, strict=True) if a is not None and b is not None]
+            if not known:
+                continue
+            before, after = zip(*known, strict=True)
+            change = paired_bootstrap(before, after)
+            out[name] = {
+                "count": len(known),
+                "before": float(np.mean(before)),
+                "after": float(np.mean(after)),
+                "change": {"mean": change.mean, "low": change.low, "high": change.high},
+            }
+        return out
+
+
+def _value(greedy: dict[str, Any], name: str) -> float | None:
+    return greedy["score"] if name == "total" else greedy["rewards"][name]
+
+
+def _flat(parts: list[list[np.ndarray]]) -> list[np.ndarray]:
+    return [rows for part in parts for rows in part]
+
+
+def _line(step: int, group: Group, names: Sequence[str]) -> dict[str, Any]:
+    """A prompt with its completions, for people and for JSON."""
+
+    def one(text: str, completion: Any, rewards: np.ndarray, score: float) -> dict[str, Any]:
+        known = {name: None if math.isnan(r) else float(r) for name, r in zip(names, rewards, strict=True)}
+        return {
+            "completion": text,
+            "tokens": len(completion.token_ids),
+            "stop": completion.stop,
+            "rewards": known,
+            "score": None if math.isnan(score) else float(score),
+        }
+
+    samples = zip(group.texts, group.completions, group.rewards, group.scores, strict=True)
+    out: dict[str, Any] = {
+        "step": step,
+        "source": group.prompt.source,
+        "prompt": group.prompt.text,
+        "samples": [one(*sample) for sample in samples],
+    }
+    if group.greedy is not None:
+        assert group.greedy_rewards is not None
+        out["greedy"] = one(group.greedy_text, group.greedy, group.greedy_rewards, group.greedy_score)
+    return out
+
+
+def _console_line(step: int, plan: Plan, row: dict[str, float], names: Sequence[str]) -> str:
+    left = (plan.num_steps - step) * row["time/step_s"]
+    parts = [f"step {step}/{plan.num_steps}"]
+    parts += [f"{name} {row[f'reward/{name}']:.3f}" for name in names if f"reward/{name}" in row]
+    short = {"kl/reference": "KL", "rollout/tokens": "tokens", "heldout/total_greedy": "held-out"}
+    parts += [f"{word} {row[key]:.3g}" for key, word in short.items() if key in row]
+    seconds = (f"{part} {row[f'time/{part}_s']:.1f}" for part in ("generate", "score", "update", "sync"))
+    return "  ".join([*parts, f"seconds: {', '.join(seconds)}", f"{left:.0f} s left"])

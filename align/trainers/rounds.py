@@ -1,0 +1,348 @@
+"""What a round of iterated training keeps: scored completions, the rows that are learnt from, held-out answers.
+
+All numbers are told from the files, so that a round which was killed and goes on cannot differ. When which file is made
+is iterate.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align.checkpoint import WriteFailed
+from align.data.chat import prompt_ids
+from align.data.pairs import Rule, pairs_of
+from align.data.prompts import PromptRow
+from align.data.scored import Sample, Scored
+from align.evaluate.passk import bootstrap, pass_at_k_interval
+from align.evaluate.samples import paired_bootstrap
+from align.files import write_whole
+from align.rollout.base import Completion
+from align.trainers.experience import Group
+
+Line = dict[str, Any]  # a prompt with its completions, the form that scored.read_scored reads
+ORIGIN = "on_policy"
+
+
+# ---------------------------------------------------------------------- files
+
+
+def begin(directory: Path, key: Mapping[str, Any]) -> bool:
+    """Make `directory` the place of what depends on `key`; whether something older was thrown away for it."""
+    path = directory / "key.json"
+    wanted = json.loads(json.dumps(key, default=str))
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) == wanted:
+        return False
+    stale = directory.exists()
+    if stale:
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)
+    write(path, json.dumps(wanted, indent=1) + "\n")
+    return stale
+
+
+def write(path: Path, text: str) -> None:
+    """A file, whole or not there. Raises WriteFailed when the disk is full."""
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise WriteFailed(path, error, len(text)) from error
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A line a row."""
+    write(path, "".join(json.dumps(row, default=str) + "\n" for row in rows))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """What write_rows wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def slices(count: int, rounds: int, per_round: int | None, setting: str) -> list[range]:
+    """The places of each round's prompts among `count`: consecutive, none in two rounds.
+
+    setting: where the prompts come from, for the message. Raises ValueError if there are too few.
+    """
+    needed = rounds * (per_round or 1)
+    if needed > count:
+        raise ValueError(
+            f"trainer.rounds={rounds} with trainer.prompts_per_round={per_round or 'null'} need {needed} prompts, "
+            f"{setting} has {count}; lower one of them or give more (data.repeat=[2] sees each prompt twice)"
+        )
+    if per_round is not None:
+        return [range(r * per_round, (r + 1) * per_round) for r in range(rounds)]
+    return [range(r * count // rounds, (r + 1) * count // rounds) for r in range(rounds)]
+
+
+def line_of(group: Group, names: Sequence[str], tokenizer: Any) -> Line:
+    """A group as it is written; its greedy completion, if there is one, comes last."""
+    drawn = list(zip(group.completions, group.texts, group.rewards, group.scores, strict=True))
+    lines = [_completion(group.prompt, *one, names) for one in drawn]
+    if group.greedy is not None:
+        assert group.greedy_rewards is not None
+        twin = _completion(
+            group.prompt, group.greedy, group.greedy_text, group.greedy_rewards, group.greedy_score, names
+        )
+        lines.append({**twin, "greedy": True})
+    return {"source": group.prompt.source, "prompt": _prompt(group.prompt, tokenizer), "completions": lines}
+
+
+def _completion(
+    prompt: PromptRow, completion: Completion, text: str, rewards: np.ndarray, score: float, names: Sequence[str]
+) -> dict[str, Any]:
+    start = len(prompt.token_ids)
+    ids = [*prompt.token_ids, *completion.token_ids]
+    return {
+        "text": text,
+        "token_ids": ids,
+        "spans": [["prompt", 0, start, False], ["assistant", start, len(ids), True]],
+        "finished": completion.finished,
+        "origin": ORIGIN,
+        "rewards": {name: _number(r) for name, r in zip(names, rewards, strict=True)},
+        "score": _number(score),
+    }
+
+
+def _prompt(row: PromptRow, tokenizer: Any) -> Any:
+    """The prompt as data sets write it; of a row that came as tokens the text of these."""
+    if row.messages is not None:
+        return list(row.messages)
+    if row.text and tuple(prompt_ids(tokenizer, row.text)) == row.token_ids:
+        return row.text
+    return tokenizer.decode(row.token_ids, skip_special_tokens=False)
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+# ---------------------------------------------------------------------- what is learnt from
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A round's training rows and the account of its prompts: prompts = used + dropped."""
+
+    rows: list[dict[str, Any]]
+    prompts: int
+    used: int
+    dropped: Mapping[str, int]  # prompts by reason
+
+    def metrics(self) -> dict[str, float]:
+        """For the round's line of metrics.jsonl."""
+        out: dict[str, float] = {"data/rows": len(self.rows), "data/prompts": self.prompts, "data/used": self.used}
+        return out | {f"data/dropped_{reason}": count for reason, count in sorted(self.dropped.items())}
+
+    def line(self) -> str:
+        """For people."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items())) or "none"
+        return f"{len(self.rows)} rows from {self.used} of {self.prompts} prompts; left out: {reasons}"
+
+
+Select = Callable[[Sequence[Line]], Chosen]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs by a rule of pairs.py; prompts whose scores are all equal, or fewer than two, are left out before it."""
+
+    rule: Rule
+    max_per_prompt: int | None
+    seed: int
+
+    def __call__(self, lines: Sequence[Line]) -> Chosen:
+        """Rows of chosen and rejected."""
+        dropped: Counter[str] = Counter()
+        kept = []
+        for scored in map(scored_of, lines):
+            known = [s.score for s in scored.samples if s.score is not None and not s.empty]
+            if len(known) < 2:
+                dropped["missing_reward"] += 1
+            elif len(set(known)) == 1:
+                dropped["all_equal"] += 1
+            else:
+                kept.append(scored)
+        rows, account = pairs_of(kept, self.rule, self.max_per_prompt, self.seed)
+        return Chosen(rows, len(lines), account.prompts_used, dropped + Counter(account.prompts_dropped))
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    """The best completion of each prompt, the first on ties, if it scores at least min_score: rejection sampling."""
+
+    min_score: float | None
+
+    def __call__(self, lines: Sequence[Line]) -> Chosen:
+        """Rows to imitate."""
+        rows = []
+        dropped: Counter[str] = Counter()
+        for scored in map(scored_of, lines):
+            known = [s for s in scored.samples if s.score is not None and not s.empty]
+            if not known:
+                dropped["missing_reward"] += 1
+                continue
+            best = max(known, key=lambda s: s.score)  # type: ignore[arg-type, return-value]
+            assert best.score is not None
+            if self.min_score is not None and best.score < self.min_score:
+                dropped["below_min_score"] += 1
+            else:
+                rows.append(_row(scored, best))
+        return Chosen(rows, len(lines), len(rows), dropped)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Every completion with its label: desirable if it scores at least min_score."""
+
+    min_score: float
+
+    def __call__(self, lines: Sequence[Line]) -> Chosen:
+        """Rows with a label."""
+        rows = []
+        used = 0
+        dropped: Counter[str] = Counter()
+        for scored in map(scored_of, lines):
+            known = [s for s in scored.samples if s.score is not None and not s.empty]
+            used += bool(known)
+            if not known:
+                dropped["missing_reward"] += 1
+            rows += [{**_row(scored, s), "label": s.score >= self.min_score} for s in known]  # type: ignore[operator]
+        return Chosen(rows, len(lines), used, dropped)
+
+
+@dataclass(frozen=True)
+class BestAndWorst:
+    """Both sides of each pair of a rule, each with its label, and each once."""
+
+    pairs: Pairs
+
+    def __call__(self, lines: Sequence[Line]) -> Chosen:
+        """Rows with a label; of all completions with one text the first stands for them."""
+        pairs = self.pairs(lines)
+        rows: dict[tuple[bool, tuple[int, ...]], dict[str, Any]] = {}
+        for pair in pairs.rows:
+            for side, label in (("chosen", True), ("rejected", False)):
+                row = {**pair[side], "score": pair[f"{side}_score"], "label": label, "origin": ORIGIN}
+                rows.setdefault((label, tuple(row["token_ids"])), row)
+        return Chosen(list(rows.values()), pairs.prompts, pairs.used, pairs.dropped)
+
+
+def scored_of(line: Line) -> Scored:
+    """A line as pair rules read it."""
+    return Scored(
+        line["prompt"],
+        tuple(
+            Sample(
+                c["score"],
+                c["text"],
+                {"token_ids": c["token_ids"], "spans": c["spans"]},
+                c["origin"],
+                c["finished"],
+                line["source"],
+            )
+            for c in line["completions"]
+        ),
+    )
+
+
+def _row(scored: Scored, sample: Sample) -> dict[str, Any]:
+    """A completion by its exact tokens; messages are for reading."""
+    prompt = [{"role": "user", "content": scored.prompt}] if isinstance(scored.prompt, str) else list(scored.prompt)
+    said = [{"role": "assistant", "content": sample.completion}]
+    return {
+        **(sample.tokens or {}),
+        "messages": [*prompt, *said],
+        "finished": sample.finished,
+        "score": sample.score,
+        "origin": sample.origin,
+    }
+
+
+# ---------------------------------------------------------------------- numbers
+
+
+def sample_metrics(lines: Sequence[Line], names: Sequence[str]) -> dict[str, float]:
+    """Means of what was drawn, over what has a reward; the greedy completions by themselves."""
+    drawn = [c for line in lines for c in line["completions"] if not c.get("greedy")]
+    greedy = [c for line in lines for c in line["completions"] if c.get("greedy")]
+    scores = _known([c["score"] for c in drawn])
+    out = {f"reward/{name}": _mean([c["rewards"][name] for c in drawn]) for name in names}
+    if greedy:
+        out |= {f"reward/{name}_greedy": _mean([c["rewards"][name] for c in greedy]) for name in names}
+    return out | {
+        "reward/total": float(np.mean(scores)) if scores else math.nan,
+        "reward/total_std": float(np.std(scores)) if scores else math.nan,
+        "reward/missing": len(drawn) - len(scores),
+        "rollout/settled_prompts": float(
+            np.mean([len(set(_known([c["score"] for c in line["completions"]]))) < 2 for line in lines])
+        ),
+        "rollout/tokens": float(np.mean([c["spans"][-1][2] - c["spans"][-1][1] for c in drawn])),
+        "rollout/truncated": float(np.mean([not c["finished"] for c in drawn])),
+    }
+
+
+def heldout_metrics(lines: Sequence[Line], names: Sequence[str], pass_component: str | None) -> dict[str, float]:
+    """Mean reward of the greedy completions with its 95 % bootstrap interval over prompts; of the drawn ones the means
+    and pass@k of a component (null: the first) that is 1 for a right completion."""
+    out: dict[str, float] = {}
+    for name in ("total", *names):
+        values = _known([greedy_reward(line, name) for line in lines])
+        if values:
+            interval = bootstrap(values)
+            out |= {f"heldout/{name}_greedy": interval.mean}
+            out |= {f"heldout/{name}_greedy_low": interval.low, f"heldout/{name}_greedy_high": interval.high}
+    drawn = [[c for c in line["completions"] if not c.get("greedy")] for line in lines]
+    n = len(drawn[0])
+    if n == 0:
+        return out
+    out |= {f"heldout/{name}": _mean([c["rewards"][name] for group in drawn for c in group]) for name in names}
+    which = pass_component or names[0]
+    right = [[(c["rewards"][which] or 0.0) >= 1.0 for c in group] for group in drawn]
+    for k in sorted({1, n} | {2**i for i in range(1, n.bit_length()) if 2**i < n}):
+        interval = pass_at_k_interval(right, k)
+        out |= {f"heldout/pass@{k}": interval.mean}
+        out |= {f"heldout/pass@{k}_low": interval.low, f"heldout/pass@{k}_high": interval.high}
+    return out
+
+
+def greedy_reward(line: Line, name: str) -> float | None:
+    """Of the greedy completion of a held-out prompt; name: a component, or total."""
+    greedy = line["completions"][-1]
+    return greedy["score"] if name == "total" else greedy["rewards"][name]
+
+
+def changes(before: Sequence[Line], after: Sequence[Line], names: Sequence[str]) -> dict[str, Any]:
+    """Mean greedy reward of the held-out prompts before and after, by component, with the paired interval."""
+    out = {}
+    for name in names if len(names) == 1 else (*names, "total"):
+        values = [(greedy_reward(a, name), greedy_reward(b, name)) for a, b in zip(before, after, strict=True)]
+        known = [(a, b) for a, b in values if a is not None and b is not None]
+        if not known:
+            continue
+        first, last = zip(*known, strict=True)
+        change = paired_bootstrap(first, last)
+        out[name] = {
+            "count": len(known),
+            "before": float(np.mean(first)),
+            "after": float(np.mean(last)),
+            "change": {"mean": change.mean, "low": change.low, "high": change.high},
+        }
+    return out
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [v for v in values if v is not None]
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = _known(values)
+    return float(np.mean(known)) if known else math.nan
