@@ -29,18 +29,22 @@ demo: $(STAMP)
 	$(VENV)/bin/align train recipe=wpo trainer.max_steps=16 run.dir=runs/demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not gpu"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -m "not gpu"
 
 # What needs seeds and intervals; writes docs/experiments.
 experiments: $(STAMP)
 	$(PY) -m tests.experiments.wpo_everyday
 	$(PY) -m tests.experiments.multiturn
 	$(PY) -m tests.experiments.family
+	$(PY) -m tests.experiments.remax_toy
+	$(PY) -m tests.experiments.pure_toy
+	$(PY) -m tests.experiments.remax
 
-# DPO against TRL side by side; writes docs/benchmarks.md.
+# DPO and the online update against TRL side by side; writes docs/benchmarks.md and docs/benchmarks_online.md.
 bench: $(STAMP)
 	$(VENV)/bin/uv pip install -q --python $(PY) --no-deps -r requirements/bench.txt
 	OMP_NUM_THREADS=1 $(PY) -m tests.bench.dpo_vs_trl
+	OMP_NUM_THREADS=1 $(PY) -m tests.bench.online_vs_trl
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

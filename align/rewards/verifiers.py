@@ -29,7 +29,7 @@ class ReasoningGym:
     """reasoning-gym's own verifier of the row's task, in [0, 1]. Columns: task, entry (JSON or a mapping).
 
     entry: what reasoning-gym made: question, answer, metadata. extract: score the final answer in the completion
-    (align.data.reasoning.final_answer) instead of all of it. partial: keep what the verifier gives for an answer that
+    (align.data.reasoning.final_answer) where it has one, boxed, announced or a number, else all of it. partial: keep what the verifier gives for an answer that
     is nearly right; without, only its full score counts.
     """
 
@@ -41,9 +41,8 @@ class ReasoningGym:
     def __call__(self, completion: str, task: str, entry: str | Mapping[str, Any]) -> float:
         """The score of a completion."""
         known = json.loads(entry) if isinstance(entry, str) else dict(entry)
-        answer = final_answer(completion) if self.extract else completion
-        if answer is None:
-            return 0.0
+        # the answer of many a task is a word: nothing marks it
+        answer = (final_answer(completion) if self.extract else None) or completion
         score = float(_scorer(task)(answer, known))
         return score if self.partial else float(score == 1.0)
 

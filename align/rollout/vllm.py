@@ -211,7 +211,18 @@ class VLLMRollout:
         rank = max(config.r for config in self.policy.model.peft_config.values())  # type: ignore[union-attr]
         if rank > _RANKS[-1]:
             raise ValueError(f"model.lora.rank={rank}: vLLM takes ranks up to {_RANKS[-1]}")
-        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(r for r in _RANKS if r >= rank)}
+        # by name, without the head: vLLM 0.32 dies in its LoRA head on prompt log-probs of two prompts on a CPU
+        layers = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in self._adapter_weights()}
+        return {
+            "enable_lora": True,
+            "max_loras": 1,
+            "max_lora_rank": next(r for r in _RANKS if r >= rank),
+            "lora_target_modules": sorted(layers),
+        }
+
+    def _adapter_weights(self) -> Iterator[tuple[str, Any]]:
+        """Names and weights of the adapter's first factors."""
+        return ((name, p) for name, p in self.policy.model.named_parameters() if ".lora_A." in name)
 
     def _sync(self, policy: Policy, reset: bool) -> None:
         """reset=False leaves the prefix cache as it is: for the test that shows why it may not be left."""

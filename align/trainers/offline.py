@@ -258,7 +258,10 @@ class Training(Run):
     def _finish(self, command: str) -> None:
         step = self.plan.num_steps
         if self.answers.prompts or self.collector is not None:
-            self.rollout(self.engine.policy).sync(self.engine.policy)
+            rollout = self.rollout(self.engine.policy)
+            rollout.sync(self.engine.policy)
+            if self.collector is not None:
+                self.collector.loop.rollout = rollout
         samples = self.answers.after(step)
         kl = self.answers.kl(self.anchors.network(self.trainee.reference)) if samples else None
         last = json.loads((self.out.path / "metrics.jsonl").read_text().splitlines()[-1])

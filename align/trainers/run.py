@@ -16,7 +16,7 @@ from align import build, checkpoint
 from align.config import Config
 from align.device import available_bytes, memory_plan, pick_device, pick_precision, pick_recompute
 from align.log import Log
-from align.models import Policy, choose_layout, enable_recompute, lora, probe_layout
+from align.models import Policy, choose_layout, enable_recompute, is_peft, lora, probe_layout
 from align.pretrained import Pretrained
 from align.rollout.base import EngineFailed, Host, Rollout
 from align.rundir import RunDirectory
@@ -47,6 +47,7 @@ class Run:
         self._loaded: Any = None
         self._rollout: Rollout | None = None
         self._label = ""
+        self._adapted = False
 
     def run(self, command: str) -> int:
         """Everything; returns the exit code."""
@@ -138,8 +139,13 @@ class Run:
     # ------------------------------------------------------------------ the rollout
 
     def rollout(self, policy: Policy) -> Rollout:
-        """The backend of the group rollout; one for the whole run, which `policy` is given to when it is made."""
+        """The backend of the group rollout, which `policy` is given to when it is made; another one if the policy has
+        got adapters since."""
+        if self._rollout is not None and self._adapted != is_peft(policy.model):
+            self._rollout.close()
+            self._rollout = None
         if self._rollout is None:
+            self._adapted = is_peft(policy.model)
             host = Host(
                 policy,
                 self.tokenizer,

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-RECIPES = "dpo,ipo,ln_dpo,apo,aot,rpo,kto,simpo,orpo,inpo,sft"
+RECIPES = "dpo,ipo,ln_dpo,apo,aot,rpo,kto,simpo,orpo,inpo_offline,sft"
 
 
 def run(recipe: str, steps: int, samples: int, runs: Path) -> dict[str, Any]:

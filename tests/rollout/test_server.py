@@ -21,7 +21,7 @@ from align.rollout.base import EngineFailed, Host, Sampling
 from align.rollout.hf import HFRollout
 from align.rollout.server import VLLMServerRollout
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm_server")]
 
 TOKENIZER = byte_tokenizer()
 TOLERANCE = 1e-4  # nats; float32 on both sides, differences measured below 2e-5
