@@ -51,14 +51,15 @@ def below(folder: str) -> list[str]:
         ("config.py", set()),
         ("files.py", set()),
         *((file, {"align.types", "align.stats", "align.objectives"}) for file in below("objectives")),
+        *((file, {"align.types", "align.advantages"}) for file in below("advantages")),
     ],
 )
 def test_lower_layers(file, allowed):
     assert {name if name in allowed else name.rpartition(".")[0] for name in ours(file)} <= allowed
 
 
-@pytest.mark.parametrize("file", below("objectives"))
-def test_objectives_need_torch_only(file):
+@pytest.mark.parametrize("file", below("objectives") + below("advantages"))
+def test_objectives_and_advantages_need_torch_only(file):
     assert packages(file) <= {"__future__", "collections", "dataclasses", "typing", "math", "torch", "align"}
 
 
@@ -74,6 +75,11 @@ def test_objectives_need_torch_only(file):
 )
 def test_owner_of_a_heavy_package(package, allowed):
     assert {file for file in FILES if package in packages(file)} <= allowed
+
+
+@pytest.mark.parametrize("file", below("rollout") + below("rewards"))
+def test_rollouts_and_rewards_know_no_loop(file):
+    assert not any(name.startswith(("align.trainers", "align.engine", "align.objectives")) for name in ours(file))
 
 
 @pytest.mark.parametrize("file", [f for f in below("data") if f != MAKE])

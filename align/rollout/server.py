@@ -28,10 +28,9 @@ import torch
 
 from align.data import chat
 from align.models import Policy, is_peft
-from align.rollout.base import GREEDY, Completion, EngineFailed, Host, Sampling, Stop, check_request, seed_of
+from align.rollout.base import GREEDY, Completion, EngineFailed, Host, Sampling, Stop, seed_of
 from align.rollout.transfer import write_adapter, write_model
-
-TESTED = "0.32"  # the releases that align was tested with: this one and its patches
+from align.rollout.vllm import TESTED, check_draws
 
 _START = "python -m align.rollout.serve --model DIRECTORY --port"
 _PREFIX = "align-"  # of the names of adapters on a server
@@ -137,9 +136,7 @@ class VLLMServerRollout:
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int = 1, greedy: bool = False
     ) -> list[list[Completion]]:
         """See Rollout. Raises EngineFailed when requests have no answer after `retries` more attempts."""
-        check_request(prompts, sampling, n, greedy)
-        if not sampling.greedy and not 0.01 <= sampling.temperature <= 2:
-            raise ValueError(f"temperature={sampling.temperature}: vLLM takes 0 (greedy) and 0.01 to 2")
+        check_draws(prompts, sampling, n, greedy)
         rows = [[int(token) for token in prompt] for prompt in prompts]
         self._check_tokens(rows, sampling.max_new_tokens, "prompt")
         samples = [*range(n), *([GREEDY] if greedy else [])]

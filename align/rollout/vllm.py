@@ -38,6 +38,13 @@ _TICK_SECONDS = 0.5  # between two calls of Host.check while waiting
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+def check_draws(prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, greedy: bool) -> None:
+    """Raises ValueError for what vLLM cannot do, or would do otherwise without a word."""
+    check_request(prompts, sampling, n, greedy)
+    if not sampling.greedy and not 0.01 <= sampling.temperature <= 2:
+        raise ValueError(f"temperature={sampling.temperature}: vLLM takes 0 (greedy) and 0.01 to 2")
+
+
 class VLLMRollout:
     """A vLLM engine that gets the policy's weights at each sync; see configs/rollout/vllm.yaml for the keys.
 
@@ -133,9 +140,7 @@ class VLLMRollout:
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int = 1, greedy: bool = False
     ) -> list[list[Completion]]:
         """See Rollout. Raises EngineFailed when max_restarts are used up."""
-        check_request(prompts, sampling, n, greedy)
-        if not sampling.greedy and not 0.01 <= sampling.temperature <= 2:
-            raise ValueError(f"temperature={sampling.temperature}: vLLM takes 0 (greedy) and 0.01 to 2")
+        check_draws(prompts, sampling, n, greedy)
         samples = [*range(n), *([GREEDY] if greedy else [])]
         self._check_tokens(prompts, sampling.max_new_tokens, "prompt")
         draws = [
