@@ -630,7 +630,7 @@ def test_every_option_builds_and_runs(path):
     if "length" in config.keys():  # noqa: SIM118 - a missing value is not "in"
         config.length = 9
     estimator = instantiate(config)
-    assert estimator.needs <= {"greedy", "values", "steps", "answers"}
+    assert estimator.needs <= {"greedy", "values", "steps", "answers", "group"}
     episodes = rollout(4)
     unneeded = {"greedy", "values", "steps", "answers"} - estimator.needs
     found = estimator(replace(episodes, **dict.fromkeys(unneeded)))

@@ -111,7 +111,7 @@ FAMILY = {
     "kto-all-weights": (["recipe=kto", "lora.rank=0", "lora.dropout=0", "reference.mode=model"], "labelled"),
     "sft": (["recipe=sft", "trainer.epochs=2", "trainer.max_steps=null"], "single"),
     "aot": (["recipe=", "objective=aot", "lora.rank=4"], "pair"),
-    "inpo": (["recipe=inpo"], "pair"),
+    "inpo": (["recipe=inpo_offline"], "pair"),
     "mix": (["recipe=", "objective=mix", "lora.rank=4"], "pair"),
     "orpo": (["recipe=orpo"], "pair"),
 }

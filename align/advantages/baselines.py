@@ -118,7 +118,7 @@ class RLOO:
     penalty: str
     score_clip: Sequence[float] | None
 
-    needs = frozenset()
+    needs = frozenset({"group"})
 
     def __post_init__(self) -> None:
         one_of("penalty", self.penalty, PENALTIES)
@@ -146,7 +146,7 @@ class GRPO:
     penalty: str
     score_clip: Sequence[float] | None
 
-    needs = frozenset()
+    needs = frozenset({"group"})
 
     def __post_init__(self) -> None:
         positive("epsilon", self.epsilon)
@@ -179,7 +179,10 @@ class ReinforcePlusPlus:
     score_clip: Sequence[float] | None
     variance: str
 
-    needs = frozenset()
+    @property
+    def needs(self) -> frozenset[str]:
+        """A group only for its baseline."""
+        return frozenset({"group"} if self.group_baseline else ())
 
     def __post_init__(self) -> None:
         within("gamma", self.gamma, 0, 1)

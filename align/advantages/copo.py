@@ -48,7 +48,7 @@ class COPO:
     divide_by_std: bool
     epsilon: float
 
-    needs = frozenset({"answers"})
+    needs = frozenset({"answers", "group"})
 
     def __post_init__(self) -> None:
         one_of("blend", self.blend, BLENDS)

@@ -114,6 +114,10 @@ class Rollout(Protocol):
         """From now on generate with this policy's weights as they are now; nothing computed with older ones is kept."""
         ...
 
+    def sleep(self) -> None:
+        """Give up what memory it can while the policy is updated; any other call wakes it."""
+        ...
+
     def close(self) -> None:
         """Give up memory and processes."""
         ...

@@ -86,6 +86,9 @@ class HFRollout:
         """Generate with `policy` from now on; a policy that was trained in place needs no call."""
         self.policy = policy
 
+    def sleep(self) -> None:
+        """Nothing is held."""
+
     def close(self) -> None:
         """Nothing is held."""
 

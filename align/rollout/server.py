@@ -163,6 +163,9 @@ class VLLMServerRollout:
         self._write(policy)
         self._give(self.servers, "new weights")
 
+    def sleep(self) -> None:
+        """Servers have memory of their own."""
+
     def close(self) -> None:
         """Remove the files that were written for the servers; they themselves go on."""
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -39,9 +39,22 @@ class Group:
 
     @property
     def settled(self) -> bool:
-        """Whether all rewards are the same, so that no baseline within the prompt leaves anything to learn."""
+        """Whether all rewards are the same, that of the greedy completion too, or the one to compare with is missing:
+        then no baseline within the prompt leaves anything to learn."""
         known = self.scores[~np.isnan(self.scores)]
-        return len(known) == 0 or bool((known == known[0]).all())
+        if self.greedy is None:
+            return len(known) == 0 or bool((known == known[0]).all())
+        return self.unlearnt or bool((known == self.greedy_score).all())
+
+    @property
+    def unlearnt(self) -> bool:
+        """Whether the greedy completion, with which the others are to be compared, has no reward."""
+        return self.greedy is not None and math.isnan(self.greedy_score)
+
+    @property
+    def missing(self) -> int:
+        """Completions without a score, the greedy one among them."""
+        return int(np.isnan(self.scores).sum()) + self.unlearnt
 
 
 class Experience:
@@ -105,15 +118,16 @@ def conversation(prompt: PromptRow, completion: Completion, text: str) -> Conver
 def examples(groups: Sequence[Group], truncated: str, layout: Layout, max_tokens: int) -> list[Example]:
     """A row for each completion, an example for as many completions of a prompt as fit a micro-batch.
 
-    A completion without a reward has no targets; with truncated="mask" neither has one that was cut. The engine's
-    log-probs stand in the column rollout_logps. Examples hold the same number of rows: a batch wants it so.
+    A completion without a reward has no targets, nor has one whose prompt's greedy completion has none; with
+    truncated="mask" neither has one that was cut. The engine's log-probs stand in the column rollout_logps. Examples
+    hold the same number of rows: a batch wants it so.
     """
     made = [[_row(group, k, truncated) for k in range(len(group.completions))] for group in groups]
     n = len(groups[0].completions)
 
     def fits(size: int) -> bool:
         parts = (rows[i : i + size] for rows in made for i in range(0, n, size))
-        return size == 1 or all(num_tokens(part, layout) <= max_tokens for part in parts)
+        return size == 1 or all(_cost(part, layout) <= max_tokens for part in parts)
 
     size = next(d for d in range(n, 0, -1) if n % d == 0 and fits(d))
     return [
@@ -123,13 +137,23 @@ def examples(groups: Sequence[Group], truncated: str, layout: Layout, max_tokens
     ]
 
 
+def _cost(rows: Sequence[Row], layout: Layout) -> int:
+    """Tokens of the rows in a micro-batch, padding included."""
+    if layout == "padded":
+        return len(rows) * max(len(row.token_ids) for row in rows)
+    return num_tokens(rows, layout)
+
+
 def _row(group: Group, k: int, truncated: str) -> Row:
     completion = group.completions[k]
     ids = np.array([*group.prompt.token_ids, *completion.token_ids], dtype=np.int32)
-    learnt = not math.isnan(group.scores[k]) and (completion.finished or truncated == "keep")
+    scored = not math.isnan(group.scores[k]) and not group.unlearnt
+    learnt = scored and (completion.finished or truncated == "keep")
     targets = (np.arange(len(ids)) >= len(group.prompt.token_ids)) & learnt
+    if completion.logps is None:
+        return Row(ids, targets)
     logps = completion.logps if learnt else ()
-    return Row(ids, targets, columns={} if logps is None else {"rollout_logps": np.array(logps, dtype=np.float32)})
+    return Row(ids, targets, columns={"rollout_logps": np.array(logps, dtype=np.float32)})
 
 
 def episodes(
@@ -168,24 +192,32 @@ def with_columns(parts: Sequence[Example], estimate: Estimate, more: dict[str, S
 
 
 def reward_metrics(groups: Sequence[Group], rewards: Rewards) -> dict[str, float]:
-    """Means over what is known, by component; reward/missing counts completions without a score."""
+    """Means over what is known, by component, left out where nothing is; reward/missing counts completions without a
+    score, greedy ones among them."""
     table = np.concatenate([g.rewards for g in groups])
     scores = np.concatenate([g.scores for g in groups])
-    out = {f"reward/{name}": _mean(table[:, k]) for k, name in enumerate(rewards.names)}
+    out = component_means(table, rewards.names, "reward/{}") | means({"reward/total": scores})
     if groups[0].greedy_rewards is not None:
         twins = np.stack([g.greedy_rewards for g in groups])  # type: ignore[misc]
-        out |= {f"reward/{name}_greedy": _mean(twins[:, k]) for k, name in enumerate(rewards.names)}
+        out |= component_means(twins, rewards.names, "reward/{}_greedy")
+    known = scores[~np.isnan(scores)]
+    if len(known):
+        out["reward/total_std"] = float(known.std())
     lengths = [len(c.token_ids) for g in groups for c in g.completions]
     return out | {
-        "reward/total": _mean(scores),
-        "reward/total_std": float(np.nanstd(scores)) if (~np.isnan(scores)).any() else math.nan,
-        "reward/missing": int(np.isnan(scores).sum()),
+        "reward/missing": sum(g.missing for g in groups),
         "rollout/settled_prompts": float(np.mean([g.settled for g in groups])),
         "rollout/tokens": float(np.mean(lengths)),
         "rollout/truncated": float(np.mean([not c.finished for g in groups for c in g.completions])),
     }
 
 
-def _mean(values: np.ndarray) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else math.nan
+def component_means(table: np.ndarray, names: Sequence[str], form: str) -> dict[str, float]:
+    """Means of the columns of rewards [..., K], a name in `form` for each; as means."""
+    return means({form.format(name): table[..., k] for k, name in enumerate(names)})
+
+
+def means(values: dict[str, np.ndarray]) -> dict[str, float]:
+    """Means over what is no NaN; a name of which nothing is known is left out."""
+    known = {name: v[~np.isnan(v)] for name, v in values.items()}
+    return {name: float(v.mean()) for name, v in known.items() if v.size}

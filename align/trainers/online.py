@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from align import build, checkpoint
 from align.config import Config, OnlineConfig
@@ -24,10 +27,19 @@ from align.evaluate.samples import paired_bootstrap
 from align.files import write_whole
 from align.models import Policy, weights_hash
 from align.rewards.build import RewardHost, components
-from align.rollout.base import Sampling
+from align.rollout.base import EngineFailed, Sampling
 from align.rundir import environment
 from align.trainers.anchors import Anchors
-from align.trainers.experience import Experience, Group, episodes, examples, reward_metrics, with_columns
+from align.trainers.experience import (
+    Experience,
+    Group,
+    component_means,
+    episodes,
+    examples,
+    means,
+    reward_metrics,
+    with_columns,
+)
 from align.trainers.final import final_table, write_final
 from align.trainers.loop import Anchor, Plan, Trainee, plan, token_values, train_step
 from align.trainers.run import SELF_CHECK_TOLERANCE, Run, SelfCheckError, start
@@ -37,6 +49,10 @@ from align.types import Example, Prompt, Row
 PROBE_PROMPTS = 4  # on which engine and trainer are compared after each sync
 ENGINE_TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}  # nats per token, see trainer.engine_tolerance
 _EVALUATION = 1 << 40  # the seed's key of held-out completions, which no step has
+
+
+class RewardsMissing(ValueError):
+    """Too many completions of a step have no reward."""
 
 
 def train(config: Config, command: str) -> int:
@@ -61,7 +77,42 @@ def train(config: Config, command: str) -> int:
         raise ValueError("lora.dropout must be 0 with trainer=online: the policy that learns is the one that drew")
     if config.data.gold is not None and "everyday" not in config.choices["data"]:
         raise ValueError("data.gold has no effect with trainer=online: name it as a component of the reward")
+    _check(config, objective, advantage)
     return start(config, command, objective, partial(OnlineTraining, advantage))
+
+
+def _check(config: Config, objective: Any, advantage: Any) -> None:
+    """Raises ValueError for settings that do not go together, before a model is loaded."""
+    t, n = config.trainer, config.sampling.n
+    assert isinstance(t, OnlineConfig)
+    assert config.reward is not None
+    names = [str(name) for name in config.reward]
+    if config.sampling.temperature == 0:
+        raise ValueError("sampling.temperature=0: all completions of a prompt would be the same; use 1.0")
+    if n == 1 and "group" in advantage.needs:
+        raise ValueError(
+            f"sampling.n=1: advantage={config.choices['advantage']} compares the completions of a prompt and would "
+            "have no baseline; use sampling.n=2 or more, or advantage=remax"
+        )
+    if n == 1 and t.extra_draws > 0 and "greedy" not in advantage.needs:
+        raise ValueError(
+            f"trainer.extra_draws={t.extra_draws}: all completions of a prompt are the same one with sampling.n=1; "
+            "use sampling.n=2 or more"
+        )
+    if t.inner_batches > t.batch_size:
+        raise ValueError(
+            f"trainer.inner_batches={t.inner_batches}: the trainer.batch_size={t.batch_size} prompts of a step cannot "
+            "be divided among so many; use at most as many"
+        )
+    if t.pass_component not in (None, *names):
+        raise ValueError(f"trainer.pass_component={t.pass_component}: must be one of {', '.join(names)}")
+    if t.pass_component is not None and t.heldout_n == 0:
+        raise ValueError(f"trainer.pass_component={t.pass_component} has no effect with trainer.heldout_n=0")
+    if config.reference.path is not None and "reference" not in objective.needs and t.kl_in_reward == 0:
+        raise ValueError(
+            f"reference.path={config.reference.path} has no effect: nothing here has a reference; set "
+            "trainer.kl_in_reward or objective.kl_coefficient"
+        )
 
 
 class OnlineTraining(Run):
@@ -74,14 +125,14 @@ class OnlineTraining(Run):
         self.trainer = config.trainer
         s = config.sampling
         self.sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p, s.top_k, tuple(s.stop), config.seed)
-        if self.sampling.greedy:
-            raise ValueError("sampling.temperature=0: all completions of a prompt would be the same; use 1.0")
         self.single_step = self.trainer.inner_epochs * self.trainer.inner_batches == 1
         self.old_logps = self.trainer.old_logps
         if self.old_logps == "auto":
             engine = self.single_step and self.trainer.kl_in_reward > 0
             self.old_logps = "engine" if engine else "none" if self.single_step else "trainer"
         self.rewards: Any = None
+        self.failures: Counter[str] = Counter()  # since step 0, by metric
+        self._tallied: Counter[str] = Counter()  # of this process
 
     def run(self, command: str) -> int:
         """Everything from prompts to final/."""
@@ -111,15 +162,17 @@ class OnlineTraining(Run):
         self.check_weights(state, self.model_hash)
         self._trainee(policy)
         self._self_check()
+        torch.manual_seed(config.seed)  # nothing here draws from it; a reward in this process may
         if state is not None:
             self.engine.restore(state.model, state.optimizer)
             log.say(f"resumed {self.out.path} at step {state.step}")
+            if self.plan.num_steps > self.plan.schedule_steps:
+                log.say(f"steps after {self.plan.schedule_steps} keep the schedule's last learning rate")
         self.rewards = components(self._reward_node(), self._reward_host())
+        if not self.rewards.weights.any():
+            raise ValueError("reward: no component has a weight, so nothing can be learnt; set reward.NAME.weight")
         self.experience = Experience(self.rollout(policy), self.rewards, self.tokenizer)
-        if self.trainer.pass_component not in (None, *self.rewards.names):
-            raise ValueError(
-                f"trainer.pass_component={self.trainer.pass_component}: must be one of {', '.join(self.rewards.names)}"
-            )
+        self._forget(state.step if state else 0)
         self._prove(state.step if state else 0)
         if state is None:
             self._before()
@@ -129,9 +182,11 @@ class OnlineTraining(Run):
 
     def close(self) -> None:
         """Ends the rewards' processes too."""
-        super().close()
-        if self.rewards is not None:
-            self.rewards.close()
+        try:
+            super().close()
+        finally:
+            if self.rewards is not None:
+                self.rewards.close()
 
     # ------------------------------------------------------------------ building
 
@@ -167,12 +222,8 @@ class OnlineTraining(Run):
         self.engine = LocalEngine(policy, config.optimizer, self.precision, self.trainer.value_lr_scale)
         self.reference: Callable[..., Any] | None = None
         if "reference" in self.objective.needs or self.trainer.kl_in_reward > 0:
-            anchors = Anchors(
-                config, self.engine, self.pretrained, weights_hash(policy.model), [], self.log, self.signals.check
-            )
+            anchors = Anchors(config, self.engine, self.pretrained, self.model_hash, [], self.log, self.signals.check)
             self.reference = anchors.fresh()
-        elif config.reference.path is not None:
-            raise ValueError(f"reference.path={config.reference.path} has no effect: nothing here has a reference")
         cached = None
         if "reference" in self.objective.needs:
             cached = Anchor(lambda rows: [row.columns["reference_logps"] for row in rows], None)
@@ -277,22 +328,24 @@ class OnlineTraining(Run):
         """Draw, score, estimate, update. Signals are heeded until the first weight changes."""
         start = time.perf_counter()
         greedy = "greedy" in self.advantage.needs
-        groups = self._draw(step, greedy)
-        row = reward_metrics(groups, self.rewards)
-        n = self.config.sampling.n
-        missing = row["reward/missing"] / (len(groups) * n)
-        if missing > self.trainer.max_missing_fraction:
-            raise ValueError(
-                f"step {step}: {missing:.0%} of the completions have no reward (trainer.max_missing_fraction="
-                f"{self.trainer.max_missing_fraction:g}); failures so far: {self.rewards.counts}"
-            )
+        groups, drawn = self._draw(step, greedy)
+        row = reward_metrics(drawn, self.rewards)
+        total = len(drawn) * (self.config.sampling.n + greedy)
         t = self.trainer
+        if row["reward/missing"] > t.max_missing_fraction * total:
+            raise RewardsMissing(
+                f"step {step}: {row['reward/missing']} of {total} completions have no reward "
+                f"(trainer.max_missing_fraction={t.max_missing_fraction:g}); failures since this start: "
+                f"{', '.join(f'{n} {name}' for name, n in self.rewards.counts.items()) or 'none told'}"
+            )
+        if t.extra_draws > 0:
+            row |= {"rollout/drawn_prompts": len(drawn), "rollout/kept_prompts": len(groups)}
         parts = examples(groups, t.truncated, self.engine.policy.layout, t.micro_batch_tokens)
         before = time.perf_counter()
         parts, more = self._prepared(groups, parts)
-        self._write_samples(step, groups)
+        self._write_samples(step, drawn)
         updating = time.perf_counter()
-        row |= more | self._update(step, parts)
+        row |= more | self._update(step, parts, len(groups))
         end = time.perf_counter()
         e = self.experience
         row |= {
@@ -305,33 +358,29 @@ class OnlineTraining(Run):
         e.generate_seconds = e.score_seconds = 0.0
         return row
 
-    def _draw(self, step: int, greedy: bool) -> list[Group]:
-        """The groups of a step; with extra_draws those that cannot teach are replaced by further prompts'."""
-        size = self.trainer.batch_size
+    def _draw(self, step: int, greedy: bool) -> tuple[list[Group], list[Group]]:
+        """The groups that a step learns from, and all that were drawn; with extra_draws those that cannot teach are
+        replaced by further prompts', from the next pass where this one has no more."""
+        # the last step of the epochs has what is left
+        size = int(min(self.trainer.batch_size, self.plan.limit - (step - 1) * self.trainer.batch_size))
         kept: list[Group] = []
-        spare: list[Group] = []
+        drawn: list[Group] = []
         for draw in range(1 + self.trainer.extra_draws):
             prompts = self._next_prompts(size - len(kept))
             groups = self.experience.draw(prompts, self.sampling.at(step, draw), self.config.sampling.n, greedy)
             if self.trainer.extra_draws == 0:
-                return groups
+                return groups, groups
+            drawn += groups
             kept += [g for g in groups if not g.settled]
-            spare += [g for g in groups if g.settled]
-            if len(kept) >= size:
+            if len(kept) == size:
                 break
-        return kept or spare[:size]
+        return kept or drawn[:size], drawn
 
     def _next_prompts(self, count: int) -> list[PromptRow]:
-        """The next prompts in the order of the epochs; moves the position."""
+        """The next prompts in the order of the passes; moves the position."""
         places = Plan(len(self.train), 1, 0, 0)
-        limit = self.plan.limit
-        last = self.position + count
-        out = [
-            self.train[places.indices(k + 1, self.config.seed)[0]]
-            for k in range(self.position, int(min(last, limit)) if math.isfinite(limit) else last)
-        ]
-        self.position += len(out)
-        return out
+        first, self.position = self.position, self.position + count
+        return [self.train[places.indices(k + 1, self.config.seed)[0]] for k in range(first, self.position)]
 
     def _prepared(self, groups: list[Group], parts: list[Example]) -> tuple[list[Example], dict[str, float]]:
         """The examples with all columns that the objective reads."""
@@ -357,7 +406,9 @@ class OnlineTraining(Run):
         penalties = None
         if self.reference is not None and old is not None:
             gaps = [a - b for a, b in zip(old, columns["reference_logps"], strict=True)]
-            metrics["kl/reference"] = float(np.mean([gap.sum() for gap in gaps]))
+            spoken = [gap.sum(dtype=np.float64) for gap in gaps if len(gap)]
+            if spoken:
+                metrics["kl/reference"] = float(np.mean(spoken))
             if self.trainer.kl_in_reward > 0:
                 penalties = [-self.trainer.kl_in_reward * gap for gap in gaps]
         if "old_logps" in columns and engine is not None:
@@ -368,17 +419,20 @@ class OnlineTraining(Run):
         )
         return with_columns(parts, estimate, columns), metrics | estimate.metrics
 
-    def _update(self, step: int, parts: list[Example]) -> dict[str, float]:
-        """One optimiser step for each inner batch; metrics are their means."""
+    def _update(self, step: int, parts: list[Example], num_prompts: int) -> dict[str, float]:
+        """One optimiser step for each inner batch; metrics are their means. The examples of a prompt, as many as its
+        completions need, stay together: what an inner batch holds does not depend on the size of micro-batches."""
         t = self.trainer
+        self.rollout(self.engine.policy).sleep()
         lr = learning_rate(self.config.optimizer, step, self.plan.schedule_steps)
+        each = len(parts) // num_prompts
         rows = []
         for epoch in range(t.inner_epochs):
-            order = np.arange(len(parts))
+            order = np.arange(num_prompts)
             if not self.single_step:
-                order = np.random.default_rng([self.config.seed, step, epoch]).permutation(len(parts))
-            for chosen in np.array_split(order, min(t.inner_batches, len(parts))):
-                rows.append(train_step(self.trainee, [parts[i] for i in chosen], lr))
+                order = np.random.default_rng([self.config.seed, step, epoch]).permutation(num_prompts)
+            for chosen in np.array_split(order, min(t.inner_batches, num_prompts)):
+                rows.append(train_step(self.trainee, [p for i in chosen for p in parts[i * each : (i + 1) * each]], lr))
         keys = dict.fromkeys(k for row in rows for k in row)
         return {k: float(np.mean([row[k] for row in rows if k in row])) for k in keys}
 
@@ -387,6 +441,7 @@ class OnlineTraining(Run):
     def _fit(self, state: checkpoint.State | None) -> None:
         step = state.step if state else 0
         self.position = state.progress["position"] if state else 0
+        self.failures.update(state.progress["failures"] if state else {})
         pending = state.progress["pending"] if state else None
         self.log.keep(step - 1 if pending else step)
         saved = step
@@ -397,17 +452,19 @@ class OnlineTraining(Run):
             position = self.position
             try:
                 row = self._step(step + 1)
-            except Stopped:
+            except (Stopped, EngineFailed, RewardsMissing) as stop:
                 self.position = position  # the step is done again as a whole
-                if saved != step or step == 0:
+                # a start that failed before its first step binds nobody to its settings
+                if saved != step or (step == 0 and isinstance(stop, Stopped)):
                     self._save(step, None)
                 raise
             step += 1
+            self._tally()
             row["data/epoch"] = self.position / len(self.train)
             try:
                 self.signals.check()
                 self._close_step(step, row)
-            except Stopped:
+            except (Stopped, EngineFailed):
                 self._save(step, row)
                 raise
             if step % self.trainer.save_every == 0 or step == self.plan.num_steps:
@@ -425,8 +482,6 @@ class OnlineTraining(Run):
         row["time/sync_s"] = synced
         row["time/step_s"] += synced
         row["time/other_s"] = row["time/step_s"] - synced - sum(row[f"time/{part}_s"] for part in parts)
-        row |= {f"rollout/{name}": count for name, count in rollout.counts.items()}
-        row |= {f"reward/failed_{name}": count for name, count in self.rewards.counts.items()}
         last = step == self.plan.num_steps
         every = self.trainer.eval_every
         if self.heldout and (last or (every > 0 and step % every == 0)):
@@ -436,6 +491,8 @@ class OnlineTraining(Run):
             row["time/eval_s"] = time.perf_counter() - start
             if last:
                 self._write_heldout("after", step, groups)
+        self._tally()
+        row |= self.failures
         self.log.row({"step": step} | row)
         if step % self.config.log.console_every == 0 or last:
             self.log.say(_console_line(step, self.plan, row, self.rewards.names))
@@ -447,10 +504,28 @@ class OnlineTraining(Run):
             "data": self.data_hash,
             "model": self.model_hash,
             "position": self.position,
+            "failures": dict(self.failures),
             "pending": pending,
         }
         state = checkpoint.State(step, self.engine.model_state(), self.engine.optimizer_state(), progress)
         checkpoint.save(self.out.checkpoints, state, self.trainer.keep_checkpoints)
+
+    def _tally(self) -> None:
+        """Count what failed since the last tally. What a stop makes undone was not tallied: it is counted when it is
+        done again."""
+        now = Counter({f"rollout/{name}": n for name, n in self.rollout(self.engine.policy).counts.items()})
+        now.update({f"reward/failed_{name}": n for name, n in self.rewards.counts.items()})
+        for name, n in now.items():
+            self.failures[name] += n - self._tallied[name]
+        self._tallied = now
+
+    def _forget(self, step: int) -> None:
+        """Remove what was written after `step`, from which the run goes on; metrics.jsonl is the log's."""
+        for path in (self.out.path / "samples").glob("step-*.jsonl"):
+            if int(path.stem.removeprefix("step-")) > step:
+                path.unlink()
+        if step == 0:
+            (self.out.path / "heldout-after.jsonl").unlink(missing_ok=True)
 
     # ------------------------------------------------------------------ held-out prompts
 
@@ -469,19 +544,21 @@ class OnlineTraining(Run):
 
     def _before(self) -> None:
         """Answers of the untrained policy; a start that was killed before its first checkpoint writes them anew."""
+        (self.out.path / "heldout-before.jsonl").unlink(missing_ok=True)
         if self.heldout:
             self._write_heldout("before", 0, self._answers())
+        self._tally()
 
     def _heldout_metrics(self, groups: list[Group]) -> dict[str, float]:
         greedy = np.stack([g.greedy_rewards for g in groups])  # type: ignore[misc]
         names = self.rewards.names
-        out = {f"heldout/{name}_greedy": float(np.nanmean(greedy[:, k])) for k, name in enumerate(names)}
-        out["heldout/total_greedy"] = float(np.nanmean([g.greedy_score for g in groups]))
+        out = component_means(greedy, names, "heldout/{}_greedy")
+        out |= means({"heldout/total_greedy": np.array([g.greedy_score for g in groups])})
         n = self.trainer.heldout_n
         if n == 0:
             return out
         sampled = np.stack([g.rewards for g in groups])  # [G, n, K]
-        out |= {f"heldout/{name}": float(np.nanmean(sampled[..., k])) for k, name in enumerate(names)}
+        out |= component_means(sampled, names, "heldout/{}")
         which = names.index(self.trainer.pass_component or names[0])
         right = np.nan_to_num(sampled[..., which]) >= 1.0
         for k in sorted({1, n} | {2**i for i in range(1, n.bit_length()) if 2**i < n}):
@@ -491,26 +568,33 @@ class OnlineTraining(Run):
         return out
 
     def _write_heldout(self, phase: str, step: int, groups: list[Group]) -> None:
-        path = self.out.path / f"heldout-{phase}.jsonl"
-        write_whole(path, "".join(json.dumps(_line(step, g, self.rewards.names)) + "\n" for g in groups))
+        self._write_groups(self.out.path / f"heldout-{phase}.jsonl", step, groups)
 
     def _write_samples(self, step: int, groups: list[Group]) -> None:
         if self.trainer.samples_every == 0 or step % self.trainer.samples_every:
             return
         folder = self.out.path / "samples"
         folder.mkdir(exist_ok=True)
+        self._write_groups(folder / f"step-{step:06d}.jsonl", step, groups)
+
+    def _write_groups(self, path: Path, step: int, groups: list[Group]) -> None:
         text = "".join(json.dumps(_line(step, g, self.rewards.names)) + "\n" for g in groups)
         try:
-            write_whole(folder / f"step-{step:06d}.jsonl", text)
+            write_whole(path, text)
         except OSError as error:
-            raise checkpoint.WriteFailed(folder / f"step-{step:06d}.jsonl", error, len(text)) from error
+            raise checkpoint.WriteFailed(path, error, len(text)) from error
 
     # ------------------------------------------------------------------ the end
 
     def _finish(self, command: str) -> None:
         step = self.plan.num_steps
-        rows = [json.loads(line) for line in (self.out.path / "metrics.jsonl").read_text().splitlines()]
-        last = rows[-1]
+        last = json.loads((self.out.path / "metrics.jsonl").read_text().splitlines()[-1])
+        if self.heldout and self._heldout_step("after") != step:  # trainer.max_steps was lowered to where the run is
+            groups = self._answers()
+            last |= self._heldout_metrics(groups)
+            self._write_heldout("after", step, groups)
+        # what a component put into the policy's model is not the policy's
+        self.rewards.close()
         summary: dict[str, Any] = {
             "step": step,
             "merged": self.config.merge,
@@ -534,6 +618,10 @@ class OnlineTraining(Run):
         self.out.write_json("summary.json", summary)
         self.log.console.print(final_table(summary))
         self.log.say(f"model {self.out.final}, evidence {self.out.path}")
+
+    def _heldout_step(self, phase: str) -> int | None:
+        path = self.out.path / f"heldout-{phase}.jsonl"
+        return json.loads(path.read_text().partition("\n")[0])["step"] if path.exists() else None
 
     def _changes(self) -> dict[str, Any]:
         """Mean greedy reward of the held-out prompts before and after, by component, with the paired interval."""

@@ -101,8 +101,8 @@ class Run:
         else:
             model = model.float()
         policy = make(model, layout)
-        for module in policy.modules():  # LoRA's dropout is the only one that was asked for
-            if isinstance(module, torch.nn.Dropout) and config.lora.rank == 0:
+        for name, module in policy.named_modules():  # LoRA's dropout is the only one that was asked for
+            if isinstance(module, torch.nn.Dropout) and ".lora_dropout." not in name:
                 module.p = 0.0
         trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
         total = sum(p.numel() for p in policy.parameters())
