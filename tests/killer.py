@@ -199,7 +199,8 @@ def _serve() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
     from peft import LoraConfig, get_peft_model  # noqa: F401
 
-    import align.trainers.offline  # noqa: F401
+    import align.trainers.iterate
+    import align.trainers.online  # noqa: F401
 
     with contextlib.suppress(ImportError), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from align import build, checkpoint
 from align.config import Config
 from align.data.examples import Wanted
@@ -18,12 +16,11 @@ from align.engine.local import LocalEngine, learning_rate
 from align.evaluate.samples import paired_bootstrap
 from align.models import Policy, choose_layout, weights_hash
 from align.pretrained import Pretrained
-from align.rundir import environment
 from align.trainers.anchors import Anchors
 from align.trainers.answers import Answers
 from align.trainers.collect import Collector
 from align.trainers.final import final_table, summarise, write_final
-from align.trainers.loop import Plan, Trainee, evaluate, plan, reference_gap, token_plan, train_step
+from align.trainers.loop import Plan, Trainee, evaluate, reference_gap, token_plan, train_step
 from align.trainers.run import SELF_CHECK_TOLERANCE, Run, SelfCheckError, start
 from align.trainers.signals import Stopped
 
@@ -66,22 +63,12 @@ class Training(Run):
                 log.say(line)
             settings = replace(settings, train=str(collected.file(wanted.kind or "pair")), heldout=None)
         data = load(settings, self.tokenizer, wanted, config.seed)
-        self.out.write_json("audit.json", data.audit.as_dict())
-        self.out.write_json("environment.json", environment(command))
-        for line in data.audit.lines():
-            log.say(line)
+        self.account(data.audit, command)
         self.train, self.heldout = data.train, data.heldout
 
         self.data_hash = {"data.train": fingerprint(data.train), "data.heldout": fingerprint(data.heldout)}
         state = self.restore_point(self.data_hash)
-        self.plan = plan(config.trainer, len(self.train), state.progress["schedule_steps"] if state else None)
-        if state is not None and state.step > self.plan.num_steps:
-            raise ValueError(
-                f"trainer.max_steps={config.trainer.max_steps}: {self.out.path} already has {state.step} steps; give "
-                "at least as many, or another run.dir"
-            )
-        if state is not None and state.step == self.plan.num_steps and self.complete(state.step):
-            log.say(f"{self.out.path} is complete at step {state.step}; a larger trainer.max_steps goes on")
+        if self.planned(state, len(self.train)):
             return 0
 
         policy = self._policy()
@@ -93,12 +80,7 @@ class Training(Run):
         self.answers = Answers(self, self.engine, self.heldout)
         self.answers.before()
         self._loss_before()
-        torch.manual_seed(config.seed)
-        if state is not None:
-            trainee.engine.restore(state.model, state.optimizer)
-            log.say(f"resumed {self.out.path} at step {state.step}")
-        if state is not None and self.plan.num_steps > self.plan.schedule_steps:
-            log.say(f"steps after {self.plan.schedule_steps} keep the schedule's last learning rate")
+        self.restore(self.engine, state)
         self._fit(state)
         self._finish(command)
         return 0

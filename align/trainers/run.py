@@ -14,13 +14,15 @@ import torch
 
 from align import build, checkpoint
 from align.config import Config
+from align.data.audit import Audit
 from align.device import available_bytes, memory_plan, pick_device, pick_precision, pick_recompute
+from align.engine.local import LocalEngine
 from align.log import Log
 from align.models import Policy, choose_layout, enable_recompute, is_peft, lora, probe_layout
 from align.pretrained import Pretrained
 from align.rollout.base import EngineFailed, Host, Rollout
-from align.rundir import RunDirectory
-from align.trainers.loop import NonFinite
+from align.rundir import RunDirectory, environment
+from align.trainers.loop import NonFinite, plan
 from align.trainers.signals import Signals, Stopped
 from align.types import Example
 
@@ -196,6 +198,37 @@ class Run:
                     f"{key} has other rows than when {self.out.path} was started; give another run.dir or the same data"
                 )
         return state
+
+    def account(self, audit: Audit, command: str) -> None:
+        """What the run reads and where it runs, for people and on disk."""
+        self.out.write_json("audit.json", audit.as_dict())
+        self.out.write_json("environment.json", environment(command))
+        for line in audit.lines():
+            self.log.say(line)
+
+    def planned(self, state: checkpoint.State | None, num_examples: int) -> bool:
+        """Sets the plan; returns whether nothing is left to do. Raises ValueError for fewer steps than are done."""
+        trainer = self.config.trainer
+        self.plan = plan(trainer, num_examples, state.progress["schedule_steps"] if state else None)
+        if state is not None and state.step > self.plan.num_steps:
+            raise ValueError(
+                f"trainer.max_steps={trainer.max_steps}: {self.out.path} already has {state.step} steps; give at least "
+                "as many, or another run.dir"
+            )
+        done = state is not None and state.step == self.plan.num_steps and self.complete(state.step)
+        if done:
+            self.log.say(f"{self.out.path} is complete at step {state.step}; a larger trainer.max_steps goes on")
+        return done
+
+    def restore(self, engine: LocalEngine, state: checkpoint.State | None) -> None:
+        """The engine as it was at the checkpoint, and torch's generator; at the start, the generator seeded."""
+        torch.manual_seed(self.config.seed)
+        if state is None:
+            return
+        engine.restore(state.model, state.optimizer)
+        self.log.say(f"resumed {self.out.path} at step {state.step}")
+        if self.plan.num_steps > self.plan.schedule_steps:
+            self.log.say(f"steps after {self.plan.schedule_steps} keep the schedule's last learning rate")
 
     def check_weights(self, state: checkpoint.State | None, model_hash: str) -> None:
         """Raises ValueError if the run was started from other weights."""
