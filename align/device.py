@@ -33,7 +33,7 @@ def pick_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, str]
 def _matmul_seconds(dtype: torch.dtype, device: torch.device) -> float:
     a, b = torch.ones(64, 512, dtype=dtype, device=device), torch.ones(512, 512, dtype=dtype, device=device)
     best = float("inf")
-    for _ in range(3):
+    for _ in range(20):
         start = time.perf_counter()
         torch.mm(a, b)
         best = min(best, time.perf_counter() - start)

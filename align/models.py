@@ -89,7 +89,7 @@ class Policy(nn.Module):
     def as_reference(self) -> Iterator[None]:
         """Inside, the policy is its own reference: adapter off, dropout off, no gradients."""
         if not is_peft(self.model):
-            raise ValueError("reference.mode=adapter needs LoRA: set model.lora.rank, or use reference.mode=cached")
+            raise ValueError("reference.mode=adapter needs LoRA: set lora.rank, or use reference.mode=cached")
         training = self.training
         self.eval()
         try:
@@ -211,7 +211,7 @@ def lora(lm: Any, *, rank: int, alpha: float, dropout: float, targets: str | lis
     from peft import LoraConfig, get_peft_model
 
     if targets != "all-linear" and any("lm_head" in t for t in targets):
-        raise ValueError("model.lora.targets: lm_head cannot carry an adapter; leave it out")
+        raise ValueError("lora.targets: lm_head cannot carry an adapter; leave it out")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = get_peft_model(

@@ -221,7 +221,7 @@ class _Online:
     def _value_term(self, policy: Stats, batch: PackedBatch) -> tuple[Term, dict[str, Tensor]]:
         values = policy.values
         assert values is not None
-        cure = "which an estimator with a value head computes, such as gae; use objective.value_coefficient=0 without"
+        cure = "which an estimator with a value head computes, such as ppo; use objective.value_coefficient=0 without"
         returns = _column(batch, "returns", values, cure)
         errors = (values - returns).square()
         measured = {

@@ -6,8 +6,8 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from align.rewards.worker import Refused, resolve
 
 # Of a component that the command line names without an option of configs/reward.
 DEFAULT_WEIGHT = 1.0
+STEPS_WEIGHT = 0.0  # of one that gives rewards of steps: its number is no part of the sum
 DEFAULT_SECONDS = 10.0  # deadline of a call
 
 
@@ -34,25 +35,54 @@ class RewardHost:
     micro_batch_tokens: int = 8192  # padded tokens of a forward
     check: Callable[[], None] = lambda: None
     say: Callable[[str], None] = lambda line: None
+    name: str = ""  # of the component
+
+
+class StepReward(Protocol):
+    """A component with a class attribute gives_steps = True: rewards of steps instead of a number; see Reward."""
+
+    counts: dict[str, int]
+
+    def steps(self, conversations: Sequence[Conversation]) -> list[np.ndarray]:
+        """For each completion a reward where a step ends, NaN elsewhere [its tokens] float64; NaN everywhere where
+        there is none."""
+        ...
+
+    def close(self) -> None:
+        """Give up processes and memory."""
+        ...
 
 
 class Rewards:
     """K components in the order of the settings."""
 
-    def __init__(self, parts: Mapping[str, Reward], weights: Sequence[float]):
+    def __init__(self, parts: Mapping[str, Reward | StepReward], weights: Sequence[float]):
         self.names = tuple(parts)
         self.weights = np.asarray(weights, dtype=np.float64)  # [K]
         self._parts = dict(parts)
+        self.steps_name = next((name for name, part in parts.items() if gives_steps(part)), None)
 
     def score(self, conversations: Sequence[Conversation]) -> np.ndarray:
-        """Rewards [N, K] float64, not weighted, in the order of the conversations; NaN where a component has none."""
+        """Rewards [N, K] float64, not weighted, in the order of the conversations; NaN where a component has none.
+
+        Of a component that gives rewards of steps the smallest one.
+        """
+        return self.score_with_steps(conversations)[0]
+
+    def score_with_steps(self, conversations: Sequence[Conversation]) -> tuple[np.ndarray, list[np.ndarray] | None]:
+        """The same, and the rewards of steps of the component steps_name: see StepReward. None: there is no such."""
         columns = np.full((len(conversations), len(self.names)), math.nan)
+        rows: list[np.ndarray] | None = None if self.steps_name is None else []
         if len(conversations):
-            for k, part in enumerate(self._parts.values()):
-                columns[:, k] = part(conversations)
+            for k, (name, part) in enumerate(self._parts.items()):
+                if name == self.steps_name:
+                    rows = [_finite(row) for row in part.steps(conversations)]  # type: ignore[union-attr]
+                    columns[:, k] = [np.fmin.reduce(row, initial=math.nan) for row in rows]
+                else:
+                    columns[:, k] = part(conversations)  # type: ignore[operator]
         # a component in this process may forget to look
         columns[~np.isfinite(columns)] = math.nan
-        return columns
+        return columns, rows
 
     @property
     def counts(self) -> dict[str, int]:
@@ -74,18 +104,34 @@ def components(node: Mapping[str, Any], host: RewardHost) -> Rewards:
     if not node:
         raise ValueError("no reward: choose reward=everyday_gold, or name one: reward.NAME._target_=my.module.function")
     settings = {str(name): _checked(str(name), part) for name, part in node.items()}
-    parts: dict[str, Reward] = {}
+    parts: dict[str, Reward | StepReward] = {}
     try:
         for name, (target, _, seconds, keys) in settings.items():
-            parts[name] = _component(name, target, seconds, keys, host)
+            parts[name] = _component(name, target, seconds, keys, replace(host, name=name))
+        stepped = [name for name, part in parts.items() if gives_steps(part)]
+        if len(stepped) > 1:
+            raise ValueError(f"reward: {' and '.join(stepped)} give rewards of steps; keep one of them")
     except BaseException:
         for part in parts.values():
             part.close()
         raise
-    return Rewards(parts, [weight for _, weight, _, _ in settings.values()])
+    weights = []
+    for name, (_, weight, _, _) in settings.items():
+        usual = STEPS_WEIGHT if name in stepped else DEFAULT_WEIGHT
+        weights.append(usual if weight is None else weight)
+    return Rewards(parts, weights)
 
 
-def _checked(name: str, part: Any) -> tuple[str, float, float | None, dict[str, Any]]:
+def _finite(row: np.ndarray) -> np.ndarray:
+    return np.full_like(row, math.nan) if np.isinf(row).any() else row
+
+
+def gives_steps(part: Any) -> bool:
+    """Whether a component is a StepReward."""
+    return getattr(part, "gives_steps", False)
+
+
+def _checked(name: str, part: Any) -> tuple[str, float | None, float | None, dict[str, Any]]:
     """Target, weight, seconds (None: not given) and the keys for the target."""
     if not name.isidentifier():
         raise ValueError(f"reward.{name}: a name of letters, digits and _ is needed, for the metrics")
@@ -95,8 +141,8 @@ def _checked(name: str, part: Any) -> tuple[str, float, float | None, dict[str, 
     target = keys.pop("_target_")
     if not isinstance(target, str):
         raise ValueError(f"reward.{name}._target_={target}: must be a dotted path such as my.module.function")
-    weight = keys.pop("weight", DEFAULT_WEIGHT)
-    if not _real(weight) or not math.isfinite(weight):
+    weight = keys.pop("weight", None)
+    if weight is not None and (not _real(weight) or not math.isfinite(weight)):
         raise ValueError(f"reward.{name}.weight={weight}: must be a finite number")
     seconds = keys.pop("seconds", None)
     if seconds is not None and (not _real(seconds) or not 0 < seconds < math.inf):
@@ -104,14 +150,16 @@ def _checked(name: str, part: Any) -> tuple[str, float, float | None, dict[str, 
     odd = sorted(key for key in keys if key.startswith("_"))
     if odd:
         raise ValueError(f"reward.{name}.{odd[0]} is not a setting; beside _target_ keys begin with a letter")
-    return target, float(weight), seconds, keys
+    return target, None if weight is None else float(weight), seconds, keys
 
 
 def _real(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _component(name: str, target: str, seconds: float | None, keys: dict[str, Any], host: RewardHost) -> Reward:
+def _component(
+    name: str, target: str, seconds: float | None, keys: dict[str, Any], host: RewardHost
+) -> Reward | StepReward:
     if target.startswith("align."):  # our own tell here where they run; the user's are imported in their process only
         try:
             found = resolve(target)

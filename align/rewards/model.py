@@ -34,7 +34,7 @@ class RewardModel:
         self.host = host
         self.tokenizer, self.model = _load(path, revision, dtype)
         self.model.to(host.device).eval().requires_grad_(False)
-        self.max_tokens = _positive(max_tokens)
+        self.max_tokens = positive_limit(max_tokens)
         self.counts: dict[str, int] = Counter()
 
     def __call__(self, conversations: Sequence[Conversation]) -> np.ndarray:
@@ -71,7 +71,7 @@ class AdapterReward:
                 "_target_=align.rewards.model.RewardModel with a whole model"
             )
         self.host = host
-        self.max_tokens = _positive(max_tokens)
+        self.max_tokens = positive_limit(max_tokens)
         self.counts: dict[str, int] = Counter()
         self._peft = host.policy.model
         self.adapter = _free_name(self._peft.peft_config)
@@ -138,8 +138,8 @@ def _score(
     out = np.full(len(rows), np.nan)
     fitting = [i for i, row in enumerate(rows) if 0 < len(row) <= max_tokens]
     if len(fitting) < len(rows):
-        _count(counts, "too_long", len(rows) - len(fitting), f"longer than max_tokens={max_tokens}", host)
-    for part in _parts(sorted(fitting, key=lambda i: (len(rows[i]), i)), rows, host.micro_batch_tokens):
+        count_failures(counts, "too_long", len(rows) - len(fitting), f"longer than max_tokens={max_tokens}", host)
+    for part in batches(sorted(fitting, key=lambda i: (len(rows[i]), i)), rows, host.micro_batch_tokens):
         host.check()
         width = len(rows[part[-1]])
         ids = torch.zeros((len(part), width), dtype=torch.long)  # padding is what the mask says, whatever its id
@@ -155,11 +155,11 @@ def _score(
     broken = [i for i in fitting if not np.isfinite(out[i])]
     if broken:
         out[broken] = np.nan
-        _count(counts, "not_finite", len(broken), "the model's score is no finite number", host)
+        count_failures(counts, "not_finite", len(broken), "the model's score is no finite number", host)
     return out
 
 
-def _parts(order: Sequence[int], rows: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
+def batches(order: Sequence[int], rows: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
     """Rows of ascending length in batches of at most `budget` tokens, padding included; a longer row goes alone."""
     parts: list[list[int]] = []
     for i in order:
@@ -170,7 +170,7 @@ def _parts(order: Sequence[int], rows: Sequence[Sequence[int]], budget: int) -> 
     return parts
 
 
-def _count(counts: dict[str, int], reason: str, number: int, message: str, host: Any) -> None:
+def count_failures(counts: dict[str, int], reason: str, number: int, message: str, host: Any) -> None:
     if reason not in counts:
         host.say(f"reward model: no score ({reason}: {message}); said once, then counted")
     counts[reason] = counts.get(reason, 0) + number
@@ -225,7 +225,7 @@ def _free_name(taken: Any) -> str:
     return name
 
 
-def _positive(max_tokens: int) -> int:
+def positive_limit(max_tokens: int) -> int:
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}: must be at least 1")
     return max_tokens

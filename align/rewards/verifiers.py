@@ -29,8 +29,8 @@ class ReasoningGym:
     """reasoning-gym's own verifier of the row's task, in [0, 1]. Columns: task, entry (JSON or a mapping).
 
     entry: what reasoning-gym made: question, answer, metadata. extract: score the final answer in the completion
-    (align.data.reasoning.final_answer) where it has one, boxed, announced or a number, else all of it. partial: keep what the verifier gives for an answer that
-    is nearly right; without, only its full score counts.
+    (align.data.reasoning.final_answer) where it has one, boxed, announced or a number, else all of it. partial: keep
+    what the verifier gives for an answer that is nearly right; without, only its full score counts.
     """
 
     def __init__(self, *, extract: bool, partial: bool):

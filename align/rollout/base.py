@@ -94,6 +94,7 @@ class Rollout(Protocol):
     on (sampling.seed, place of the prompt in the call, number of the sample), on nothing else in the call but
     rounding."""
 
+    max_tokens: int | None  # of a prompt and its completion together; None: no limit of its own
     counts: dict[str, int]  # what went wrong and was mended since the start, such as restarts; for the metrics
 
     def generate(

@@ -37,6 +37,7 @@ class HFRollout:
         self.autocast = host.autocast
         self.check = host.check
         self.progress = host.progress
+        self.max_tokens: int | None = None
         self.counts: dict[str, int] = {}
         self.stops = chat.stop_ids(host.tokenizer, self.policy.causal_lm.generation_config)
         if not self.stops:

@@ -163,6 +163,11 @@ class VLLMServerRollout:
         self._write(policy)
         self._give(self.servers, "new weights")
 
+    @property
+    def max_tokens(self) -> int:
+        """The smallest limit among the servers."""
+        return min(server.max_model_len for server in self.servers)
+
     def sleep(self) -> None:
         """Servers have memory of their own."""
 

@@ -53,7 +53,7 @@ def write_model(policy: Policy, directory: Path, dtype: torch.dtype) -> list[str
 def write_adapter(policy: Policy, directory: Path) -> None:
     """The LoRA adapter of a policy in PEFT's format."""
     if not is_peft(policy.model):
-        raise ValueError("the policy has no LoRA adapter to write; set model.lora.rank")
+        raise ValueError("the policy has no LoRA adapter to write; set lora.rank")
     with stock_attention(policy.causal_lm):
         # PEFT would ask the hub whether the vocabulary was resized; the adapter holds no embedding
         policy.model.save_pretrained(directory, save_embedding_layers=False, selected_adapters=["default"])
@@ -86,11 +86,12 @@ def _state(lm: Any, dtype: torch.dtype, device: torch.device | str = "cpu") -> d
 class Scratch:
     """A directory for the weights of a sync: in memory if there is room for them twice, else below `fallback`.
 
-    A process that is killed leaves its directory in memory; the next one removes it, told by the lock on it.
+    A process that is killed leaves its directory; the next one removes it, told by the lock on it.
     """
 
     def __init__(self, fallback: Path, num_bytes: int):
         parent = fallback
+        remove_stale(fallback)
         if _SHM.is_dir() and os.access(_SHM, os.W_OK):
             remove_stale(_SHM)
             if shutil.disk_usage(_SHM).free >= 2 * num_bytes:

@@ -159,7 +159,8 @@ class VLLMRollout:
         return [[_completion(next(told)) for _ in samples] for _ in prompts]
 
     def logps(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[float]]:
-        """See Rollout. A sequence may have one token fewer than the engine's limit."""
+        """See Rollout. A sequence may have one token fewer than the engine's limit. The last token's log-prob is read
+        through the prefix cache, as generate reads it, the others' without."""
         if len(sequences) != len(starts) or not all(start >= 1 for start in starts):
             raise ValueError("logps takes a start of at least 1 for each sequence")
         if not sequences:
@@ -182,6 +183,11 @@ class VLLMRollout:
         if self._adapter is not None:
             shutil.rmtree(self._adapter["path"], ignore_errors=True)
 
+    @property
+    def max_tokens(self) -> int:
+        """The engine's limit."""
+        return self.max_model_len
+
     def sleep(self) -> None:
         """Give the engine's GPU memory to the trainer until the next call of any other kind. Untested on a GPU."""
         if self.sleeps and not self._asleep:
@@ -200,6 +206,8 @@ class VLLMRollout:
         shutil.rmtree(self._model, ignore_errors=True)
         files.write_model(self.policy, self._model, self.dtype)
         self.host.tokenizer.save_pretrained(self._model)
+        for killed in self.host.directory.glob("adapter-*"):  # a trainer that was killed left them
+            shutil.rmtree(killed)
         if self.lora:
             self._adapter = self._write_adapter(self.policy)
 
@@ -215,7 +223,7 @@ class VLLMRollout:
             return {}
         rank = max(config.r for config in self.policy.model.peft_config.values())  # type: ignore[union-attr]
         if rank > _RANKS[-1]:
-            raise ValueError(f"model.lora.rank={rank}: vLLM takes ranks up to {_RANKS[-1]}")
+            raise ValueError(f"lora.rank={rank}: vLLM takes ranks up to {_RANKS[-1]}")
         # by name, without the head: vLLM 0.32 dies in its LoRA head on prompt log-probs of two prompts on a CPU
         layers = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in self._adapter_weights()}
         return {

@@ -116,15 +116,28 @@ class Engine:
         return results
 
     def logps(self, beat: Callable[[int], None], sequences: list[list[int]], starts: list[int]) -> list[list[float]]:
-        """Log-probs of the tokens of each sequence from its start on."""
+        """Log-probs of the tokens of each sequence from its start on.
+
+        vLLM computes those of a prompt without its prefix cache. The last one is drawn as generate would draw it, from
+        what the cache holds of the tokens before it: if an older policy left that, it shows.
+        """
         from vllm import SamplingParams
 
+        told = [k for k, (ids, start) in enumerate(zip(sequences, starts, strict=True)) if start < len(ids)]
+        common: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
+        # the log-prob is that of the whole vocabulary all the same
+        forced = [SamplingParams(**common, logprobs=0, allowed_token_ids=[sequences[k][-1]]) for k in told]
+        # first: prompt log-probs do not read the cache, but fill it
+        drawn = self._run(beat, [sequences[k][:-1] for k in told], forced)
+        lasts = {k: o.outputs[0].logprobs[0][sequences[k][-1]].logprob for k, o in zip(told, drawn, strict=True)}
         # vLLM does not take a request without a token to write
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        outputs = self._run(beat, sequences, [params] * len(sequences))
+        params = SamplingParams(**common, prompt_logprobs=0)
+        outputs = dict(zip(told, self._run(beat, [sequences[k] for k in told], [params] * len(told)), strict=True))
         return [
-            [output.prompt_logprobs[k][ids[k]].logprob for k in range(start, len(ids))]
-            for output, ids, start in zip(outputs, sequences, starts, strict=True)
+            [*(outputs[k].prompt_logprobs[i][ids[i]].logprob for i in range(start, len(ids) - 1)), lasts[k]]
+            if k in lasts
+            else []
+            for k, (ids, start) in enumerate(zip(sequences, starts, strict=True))
         ]
 
     def update(self, _: Callable[[int], None], chunks: list[dict[str, Any]], version: str, reset: bool) -> None:

@@ -36,12 +36,15 @@ class Group:
     greedy_text: str = ""
     greedy_rewards: np.ndarray | None = None  # [K]
     greedy_score: float = math.nan
+    steps: tuple[np.ndarray, ...] | None = None  # [n], rewards of steps [tokens]: align.rewards.build.StepReward
 
     @property
     def settled(self) -> bool:
         """Whether all rewards are the same, that of the greedy completion too, or the one to compare with is missing:
-        then no baseline within the prompt leaves anything to learn."""
+        then no baseline within the prompt leaves anything to learn. Rewards of steps leave something always."""
         known = self.scores[~np.isnan(self.scores)]
+        if self.steps is not None:
+            return len(known) == 0 or self.unlearnt
         if self.greedy is None:
             return len(known) == 0 or bool((known == known[0]).all())
         return self.unlearnt or bool((known == self.greedy_score).all())
@@ -58,12 +61,16 @@ class Group:
 
 
 class Experience:
-    """Draws from a rollout and scores what comes. seconds: of generating and of scoring since they were last taken."""
+    """Draws from a rollout and scores what comes. seconds: of generating and of scoring since they were last taken.
 
-    def __init__(self, rollout: Rollout, rewards: Rewards, tokenizer: Any):
+    steps: rewards of steps are needed; a completion without them has no score.
+    """
+
+    def __init__(self, rollout: Rollout, rewards: Rewards, tokenizer: Any, steps: bool = False):
         self.rollout = rollout
         self.rewards = rewards
         self.tokenizer = tokenizer
+        self.steps = steps
         self.generate_seconds = 0.0
         self.score_seconds = 0.0
 
@@ -79,10 +86,14 @@ class Experience:
             for c, text in zip(group, written, strict=True)
         ]
         size = n + greedy
-        rewards = self.rewards.score(asked).reshape(len(prompts), size, -1)
+        columns, rows = self.rewards.score_with_steps(asked)
+        rewards = columns.reshape(len(prompts), size, -1)
         # a component without weight is measured, and may be missing
         counted = self.rewards.weights != 0
         scores = rewards[..., counted] @ self.rewards.weights[counted]
+        if self.steps:
+            assert rows is not None
+            scores[np.array([np.isnan(row).all() for row in rows]).reshape(scores.shape)] = math.nan
         self.generate_seconds += middle - start
         self.score_seconds += time.perf_counter() - middle
         return [
@@ -93,8 +104,9 @@ class Experience:
                 r[:n],
                 s[:n],
                 *((group[n], written[n], r[n], float(s[n])) if greedy else ()),
+                steps=tuple(rows[i * size : i * size + n]) if self.steps and rows is not None else None,
             )
-            for prompt, group, written, r, s in zip(prompts, drawn, texts, rewards, scores, strict=True)
+            for i, (prompt, group, written, r, s) in enumerate(zip(prompts, drawn, texts, rewards, scores, strict=True))
         ]
 
     def text(self, completion: Completion) -> str:
@@ -166,6 +178,11 @@ def episodes(
     """What an estimator sees. rows: of all completions in order, of whose targets the tokens are."""
     counts = torch.tensor([int(row.targets.sum()) for row in rows])
     greedy = torch.tensor([g.greedy_score for g in groups], dtype=torch.float64) if "greedy" in needs else None
+    steps = None
+    if "steps" in needs:
+        stepped = [row for g in groups for row in g.steps]  # type: ignore[union-attr]
+        kept = [s for s, count in zip(stepped, counts.tolist(), strict=True) if count]
+        steps = torch.from_numpy(np.concatenate([np.empty(0), *kept]))
     texts = [text for g in groups for text in g.texts]
     return Episodes(
         scores=torch.from_numpy(np.concatenate([g.scores for g in groups])).double(),
@@ -175,6 +192,7 @@ def episodes(
         greedy=greedy,
         penalties=None if penalties is None else torch.from_numpy(np.concatenate(penalties)).double(),
         values=None if values is None else torch.from_numpy(np.concatenate(values)).double(),
+        steps=steps,
         answers=tuple(final_answer(text) for text in texts) if "answers" in needs else None,
     )
 

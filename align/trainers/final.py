@@ -26,6 +26,9 @@ def write_final(
     summary: dict[str, Any],
 ) -> None:
     """Save weights (PEFT adapter, or plain with merge=true or without LoRA), tokenizer and card to `target`."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a run tells its own progress
 
     def write(directory: Path) -> None:
         with stock_attention(policy.causal_lm):  # the packed attention exists only inside align

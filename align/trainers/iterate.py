@@ -154,6 +154,8 @@ class Iteration(Run):
                 f"tokens; use at least {longest}"
             )
         self.rewards = components(self._node("reward"), self._reward_host())
+        if not self.rewards.weights.any():
+            raise ValueError("reward: no component has a weight, so nothing tells completions apart; set one")
         if t.pass_component not in (None, *self.rewards.names):
             raise ValueError(
                 f"trainer.pass_component={t.pass_component}: must be one of {', '.join(self.rewards.names)}"

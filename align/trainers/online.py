@@ -11,12 +11,12 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from align import build, checkpoint
 from align.config import Config, OnlineConfig
@@ -28,7 +28,6 @@ from align.files import write_whole
 from align.models import Policy, weights_hash
 from align.rewards.build import RewardHost, components
 from align.rollout.base import EngineFailed, Sampling
-from align.rundir import environment
 from align.trainers.anchors import Anchors
 from align.trainers.experience import (
     Experience,
@@ -41,7 +40,7 @@ from align.trainers.experience import (
     with_columns,
 )
 from align.trainers.final import final_table, write_final
-from align.trainers.loop import Anchor, Plan, Trainee, plan, token_values, train_step
+from align.trainers.loop import Anchor, Plan, Trainee, token_values, train_step
 from align.trainers.run import SELF_CHECK_TOLERANCE, Run, SelfCheckError, start
 from align.trainers.signals import Stopped
 from align.types import Example, Prompt, Row
@@ -68,10 +67,6 @@ def train(config: Config, command: str) -> int:
     if "values" in objective.needs and "values" not in advantage.needs:
         raise ValueError(
             f"objective.value_coefficient has no effect: advantage={config.choices['advantage']} uses no values"
-        )
-    if "steps" in advantage.needs:
-        raise ValueError(
-            f"advantage={config.choices['advantage']} needs rewards of steps, which no component of reward gives yet"
         )
     if config.lora.dropout > 0:
         raise ValueError("lora.dropout must be 0 with trainer=online: the policy that learns is the one that drew")
@@ -136,42 +131,35 @@ class OnlineTraining(Run):
 
     def run(self, command: str) -> int:
         """Everything from prompts to final/."""
-        config, log = self.config, self.log
+        config = self.config
         prompts = load_prompts(config.data, self.tokenizer, self.sampling.max_new_tokens, config.seed)
         self.train, self.heldout = prompts.train, prompts.heldout[: self.trainer.num_samples]
-        self.out.write_json("audit.json", prompts.audit.as_dict())
-        self.out.write_json("environment.json", environment(command))
-        for line in prompts.audit.lines():
-            log.say(line)
+        self.account(prompts.audit, command)
         self.data_hash = {
             "data.train": prompts_fingerprint(prompts.train),
             "data.heldout": prompts_fingerprint(prompts.heldout),
         }
         state = self.restore_point(self.data_hash)
-        self.plan = plan(self.trainer, len(self.train), state.progress["schedule_steps"] if state else None)
-        if state is not None and state.step > self.plan.num_steps:
-            raise ValueError(
-                f"trainer.max_steps={self.trainer.max_steps}: {self.out.path} already has {state.step} steps; give "
-                "at least as many, or another run.dir"
-            )
-        if state is not None and state.step == self.plan.num_steps and self.complete(state.step):
-            log.say(f"{self.out.path} is complete at step {state.step}; a larger trainer.max_steps goes on")
+        if self.planned(state, len(self.train)):
             return 0
         policy = self._policy()
         self.model_hash = weights_hash(policy.model)
         self.check_weights(state, self.model_hash)
         self._trainee(policy)
         self._self_check()
-        torch.manual_seed(config.seed)  # nothing here draws from it; a reward in this process may
-        if state is not None:
-            self.engine.restore(state.model, state.optimizer)
-            log.say(f"resumed {self.out.path} at step {state.step}")
-            if self.plan.num_steps > self.plan.schedule_steps:
-                log.say(f"steps after {self.plan.schedule_steps} keep the schedule's last learning rate")
+        self.restore(self.engine, state)
         self.rewards = components(self._reward_node(), self._reward_host())
-        if not self.rewards.weights.any():
-            raise ValueError("reward: no component has a weight, so nothing can be learnt; set reward.NAME.weight")
-        self.experience = Experience(self.rollout(policy), self.rewards, self.tokenizer)
+        self._check_rewards()
+        steps = "steps" in self.advantage.needs
+        self.experience = Experience(self.rollout(policy), self.rewards, self.tokenizer, steps)
+        limit = self.rollout(policy).max_tokens
+        longest = max(len(p.token_ids) for p in (*self.train, *self.heldout)) + self.sampling.max_new_tokens
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"a prompt and sampling.max_new_tokens={self.sampling.max_new_tokens} can make {longest} tokens, the "
+                f"engine takes {limit}: raise rollout.max_model_len or the server's --max-model-len, or lower "
+                "data.max_tokens with data.overlong=drop"
+            )
         self._forget(state.step if state else 0)
         self._prove(state.step if state else 0)
         if state is None:
@@ -236,6 +224,25 @@ class OnlineTraining(Run):
         assert isinstance(node, dict)
         return node  # type: ignore[return-value]
 
+    def _check_rewards(self) -> None:
+        """Raises ValueError for components from which this advantage cannot learn."""
+        advantage, name = self.config.choices["advantage"], self.rewards.steps_name
+        if "steps" in self.advantage.needs:
+            if name is None:
+                raise ValueError(
+                    f"advantage={advantage} needs rewards of steps, which no component of reward gives; add "
+                    "reward.steps._target_=align.rewards.process.StepFunction, or use reward=[steps,...] or "
+                    "reward=[process,...]"
+                )
+            return
+        if name is not None and self.rewards.weights[self.rewards.names.index(name)] == 0:
+            raise ValueError(
+                f"reward.{name} has no effect: advantage={advantage} reads no steps; use advantage=pure or pure_min, "
+                f"or set reward.{name}.weight, by which the smallest step counts"
+            )
+        if not self.rewards.weights.any():
+            raise ValueError("reward: no component has a weight, so nothing can be learnt; set reward.NAME.weight")
+
     def _reward_host(self) -> RewardHost:
         policy = self.engine.policy
         return RewardHost(
@@ -251,7 +258,10 @@ class OnlineTraining(Run):
     # ------------------------------------------------------------------ checks
 
     def _probe(self) -> list[Example]:
-        rows = [p for p in self.train if len(p.token_ids) > 1][:PROBE_PROMPTS]
+        """The longest prompts, as many as fit a micro-batch: a prefix cache keeps whole blocks of tokens, so that it
+        may hold nothing of the others."""
+        rows = sorted((p for p in self.train if len(p.token_ids) > 1), key=lambda p: -len(p.token_ids))
+        rows = rows[: min(PROBE_PROMPTS, self.trainer.micro_batch_tokens // len(rows[0].token_ids))] if rows else []
         return [
             Example(
                 (Row(np.array(p.token_ids, dtype=np.int32), np.arange(len(p.token_ids)) > 0),),
@@ -267,7 +277,10 @@ class OnlineTraining(Run):
         if not probe:
             self.log.say("self-check left out: no prompt has two tokens")
             return
-        gap = self.check_layout(self.engine.policy, probe)
+        # each prompt beside one that branches off half-way: what a layout shares must be shared here too
+        gap = self.check_layout(
+            self.engine.policy, [replace(e, rows=(e.rows[0], _branched(e.rows[0]))) for e in probe[:2]]
+        )
         said = f"self-check passed: layouts agree to {gap:.1e} nats"
         if self.reference is not None and self.config.reference.path is None:
             ours, theirs = (self._values(network, probe)["token_logps"] for network in (self._network, self.reference))
@@ -647,6 +660,12 @@ class OnlineTraining(Run):
         return out
 
 
+def _branched(row: Row) -> Row:
+    """A row that begins as this one and goes on with its tokens in reverse."""
+    half = len(row.token_ids) // 2
+    return Row(np.concatenate([row.token_ids[:half], row.token_ids[half:][::-1]]), row.targets)
+
+
 def _value(greedy: dict[str, Any], name: str) -> float | None:
     return greedy["score"] if name == "total" else greedy["rewards"][name]
 
@@ -669,11 +688,14 @@ def _line(step: int, group: Group, names: Sequence[str]) -> dict[str, Any]:
         }
 
     samples = zip(group.texts, group.completions, group.rewards, group.scores, strict=True)
+    made = [one(*sample) for sample in samples]
+    if group.steps is not None:
+        made = [{**m, "steps": row[~np.isnan(row)].tolist()} for m, row in zip(made, group.steps, strict=True)]
     out: dict[str, Any] = {
         "step": step,
         "source": group.prompt.source,
         "prompt": group.prompt.text,
-        "samples": [one(*sample) for sample in samples],
+        "samples": made,
     }
     if group.greedy is not None:
         assert group.greedy_rewards is not None

@@ -6,6 +6,7 @@ A trainer is a Run with a loop of its own; `start` opens the directory and turns
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -256,6 +257,8 @@ def start(config: Config, command: str, objective: Any, make: Callable[..., Run]
     """Run or resume; returns the exit code. Raises ValueError for what the user can cure."""
     if config.launch.threads is not None:
         torch.set_num_threads(config.launch.threads)
+    if not torch.cuda.is_available():  # DeepSpeed, which PEFT imports, warns of what everyone here knows
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     out = RunDirectory(config)
     log = Log(out.path, config.log, {"recipe": config.choices.get("recipe")})
     try:

@@ -125,17 +125,19 @@ _MIXED = ((128, 256), 110, 0.7, (32, 256))
 _LONG_PROMPT = ((512, 512), 64, 0.0, (64, 64))
 _LONG_COMPLETION = ((32, 64), 220, 0.6, (64, 512))
 
+_BRIEF = ((64, 128), 60, 0.7, (16, 128))
+
 REGIMES = {
     regime.name: regime
     for regime in (
-        Regime("mixed n=4", "grpo", "proxy", 0, 4, 4, *_MIXED, 2),
-        Regime("mixed n=8", "grpo", "proxy", 0, 2, 8, *_MIXED, 3, layouts=True),
+        Regime("mixed n=4", "grpo", "proxy", 0, 2, 4, *_MIXED, 2),
+        Regime("mixed n=8", "grpo", "proxy", 0, 1, 8, *_MIXED, 3, layouts=True),
         Regime("mixed n=16", "grpo", "proxy", 0, 1, 16, *_MIXED, 2),
         Regime("long prompt", "grpo", "proxy", 0, 1, 8, *_LONG_PROMPT, 2),
         Regime("long completion", "grpo", "proxy", 0, 1, 8, *_LONG_COMPLETION, 2),
-        Regime("engine", "grpo_engine", "proxy", 0, 2, 4, *_MIXED, 3),
-        Regime("rloo", "rloo", "proxy", 0, 2, 4, *_MIXED, 3),
-        Regime("smollm2 lora", "rloo", "smollm2", 16, 1, 4, *_MIXED, 2),
+        Regime("engine", "grpo_engine", "proxy", 0, 2, 4, *_MIXED, 2),
+        Regime("rloo", "rloo", "proxy", 0, 2, 4, *_MIXED, 2),
+        Regime("smollm2 lora", "rloo", "smollm2", 16, 2, 4, *_BRIEF, 2),
     )
 }
 

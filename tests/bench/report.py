@@ -184,7 +184,8 @@ Generated with its figures (`benchmarks.json`) by
 
     make bench        # python -m tests.bench.dpo_vs_trl, after installing requirements/bench.txt
 
-Everything runs on one CPU thread in float32. Nothing here was measured on a GPU.
+Everything runs on one CPU thread in float32. Nothing here was measured on a GPU. Online training has
+[a document of its own](benchmarks_online.md).
 """
 
 _METHOD = """

@@ -15,7 +15,7 @@ from align.rewards.build import RewardHost, components
 from align.rewards.worker import resolve
 
 FILES = sorted((shipped_root() / "configs" / "reward").glob("*.yaml"))
-NEEDED = {"max_tokens": 100, "buffer_tokens": 50, "path": "nowhere", "url": "http://127.0.0.1:9"}
+NEEDED = {"function": "a.b", "max_tokens": 100, "buffer_tokens": 50, "path": "nowhere", "url": "http://127.0.0.1:9"}
 ROW = Conversation(
     "Why do birds sing?",
     "Birds sing to attract mates. The answer is 7.\n```python\nx = 7\n```\n",

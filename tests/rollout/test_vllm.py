@@ -4,6 +4,7 @@ and those that end one come last."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from align.models import Policy, lora
+from align.models import Policy, lora, stock_attention
 from align.pretrained import byte_tokenizer
 from align.rollout.base import Host, Sampling
 from align.rollout.hf import HFRollout
@@ -234,6 +235,18 @@ def test_an_update_that_lacks_a_weight_is_refused(full, tmp_path):
         full.vllm._exchange(message, 60, "sync_seconds")
 
 
+@torch.no_grad()
+def exact_logps(policy: Policy, asked: list[list[int]]) -> list[list[float]]:
+    """Log-probs of all tokens but the first, by the model's own attention in float64."""
+    wide = copy.deepcopy(policy.causal_lm).double()
+    out = []
+    with stock_attention(wide):
+        for ids in asked:
+            told = wide(torch.tensor([list(ids)])).logits[0, :-1].log_softmax(-1)
+            out.append(told.gather(1, torch.tensor(ids)[1:, None])[:, 0].tolist())
+    return out
+
+
 def test_adapters_are_swapped_and_a_hung_engine_is_replaced(tmp_path, rng):
     policy = tiny_policy()
     adapted = Policy(lora(policy.causal_lm, rank=4, alpha=16.0, dropout=0.0, targets="all-linear", seed=0), "shared")
@@ -244,14 +257,15 @@ def test_adapters_are_swapped_and_a_hung_engine_is_replaced(tmp_path, rng):
         seen = [tokens(side.vllm.generate(asked, sampling))]
         assert seen[0] == tokens(side.hf.generate(asked, sampling))
         for update in range(3):
-            train(adapted, seed=update, scale=0.2, only="lora_")
+            train(adapted, seed=update, scale=0.1, only="lora_")
             side.vllm.sync(adapted)
             told = side.vllm.generate(asked, sampling)
             assert tokens(told) == tokens(side.hf.generate(asked, sampling))
             assert largest_difference(side, asked, told) < TOLERANCE
             ones = [1] * len(asked)  # several at once: vLLM's LoRA head cannot do that, ours is left out of it
-            for ours, theirs in zip(side.vllm.logps(asked, ones), side.hf.logps(asked, ones), strict=True):
-                np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
+            # against float64: with random adapters the two float32 results lie on either side of it, 1.1e-4 apart
+            for ours, exact in zip(side.vllm.logps(asked, ones), exact_logps(adapted, asked), strict=True):
+                np.testing.assert_allclose(ours, exact, rtol=0, atol=TOLERANCE)
             seen.append(tokens(told))
         assert all(a != b for a, b in zip(seen, seen[1:], strict=False))
 

@@ -236,6 +236,8 @@ def test_adapters_get_a_new_number_and_path_and_old_ones_go(make, tmp_path):
     policy = Policy(
         lora(tiny(0, 64, 1).model(), rank=4, alpha=8.0, dropout=0.0, targets="all-linear", seed=0), "shared"
     )
+    killed = tmp_path / "engine" / "adapter-9"  # of a trainer that was killed
+    killed.mkdir(parents=True)
     r = make("serve,serve", policy=policy)
     r.sync(policy)
     r.sync(policy)
@@ -381,6 +383,10 @@ def test_scratch_of_a_killed_process_is_removed_and_of_a_living_one_is_not(tmp_p
     living.close()
     assert not living.path.exists()
     # no room: below the run's own directory
+    killed = tmp_path / "run" / "align-weights-killed"
+    killed.mkdir(parents=True)
+    (killed / "lock").touch()
     crowded = transfer.Scratch(tmp_path / "run", 1 << 60)
     assert crowded.path.parent == tmp_path / "run"
+    assert not killed.exists()
     crowded.close()
