@@ -29,6 +29,7 @@ from align.data.pairs import MaxMin
 from align.data.prompts import PromptRow, load_prompts, prompts_fingerprint
 from align.data.sources import locate_all
 from align.device import pick_device
+from align.evaluate.heldout import changes, heldout_metrics
 from align.log import Log
 from align.models import Policy, weights_hash
 from align.pretrained import Pretrained, from_hub
@@ -492,7 +493,7 @@ class Iteration(Run):
             with self.showing(f"round {number}: held-out prompts"):
                 groups = experience.draw(self.heldout, sampling, t.heldout_n, greedy=True)
             rounds.write_rows(path, [rounds.line_of(group, self.rewards.names, self.tokenizer) for group in groups])
-        return rounds.heldout_metrics(rounds.read_rows(path), self.rewards.names, t.pass_component)
+        return heldout_metrics(*rounds.heldout(rounds.read_rows(path)), self.rewards.names, t.pass_component)
 
     # ------------------------------------------------------------------ what stays
 
@@ -532,7 +533,7 @@ class Iteration(Run):
             summary["problems"] = solved_summary(*solved)
         elif self.heldout:
             ends = [rounds.read_rows(self._answers_path(n)) for n in (0, number)]
-            summary["rewards"] = rounds.changes(*ends, self.rewards.names)
+            summary["rewards"] = changes(*(rounds.heldout(lines)[0] for lines in ends), self.rewards.names)
         told = summary | {"step": sum(row["train/steps"] for row in rows)}
         checkpoint.atomic_directory(self.out.final, partial(self._write_final, told))
         self.out.write_json("summary.json", summary)

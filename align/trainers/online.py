@@ -22,8 +22,7 @@ from align import build, checkpoint
 from align.config import Config, OnlineConfig
 from align.data.prompts import PromptRow, load_prompts, prompts_fingerprint
 from align.engine.local import LocalEngine, learning_rate
-from align.evaluate.passk import pass_at_k_interval
-from align.evaluate.samples import paired_bootstrap
+from align.evaluate.heldout import changes, heldout_metrics
 from align.files import write_whole
 from align.models import Policy, weights_hash
 from align.rewards.build import RewardHost, components
@@ -32,10 +31,8 @@ from align.trainers.anchors import Anchors
 from align.trainers.experience import (
     Experience,
     Group,
-    component_means,
     episodes,
     examples,
-    means,
     reward_metrics,
     with_columns,
 )
@@ -563,22 +560,13 @@ class OnlineTraining(Run):
         self._tally()
 
     def _heldout_metrics(self, groups: list[Group]) -> dict[str, float]:
-        greedy = np.stack([g.greedy_rewards for g in groups])  # type: ignore[misc]
-        names = self.rewards.names
-        out = component_means(greedy, names, "heldout/{}_greedy")
-        out |= means({"heldout/total_greedy": np.array([g.greedy_score for g in groups])})
-        n = self.trainer.heldout_n
-        if n == 0:
-            return out
-        sampled = np.stack([g.rewards for g in groups])  # [G, n, K]
-        out |= component_means(sampled, names, "heldout/{}")
-        which = names.index(self.trainer.pass_component or names[0])
-        right = np.nan_to_num(sampled[..., which]) >= 1.0
-        for k in sorted({1, n} | {2**i for i in range(1, n.bit_length()) if 2**i < n}):
-            interval = pass_at_k_interval(right.tolist(), k)
-            out |= {f"heldout/pass@{k}": interval.mean}
-            out |= {f"heldout/pass@{k}_low": interval.low, f"heldout/pass@{k}_high": interval.high}
-        return out
+        lines = [_line(0, group, self.rewards.names) for group in groups]
+        return heldout_metrics(
+            [line["greedy"] for line in lines],
+            [line["samples"] for line in lines],
+            self.rewards.names,
+            self.trainer.pass_component,
+        )
 
     def _write_heldout(self, phase: str, step: int, groups: list[Group]) -> None:
         self._write_groups(self.out.path / f"heldout-{phase}.jsonl", step, groups)
@@ -637,37 +625,15 @@ class OnlineTraining(Run):
         return json.loads(path.read_text().partition("\n")[0])["step"] if path.exists() else None
 
     def _changes(self) -> dict[str, Any]:
-        """Mean greedy reward of the held-out prompts before and after, by component, with the paired interval."""
-        phases = []
-        for phase in ("before", "after"):
-            lines = (self.out.path / f"heldout-{phase}.jsonl").read_text().splitlines()
-            phases.append([json.loads(line)["greedy"] for line in lines])
-        out = {}
-        names = self.rewards.names
-        for name in names if len(names) == 1 else (*names, "total"):
-            pairs = [[_value(g, name) for g in phase] for phase in phases]
-            known = [(a, b) for a, b in zip(*pairs, strict=True) if a is not None and b is not None]
-            if not known:
-                continue
-            before, after = zip(*known, strict=True)
-            change = paired_bootstrap(before, after)
-            out[name] = {
-                "count": len(known),
-                "before": float(np.mean(before)),
-                "after": float(np.mean(after)),
-                "change": {"mean": change.mean, "low": change.low, "high": change.high},
-            }
-        return out
+        paths = (self.out.path / f"heldout-{phase}.jsonl" for phase in ("before", "after"))
+        before, after = ([json.loads(line)["greedy"] for line in path.read_text().splitlines()] for path in paths)
+        return changes(before, after, self.rewards.names)
 
 
 def _branched(row: Row) -> Row:
     """A row that begins as this one and goes on with its tokens in reverse."""
     half = len(row.token_ids) // 2
     return Row(np.concatenate([row.token_ids[:half], row.token_ids[half:][::-1]]), row.targets)
-
-
-def _value(greedy: dict[str, Any], name: str) -> float | None:
-    return greedy["score"] if name == "total" else greedy["rewards"][name]
 
 
 def _flat(parts: list[list[np.ndarray]]) -> list[np.ndarray]:

@@ -22,8 +22,6 @@ from align.data.chat import prompt_ids
 from align.data.pairs import Rule, pairs_of
 from align.data.prompts import PromptRow
 from align.data.scored import Sample, Scored
-from align.evaluate.passk import bootstrap, pass_at_k_interval
-from align.evaluate.samples import paired_bootstrap
 from align.files import write_whole
 from align.rollout.base import Completion
 from align.trainers.experience import Group
@@ -290,53 +288,12 @@ def sample_metrics(lines: Sequence[Line], names: Sequence[str]) -> dict[str, flo
     }
 
 
-def heldout_metrics(lines: Sequence[Line], names: Sequence[str], pass_component: str | None) -> dict[str, float]:
-    """Mean reward of the greedy completions with its 95 % bootstrap interval over prompts; of the drawn ones the means
-    and pass@k of a component (null: the first) that is 1 for a right completion."""
-    out: dict[str, float] = {}
-    for name in ("total", *names):
-        values = _known([greedy_reward(line, name) for line in lines])
-        if values:
-            interval = bootstrap(values)
-            out |= {f"heldout/{name}_greedy": interval.mean}
-            out |= {f"heldout/{name}_greedy_low": interval.low, f"heldout/{name}_greedy_high": interval.high}
-    drawn = [[c for c in line["completions"] if not c.get("greedy")] for line in lines]
-    n = len(drawn[0])
-    if n == 0:
-        return out
-    out |= {f"heldout/{name}": _mean([c["rewards"][name] for group in drawn for c in group]) for name in names}
-    which = pass_component or names[0]
-    right = [[(c["rewards"][which] or 0.0) >= 1.0 for c in group] for group in drawn]
-    for k in sorted({1, n} | {2**i for i in range(1, n.bit_length()) if 2**i < n}):
-        interval = pass_at_k_interval(right, k)
-        out |= {f"heldout/pass@{k}": interval.mean}
-        out |= {f"heldout/pass@{k}_low": interval.low, f"heldout/pass@{k}_high": interval.high}
-    return out
-
-
-def greedy_reward(line: Line, name: str) -> float | None:
-    """Of the greedy completion of a held-out prompt; name: a component, or total."""
-    greedy = line["completions"][-1]
-    return greedy["score"] if name == "total" else greedy["rewards"][name]
-
-
-def changes(before: Sequence[Line], after: Sequence[Line], names: Sequence[str]) -> dict[str, Any]:
-    """Mean greedy reward of the held-out prompts before and after, by component, with the paired interval."""
-    out = {}
-    for name in names if len(names) == 1 else (*names, "total"):
-        values = [(greedy_reward(a, name), greedy_reward(b, name)) for a, b in zip(before, after, strict=True)]
-        known = [(a, b) for a, b in values if a is not None and b is not None]
-        if not known:
-            continue
-        first, last = zip(*known, strict=True)
-        change = paired_bootstrap(first, last)
-        out[name] = {
-            "count": len(known),
-            "before": float(np.mean(first)),
-            "after": float(np.mean(last)),
-            "change": {"mean": change.mean, "low": change.low, "high": change.high},
-        }
-    return out
+def heldout(lines: Sequence[Line]) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
+    """The greedy completion of each held-out prompt, and its drawn ones."""
+    return (
+        [line["completions"][-1] for line in lines],
+        [[c for c in line["completions"] if not c.get("greedy")] for line in lines],
+    )
 
 
 def _known(values: Sequence[float | None]) -> list[float]:
