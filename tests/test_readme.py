@@ -119,6 +119,6 @@ def test_every_metric_an_online_run_writes_is_documented(tmp_path, name):
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert len(row) > 30
     for key in row:
-        general = re.sub(r"(?<=[/_])(everyday_gold|bad)(?=_greedy$|/|$)", "<component>", key)
+        general = re.sub(r"(?<=[/_])(everyday_gold|bad)(?=_greedy(?:_low|_high)?$|/|$)", "<component>", key)
         general = re.sub(r"(?<=@)\d+", "<k>", re.sub(r"(<component>/)\w+$", r"\1<reason>", general))
         assert general in documented(), f"{key} is not in docs/metrics.md"
