@@ -14,7 +14,7 @@ ROLLOUT = "align.rollout.hf:HFRollout."
 ENGINE = "align.engine.local:LocalEngine."
 ONLINE = "align.trainers.online:"
 TRAINING = f"{ONLINE}OnlineTraining."
-SCORE = "align.rewards.build:Rewards.score"
+SCORE = "align.rewards.build:Rewards.score_with_steps"
 
 # Where they die. generate: the answers before, steps 1 and 2, the answers at 2, step 3, ...
 DEATHS = [
