@@ -114,13 +114,22 @@ def test_each_key_has_a_comment_above(path):
             assert before.strip().startswith("# "), line
 
 
+def empty_mappings(node: dict, prefix: str = "") -> list[str]:
+    """Dotted keys whose value is {}, which have no leaves."""
+    found = []
+    for key, value in node.items():
+        if isinstance(value, dict):
+            found += empty_mappings(value, f"{prefix}{key}.") if value else [f"{prefix}{key}"]
+    return found
+
+
 def test_keys_with_help_has_every_key_of_every_option():
     told = [line.split("=")[0].strip() for line in keys_with_help() if line.startswith("  ")]
     expected = []
     for path in OPTION_FILES:
         group = path.parent.relative_to(CONFIGS).as_posix().replace("/", ".")
         found = {k: v for k, v in yaml.safe_load(path.read_text()).items() if k != "defaults"}
-        for key, _ in leaves(OmegaConf.create(found)):
+        for key in [*dict(leaves(OmegaConf.create(found))), *empty_mappings(found)]:
             expected.append(key if group == "." else f"{group}.{key}")
     assert sorted(expected) == sorted(k for k in told)
 

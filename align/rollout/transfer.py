@@ -97,9 +97,12 @@ class Scratch:
             if shutil.disk_usage(_SHM).free >= 2 * num_bytes:
                 parent = _SHM
         parent.mkdir(parents=True, exist_ok=True)
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        self._lock: IO[bytes] = (self.path / "lock").open("wb")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        while True:
+            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+            self._lock: IO[bytes] = (self.path / "lock").open("wb")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            if (self.path / "lock").exists():  # else another took it for stale between the two lines above
+                break
 
     def close(self) -> None:
         """Remove it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ class Watched(VLLMRollout):
 
 
 class Mortal(Watched):
-    """Kills its engine in the middle of the third call of generate and of the third update of weights."""
+    """Kills its engine in the middle of the third call of generate and of the third update of weights, before it has
+    answered."""
 
     def __init__(self, host: Host, **keys: Any):
         self.left = {"generate": 3, "update": 3}
@@ -66,6 +68,12 @@ class Mortal(Watched):
         if self.left[what] == 0:
             assert self._process is not None
             self._process.kill()
+            self._process.wait()
+            self._socket.setblocking(True)
+            with contextlib.suppress(ConnectionResetError):
+                while self._socket.recv(1 << 16):  # a fast engine may have answered while this process did not run
+                    pass
+            self._socket.setblocking(False)
 
     def waiting_for_generate(self) -> None:
         """See Watched."""
