@@ -20,6 +20,16 @@ align: align language models to human preferences
                                              preference pairs from scored samples; trees=FILE for a search tree's steps
   align generate model=PATH data.train=PROMPTS out=FILE.jsonl [n=N] [greedy=true] [reward=...] [rollout=vllm]
                                              a model's completions, one a line, with rewards if some are named
+  align data judgements pairs=FILE|samples=FILE out=PATH
+                                             prompts for a judge, and what it learns from its samples
+  align average MODEL_DIR... out=DIR [method=NAME] [--check]
+                                             one model from the weights of several; align average --help
+  align score model=DIR data.train=FILE out=FILE.jsonl
+                                             the rows of a file with a reward model's scores added
+  align evaluate pairs [model=DIR] data.train=FILE out=DIR
+                                             accuracy, calibration and biases of a reward model on pairs
+  align evaluate overoptimisation data.train=FILE out=DIR
+                                             best-of-n curves of gold against proxies
   align evaluate run.dir=DIR [data.train=FILE ...] [--json OUT.json]
                                              ranking and reward accuracy of a finished run on pairs
 
@@ -58,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         tip = f"; did you mean `align {near[0]}`?" if near else "; see `align --help`"
         return _refuse(f"{command} is not a command{tip}")
     if any(w in ("-h", "--help") for w in rest):
+        if command == "average":
+            from align.averaging.command import USAGE as own
+
+            print(own, end="")
+            return 0
         print(USAGE, end="")
         return 0
     logging.getLogger("hydra").addHandler(logging.NullHandler())  # its errors reach the user as our one line
@@ -117,7 +132,11 @@ def _data(words: list[str], config_dir: Path | None) -> int:
         return _data_pairs(words[1:], config_dir)
     if words and words[0] == "check":
         return _data_check(words[1:], config_dir)
-    raise ValueError(f"align data {words[0] if words else ''}: say align data check or align data pairs")
+    if words and words[0] == "judgements":
+        from align.data.judgements import run
+
+        return run(words[1:], print)
+    raise ValueError(f"align data {words[0] if words else ''}: say align data check, pairs or judgements")
 
 
 def _data_check(words: list[str], config_dir: Path | None) -> int:
@@ -191,7 +210,17 @@ def _names(value: str) -> list[str]:
     return [name.strip() for name in value.removeprefix("[").removesuffix("]").split(",")]
 
 
+def _average(words: list[str], config_dir: Path | None) -> int:
+    if config_dir is not None:
+        raise ValueError("align average has no configs; leave --config-dir out")
+    from align.averaging.command import run
+
+    return run(words, print)
+
+
 def _evaluate(words: list[str], config_dir: Path | None) -> int:
+    if words and words[0] in ("pairs", "overoptimisation"):
+        return _evaluate_scores(words[0], words[1:], config_dir)
     from align.config import compose_run
 
     files, words = _files(words, "--json")
@@ -236,12 +265,60 @@ def _generate(words: list[str], config_dir: Path | None) -> int:
     return generate(config, Path(own["out"]), print)
 
 
+def _score(words: list[str], config_dir: Path | None) -> int:
+    out, rest = _own_word(words, "out")
+    if not out:
+        raise ValueError("give out=FILE.jsonl: where the rows with their scores are written")
+    given = {word.partition("=")[0] for word in rest}
+    if "data.train" not in given:
+        raise ValueError("give data.train=FILE: the rows to be scored")
+    from align.config import compose
+
+    config = compose(rest, config_dir)
+    from align.evaluate.score import score
+
+    return score(config, Path(out), print)
+
+
+def _evaluate_scores(what: str, words: list[str], config_dir: Path | None) -> int:
+    out, rest = _own_word(words, "out")
+    if not out:
+        raise ValueError(f"align evaluate {what}: give out=DIR, where the report is written")
+    if not any(word.startswith("data.train=") for word in rest):
+        raise ValueError(f"align evaluate {what}: give data.train=FILE")
+    from align.config import compose
+
+    scored = not any(word.startswith("model=") for word in rest)
+    config = compose(rest, config_dir)
+    if what == "pairs":
+        from align.evaluate.score import evaluate_pairs
+
+        return evaluate_pairs(config, scored, Path(out), print)
+    if not scored:
+        raise ValueError("model has no effect here: the rows hold the scores of their proxies; remove it")
+    from align.evaluate import overoptimisation
+
+    data = overoptimisation.report(overoptimisation.read_rows(config.data.train))
+    for path in overoptimisation.write(data, out):
+        print(f"written {path}")
+    print("\n".join(overoptimisation.lines(data)))
+    return 0
+
+
+def _own_word(words: list[str], key: str) -> tuple[str, list[str]]:
+    """The value of a word that is no setting, "" if it is not there, and the other words."""
+    values = [word.partition("=")[2] for word in words if word.partition("=")[0] == key]
+    return values[-1] if values else "", [word for word in words if word.partition("=")[0] != key]
+
+
 _COMMANDS = {
     "train": _train,
     "check": _check,
     "recipes": _recipes,
     "data": _data,
     "generate": _generate,
+    "average": _average,
+    "score": _score,
     "evaluate": _evaluate,
 }
 

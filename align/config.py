@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 # What may differ when a run is resumed; everything else is part of what the run is.
 RESUMABLE = (
     "trainer.max_steps",
+    "trainer.only",
     "trainer.save_every",
     "trainer.keep_checkpoints",
     "merge",
@@ -57,6 +58,15 @@ class LoraConfig:
     alpha: float
     dropout: float
     targets: Any  # "all-linear" or a list of names
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """configs/config.yaml, head"""
+
+    path: str | None
+    only: bool
+    dropout: float
 
 
 @dataclass(frozen=True)
@@ -168,6 +178,19 @@ class IterateConfig(TrainerConfig):
 
 
 @dataclass(frozen=True)
+class WarmConfig(TrainerConfig):
+    """configs/trainer/warm.yaml"""
+
+    members: int
+    lrs: list[float] | None
+    dropouts: list[float] | None
+    starts: list[str] | None
+    probe_steps: int
+    probe_lr: float
+    only: int | None
+
+
+@dataclass(frozen=True)
 class CollectConfig:
     """configs/collect"""
 
@@ -215,6 +238,7 @@ class Config:
     merge: bool
     run: RunConfig
     lora: LoraConfig
+    head: HeadConfig
     reference: ReferenceConfig
     optimizer: OptimizerConfig
     data: DataConfig
@@ -236,6 +260,7 @@ class Config:
 _SECTIONS = {
     "run": RunConfig,
     "lora": LoraConfig,
+    "head": HeadConfig,
     "reference": ReferenceConfig,
     "optimizer": OptimizerConfig,
     "data": DataConfig,
@@ -247,7 +272,7 @@ _SECTIONS = {
 }
 
 # trainer.kind -> its settings; the loop itself is align.trainers.<kind>.train
-_TRAINERS = {"offline": TrainerConfig, "online": OnlineConfig, "iterate": IterateConfig}
+_TRAINERS = {"offline": TrainerConfig, "online": OnlineConfig, "iterate": IterateConfig, "warm": WarmConfig}
 
 _CHOICES = {
     "reference.mode": ("cached", "adapter", "model"),
@@ -274,6 +299,7 @@ _RANGES: dict[str, tuple[float | None, float | None, bool, bool]] = {
     "lora.rank": (0, None, True, True),
     "lora.alpha": (0, None, False, True),
     "lora.dropout": (0, 1, True, False),
+    "head.dropout": (0, 1, True, False),
     "optimizer.lr": (0, None, False, True),
     "optimizer.eps": (0, None, False, True),
     "optimizer.weight_decay": (0, None, True, True),
@@ -301,6 +327,10 @@ _RANGES: dict[str, tuple[float | None, float | None, bool, bool]] = {
     "trainer.prompts_per_round": (1, None, True, True),
     "trainer.chunk_prompts": (1, None, True, True),
     "trainer.max_pairs_per_prompt": (1, None, True, True),
+    "trainer.members": (1, None, True, True),
+    "trainer.probe_steps": (0, None, True, True),
+    "trainer.probe_lr": (0, None, False, True),
+    "trainer.only": (0, None, True, True),
     "trainer.epochs": (1, None, True, True),
     "trainer.max_steps": (1, None, True, True),
     "trainer.schedule_steps": (1, None, True, True),
@@ -675,7 +705,7 @@ def keys_with_help() -> list[str]:
             stripped = line.strip()
             if stripped.startswith("#"):
                 comment.append(stripped.lstrip("# "))
-            elif match := re.match(r"^(  )?([a-z_]+):\s*(.*)$", line):
+            elif match := re.match(r"^(  )?([a-z_0-9]+):\s*(.*)$", line):
                 nested, key, value = match.groups()
                 if not nested:
                     section = "" if value else f"{key}."

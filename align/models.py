@@ -1,4 +1,4 @@
-"""Networks: loading, the policy module from PackedBatch to Stats, LoRA, and the reference as adapter-off.
+"""Networks: policies and reward models from PackedBatch to Stats, LoRA, and the reference as adapter-off.
 
 Everything that knows transformers' classes is here; the loop sees Policy only.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,23 +27,17 @@ Recompute = Literal["off", "selective", "full"]
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 
 
-class Policy(nn.Module):
-    """A causal language model whose forward goes from a PackedBatch to Stats, head included.
+class Network(nn.Module):
+    """A causal transformer over packed batches; what its hidden states are asked for is a subclass's.
 
-    One forward of the trunk and one use of the head for every batch, whatever its content: sharded engines
+    One forward of the trunk and one use of each head for every batch, whatever its content: sharded engines
     hang when ranks differ in the number of module calls.
     """
 
-    def __init__(self, model: nn.Module, layout: Layout, value_head: bool = False):
+    def __init__(self, model: nn.Module, layout: Layout):
         super().__init__()
         self.model = model
         self.layout = layout
-        self.value_head: nn.Linear | None = None
-        if value_head:  # beside the model: what PEFT and save_pretrained know of stays a plain language model
-            width = self.causal_lm.get_output_embeddings().weight.shape[1]
-            self.value_head = nn.Linear(width, 1, bias=True, device=self.device, dtype=torch.float32)
-            nn.init.zeros_(self.value_head.weight)  # no opinion at the start
-            nn.init.zeros_(self.value_head.bias)
         if layout != "padded":
             self.causal_lm.config._attn_implementation = attention.NAME
 
@@ -56,10 +51,14 @@ class Policy(nn.Module):
         """Where inputs must be."""
         return self.causal_lm.get_input_embeddings().weight.device
 
-    def forward(self, batch: PackedBatch, needs: frozenset[str] = frozenset()) -> Stats:
-        """Stats of a batch; `needs` names optional ones, see stats.EXTRAS."""
-        lm = self.causal_lm
-        trunk = lm.get_decoder()
+    @property
+    def width(self) -> int:
+        """H, the size of a hidden state."""
+        return self.causal_lm.config.get_text_config().hidden_size
+
+    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """Last hidden states [T, H] of the stream, after the final norm."""
+        trunk = self.causal_lm.get_decoder()
         if batch.padded_shape is not None:
             # Padding is on the right: causal layers never look at it, and no target reads it. A mask would
             # only leave windows in which everything is masked, whose softmax is nan.
@@ -75,8 +74,24 @@ class Policy(nn.Module):
                 segments=attention.SegmentPlan(batch.segments),
                 use_cache=False,
             ).last_hidden_state
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        out = stats(hidden, head_of(lm), batch, needs)
+        return hidden.reshape(-1, hidden.shape[-1])
+
+
+class Policy(Network):
+    """A causal language model; with a value head if asked for."""
+
+    def __init__(self, model: nn.Module, layout: Layout, value_head: bool = False):
+        super().__init__(model, layout)
+        self.value_head: nn.Linear | None = None
+        if value_head:  # beside the model: what PEFT and save_pretrained know of stays a plain language model
+            self.value_head = nn.Linear(self.width, 1, bias=True, device=self.device, dtype=torch.float32)
+            nn.init.zeros_(self.value_head.weight)  # no opinion at the start
+            nn.init.zeros_(self.value_head.bias)
+
+    def forward(self, batch: PackedBatch, needs: frozenset[str] = frozenset()) -> Stats:
+        """Stats of a batch; `needs` names optional ones, see stats.EXTRAS."""
+        hidden = self.hidden(batch)
+        out = stats(hidden, head_of(self.causal_lm), batch, needs)
         if "values" not in needs:
             return out
         if self.value_head is None:
@@ -97,6 +112,60 @@ class Policy(nn.Module):
                 yield
         finally:
             self.train(training)
+
+
+class Scorer(Network):
+    """A reward model: the trunk and a head that reads the hidden state at each sequence's last token.
+
+    Where a sequence ends is known by position; ids are never compared with the padding's, which is the end of turn in
+    many vocabularies. The head lies beside the model, out of PEFT's sight, and computes in float32.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout, head: nn.Module):
+        super().__init__(model, layout)
+        self.head = head.to(self.device)
+
+    def forward(self, batch: PackedBatch, needs: frozenset[str] = frozenset()) -> Stats:
+        """Stats with scores; with gates if they are needed."""
+        hidden = self.hidden(batch)
+        last = hidden.index_select(0, batch.last_index).float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            scores = self.head(last)
+            gates = self.head.gates(hidden.index_select(0, prompt_ends(batch)).float()) if "gates" in needs else None
+        empty = scores.new_zeros(0)
+        return Stats(empty, empty, batch.lengths, batch.row, scores=scores, gates=gates)
+
+
+class ScoreHead(nn.Module):
+    """Hidden states [N, H] to scores [N, D], linear without bias; a second one to gates [N, D / 2] if gated.
+
+    Weights are drawn from N(0, 1 / (H + 1)^2), as OpenRLHF and the general preference model's code do.
+    """
+
+    def __init__(self, width: int, outputs: int, gated: bool = False, dropout: float = 0.0):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.score = nn.Linear(width, outputs, bias=False)
+        self.gate = nn.Linear(width, outputs // 2, bias=False) if gated else None
+        for part in (self.score, self.gate):
+            if part is not None:
+                nn.init.normal_(part.weight, std=1 / (width + 1))
+
+    def forward(self, last: torch.Tensor) -> torch.Tensor:
+        """Scores of the states at the last tokens."""
+        return self.score(self.dropout(last))
+
+    def gates(self, before: torch.Tensor) -> torch.Tensor:
+        """Gates, before any softmax, of the states at the ends of the prompts."""
+        if self.gate is None:
+            raise ValueError("gates are needed and the head has none")
+        return self.gate(before)
+
+
+def prompt_ends(batch: PackedBatch) -> torch.Tensor:
+    """Stream positions [N] of the token before each sequence's first target; each must have one."""
+    first = torch.searchsorted(batch.row, torch.arange(len(batch.lengths), device=batch.row.device))
+    return batch.target_index[first]
 
 
 def is_peft(model: nn.Module) -> bool:
@@ -176,7 +245,7 @@ def choose_layout(lm: Any, wanted: str, dropout: float) -> tuple[Layout, str]:
     return "shared", "causal softmax attention throughout"
 
 
-def enable_recompute(policy: Policy, mode: Recompute) -> None:
+def enable_recompute(policy: Network, mode: Recompute) -> None:
     """Which activations the backward computes again: none, all but matrix products, or those of whole layers."""
     if mode == "off":
         return
@@ -237,6 +306,19 @@ def with_adapter(lm: Any, directory: str) -> Any:
     return PeftModel.from_pretrained(lm, directory)
 
 
+def with_adapters(lm: Any, directories: Sequence[Path], names: Sequence[str]) -> Any:
+    """A PEFT model: `lm` with several saved adapters by name. Raises ValueError for one whose weights do not fit."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(lm, str(directories[0]), adapter_name=names[0])
+    for directory, name in zip(directories, names, strict=True):
+        told = model.load_adapter(str(directory), name, is_trainable=False)  # of the first again: this tells what fits
+        odd = [*told.unexpected_keys, *told.missing_keys]
+        if odd:
+            raise ValueError(f"{directory}: its adapter does not fit the base ({odd[0]}); give base=DIR of its own")
+    return model
+
+
 def weights_hash(model: nn.Module) -> str:
     """blake2b over names, dtypes, shapes and bytes of all weights that LoRA did not add: what a cached
     reference log-prob depends on."""
@@ -253,16 +335,18 @@ def weights_hash(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def probe_layout(policy: Policy, examples: list[Example]) -> float:
-    """Largest difference (nats per token) between the examples' log-probs in the policy's layout and padded with
-    the model's stock attention. What the packed attention does not know of a model shows here."""
+def probe_layout(policy: Network, examples: list[Example]) -> float:
+    """Largest difference (nats per token; of a reward model in score) between the examples in the network's layout and
+    padded with the model's stock attention. What the packed attention does not know of a model shows here."""
     if policy.layout == "padded":
         return 0.0
     training = policy.training
     policy.eval()
     packed, padded = pack(examples, policy.layout), pack(examples, "padded")
-    a = policy(to_device(packed, policy.device)).token_logps
+    a = policy(to_device(packed, policy.device))
     with stock_attention(policy.causal_lm):
-        b = policy(to_device(padded, policy.device)).token_logps
+        b = policy(to_device(padded, policy.device))
     policy.train(training)
-    return float((a - b).abs().max())
+    if a.scores is not None:
+        return float((a.scores - b.scores).abs().max())
+    return float((a.token_logps - b.token_logps).abs().max())

@@ -93,11 +93,9 @@ def pack(examples: Sequence[Example], layout: Layout) -> PackedBatch:
 def pack_groups(groups: Sequence[Sequence[Row]], layout: Layout, sources: Sequence[str]) -> PackedBatch:
     """One batch of N rows in groups that begin alike (the completions of a prompt).
 
-    Raises ValueError if the groups are not of one size R; `groups` of the batch is [P, R].
+    `groups` of the batch is [P, R] with R the largest number of rows; a smaller group ends in -1.
     """
     rows = [row for group in groups for row in group]
-    if len({len(group) for group in groups}) > 1:
-        raise ValueError("the examples of a batch must have the same number of rows")
     for group, source in zip(groups, sources, strict=True):
         if any(len(row.token_ids) == 0 or row.targets[0] for row in group):
             raise ValueError(f"{source}: a sequence needs a first token that is no target")
@@ -134,11 +132,21 @@ def pack_groups(groups: Sequence[Sequence[Row]], layout: Layout, sources: Sequen
         target_weights=weights,
         row=_long([np.full(len(p), n) for n, p in enumerate(positions)]),
         lengths=lengths,
-        groups=torch.arange(len(rows)).view(len(groups), -1),
+        groups=_groups([len(group) for group in groups]),
+        last_index=torch.tensor([int(w[-1]) for w in where], dtype=torch.long),
         sources=tuple(sources),
         origins=("",) * len(groups),
         columns=_columns(rows, positions, sources),
     )
+
+
+def _groups(sizes: Sequence[int]) -> torch.Tensor:
+    out = torch.full((len(sizes), max(sizes)), -1)
+    first = 0
+    for group, size in zip(out, sizes, strict=True):
+        group[:size] = torch.arange(first, first + size)
+        first += size
+    return out
 
 
 def _columns(rows: Sequence[Row], positions: Sequence[np.ndarray], sources: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -1,8 +1,9 @@
 """The data that moves between the parts: frozen, shaped, without behaviour.
 
 Axis letters used in the whole package: T tokens of the stream, C targets, N sequences, P examples (a pair, or one
-labelled or imitated sequence, or the completions of one prompt), R sequences of an example, S attention segments,
-V vocabulary, H hidden size, L tokens of one row, G prompts, K components of a reward.
+labelled or imitated sequence, a ranked list, or the completions of one prompt), R sequences of an example, S attention
+segments, V vocabulary, H hidden size, L tokens of one row, G prompts, K components of a reward, D outputs of a score
+head.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 Unit = Literal["example", "row", "token"]
 Layout = Literal["shared", "packed", "padded"]
-Kind = Literal["pair", "labelled", "single", "rollout"]
+Kind = Literal["pair", "labelled", "single", "ranked", "rollout"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Prompt:
 class Example:
     """What one loss is about. `source` is "file:line" of the line it came from.
 
-    kind pair: rows are chosen, rejected, then those an objective asked for by name. labelled, single: one row.
+    kind pair: rows are chosen, rejected, then those an objective asked for by name. ranked: best first, two or more.
+    labelled, single: one row.
     """
 
     rows: tuple[Row, ...]  # [R]
@@ -73,7 +75,10 @@ class PackedBatch:
     target_weights: Tensor | None  # [C] float32; None: all 1
     row: Tensor  # [C] int64, the sequence a target belongs to; ascending
     lengths: Tensor  # [N] number of targets of each sequence; with weights their sum, float32
-    groups: Tensor  # [P, R] int64, the sequences of each example; a pair's are chosen, rejected
+    # [P, R] int64, the sequences of each example; a pair's are chosen, rejected. -1 fills up those of a ranked list
+    # that is shorter than the batch's longest
+    groups: Tensor
+    last_index: Tensor  # [N] int64, the stream position of each sequence's last token
     sources: tuple[str, ...]  # [P]
     origins: tuple[str, ...]  # [P]
     labels: Tensor | None = None  # [P] bool
@@ -87,7 +92,8 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class Stats:
-    """What an objective may know of a network's opinion on a batch."""
+    """What an objective may know of a network's opinion on a batch. Of a reward model, which has no opinion on tokens,
+    token_logps and logps are empty."""
 
     token_logps: Tensor  # [C] float32, log p(target), not weighted
     logps: Tensor  # [N] float32, summed over the targets of a sequence, each times its weight
@@ -98,6 +104,8 @@ class Stats:
     entropy: Tensor | None = None  # [C] nats, no gradient
     entropy_bonus: Tensor | None = None  # [C] the same numbers with their gradient
     values: Tensor | None = None  # [C] of the value head, before each target, with their gradient
+    scores: Tensor | None = None  # [N, D] float32, of a reward model's head at each sequence's last token
+    gates: Tensor | None = None  # [N, D] float32, of its second head at the last token before the first target
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def test_fields_are_keys_of_root_section(name, cls):
 
 def test_root_holds_nothing_without_a_type():
     root = yaml.safe_load((CONFIGS / "config.yaml").read_text())
-    assert set(root) - {"defaults"} == {"seed", "run", "lora", "reference", "sampling", "merge"}
+    assert set(root) - {"defaults"} == {"seed", "run", "lora", "head", "reference", "sampling", "merge"}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ PAGES = [
     *sorted(ROOT.glob("docs/design/*.md")),
     ROOT / "recipes" / "README.md",
 ]
-COMMAND = re.compile(r"(?:^    |^|`)(align (?:train|check|data check|data pairs|generate) [^`\n]*)", re.MULTILINE)
+COMMAND = re.compile(r"(?:^    |^|`)(align (?:train|check|data check|data pairs|generate|score) [^`\n]*)", re.MULTILINE)
 COMMANDS = sorted(
     {
         re.split(r"\s+#|\s{2,}", line)[0]

@@ -32,7 +32,7 @@ def test_recipe_builds_the_objective_it_names(name):
     objective = build.objective(config)
     written = yaml.safe_load(recipes()[name].read_text()).get("objective", {})
     assert {key: getattr(objective, key) for key in written} == written
-    assert objective.kind in ("pair", "labelled", "single", "rollout")
+    assert objective.kind in ("pair", "labelled", "single", "ranked", "rollout")
     assert (objective.kind == "rollout") == (config.trainer.kind == "online")
     if config.trainer.kind == "online":
         estimator = build.advantage(config)
@@ -40,7 +40,7 @@ def test_recipe_builds_the_objective_it_names(name):
     if name in OBJECTIVES:
         assert objective == OBJECTIVES[name]
     if config.collect is None:
-        for where in (config.data.train, config.data.heldout):
+        for where in filter(None, (config.data.train, config.data.heldout)):
             assert locate_all(where, "data")[0].kind in ("jsonl", "hub", "gym")
 
 

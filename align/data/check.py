@@ -144,6 +144,8 @@ def prompt_difference(loaded: Loaded, sequence: str) -> int | None:
 
 def trained(loaded: Loaded, sequence: str) -> Row | None:
     """The row of a sequence as the objective gets it, whose targets can be fewer; None if it reads only the other."""
+    if loaded.kind == "ranked":
+        return loaded.renderings[sequence].row
     rows = [row for example in loaded.examples for row in example.rows[: 2 if loaded.kind == "pair" else 1]]
     at = 1 if sequence == "rejected" else 0
     return rows[at] if at < len(rows) else None

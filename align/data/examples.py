@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -32,14 +33,17 @@ class Wanted:
     kind: Kind | None = "pair"  # None: each row as what it is
     columns: tuple[str, ...] = ()
     mismatched: bool = False
+    # every sequence with its end of turn, cut off or not: a reward model is read at the last token
+    whole: bool = False
 
     @classmethod
     def by(cls, objective: Any) -> Wanted:
-        """What the attributes kind, columns and step_rows of an objective say."""
+        """What the attributes kind, columns, step_rows and needs of an objective say."""
         return cls(
             getattr(objective, "kind", "pair"),
             tuple(getattr(objective, "columns", ())),
             getattr(objective, "step_rows", None) == "mismatched",
+            "scores" in objective.needs,
         )
 
 
@@ -49,13 +53,14 @@ class Loaded:
 
     source: str  # "file:line"
     kind: Kind
-    renderings: dict[str, Rendering] | None  # chosen and rejected, or row; None unless they were asked for
+    renderings: dict[str, Rendering] | None  # by the names of Record.sides; None unless they were asked for
     # what generation would start from, tokenised alone, for each rendering; None for rows that came as tokens, and
     # unless renderings were asked for
     prompts: dict[str, tuple[int, ...] | None]
     finished: dict[str, bool]  # whether each completion was said to be whole
     truncated: int  # messages cut off by data.overlong=truncate_turns
     examples: tuple[Example, ...]
+    chat: bool = True  # written by the chat template; False: plain texts
 
 
 def loaded(record: Record, source: str, tokenizer: Any, config: DataConfig, wanted: Wanted, keep: bool) -> Loaded:
@@ -69,6 +74,8 @@ def loaded(record: Record, source: str, tokenizer: Any, config: DataConfig, want
     renderings: dict[str, Rendering] = {}
     truncated = 0
     for name, side in record.sides.items():
+        if wanted.whole and not side.finished:
+            side = _whole(side)
         rendering = _rendering(side, tokenizer, config)
         if len(rendering.row.token_ids) > config.max_tokens:
             rendering, cut = _shortened(side, rendering, tokenizer, config)
@@ -76,19 +83,19 @@ def loaded(record: Record, source: str, tokenizer: Any, config: DataConfig, want
         if not rendering.row.targets.any():
             raise BadRow("no_target", f"{name} has no token to learn from; give an answer, or a weight above 0")
         renderings[name] = rendering
-    if record.kind == "pair":
-        a, b = (renderings[name].row for name in ("chosen", "rejected"))
-        if np.array_equal(a.token_ids, b.token_ids):
+    for one, other in pairwise(renderings) if record.kind in ("pair", "ranked") else ():
+        if np.array_equal(renderings[one].row.token_ids, renderings[other].row.token_ids):
             if truncated:
                 raise BadRow(
-                    "dead_pair", "after truncation chosen and rejected have the same tokens; raise data.max_tokens"
+                    "dead_pair", f"after truncation {one} and {other} have the same tokens; raise data.max_tokens"
                 )
-            raise BadRow("identical", "chosen and rejected have the same tokens; remove the row or mend one of them")
+            raise BadRow("identical", f"{one} and {other} have the same tokens; remove the row or mend one of them")
     prompts = {name: _prompt(record.sides[name], shown, tokenizer) for name, shown in renderings.items()}
     examples = tuple(_examples(record, renderings, prompts, source, tokenizer, config, wanted))
     finished = {name: side.finished for name, side in record.sides.items()}
     alone = {name: _alone(record.sides[name], shown, tokenizer) if keep else None for name, shown in renderings.items()}
-    return Loaded(source, record.kind, renderings if keep else None, alone, finished, truncated, examples)
+    chat = not any(isinstance(side, Dialogue) and isinstance(side.prompt, str) for side in record.sides.values())
+    return Loaded(source, record.kind, renderings if keep else None, alone, finished, truncated, examples, chat)
 
 
 # ---------------------------------------------------------------------- renderings
@@ -109,6 +116,14 @@ def _rendering(side: Dialogue | Tokenised, tokenizer: Any, config: DataConfig) -
         finished=side.finished,
         target_roles=roles,
     )
+
+
+def _whole(side: Dialogue | Tokenised) -> Dialogue | Tokenised:
+    if isinstance(side, Tokenised):
+        raise BadRow(
+            "unfinished", "the conversation came as tokens and is cut off: a reward model reads its end of turn"
+        )
+    return replace(side, finished=True)
 
 
 def _as_tokenised(side: Tokenised, vocabulary: int) -> Rendering:
@@ -156,11 +171,16 @@ def _shortened(
 
 
 def _serves(have: Kind, want: Kind) -> bool:
-    return have == want or have == "pair" or (have, want) == ("labelled", "single")
+    return have == want or have == "pair" or (have, want) in (("labelled", "single"), ("ranked", "pair"))
 
 
 def _cure(source: str, have: Kind, want: Kind) -> str:
-    fields = {"pair": "chosen and rejected", "labelled": "label", "single": "messages, or prompt and completion"}
+    fields = {
+        "pair": "chosen and rejected",
+        "labelled": "label",
+        "single": "messages, or prompt and completion",
+        "ranked": "prompt and ranked",
+    }
     return (
         f"{source}: the row is {have}, the objective needs {fields[want]}; use other data, or another objective: "
         "dpo and its family read pairs, kto labels, nll what is to be imitated"
@@ -178,6 +198,13 @@ def _examples(
 ) -> list[Example]:
     rows = {name: rendering.row for name, rendering in renderings.items()}
     common: dict[str, Any] = {"source": source, "origin": record.origin, "numbers": record.numbers}
+    if wanted.kind == "ranked":
+        return [Example(tuple(rows.values()), prompt=next(iter(prompts.values())), **common)]
+    if record.kind == "ranked":  # every two of them are a pair
+        if wanted.columns or config.targets == "divergent":
+            raise BadRow("ranked", "ranked rows serve as pairs without further columns and with data.targets=all only")
+        first = next(iter(prompts.values()))
+        return [Example(two, prompt=first, **common) for two in combinations(rows.values(), 2)]
     if wanted.kind == "pair":
         both = (rows["chosen"], rows["rejected"])
         if config.targets == "divergent":

@@ -48,7 +48,7 @@ class Tokenised:
 
 @dataclass(frozen=True)
 class Record:
-    """A row, understood. sides: chosen and rejected of a pair, else row."""
+    """A row, understood. sides: chosen and rejected of a pair; rank_1, rank_2, ... of a ranked list; else row."""
 
     kind: Kind
     sides: dict[str, Dialogue | Tokenised]
@@ -63,6 +63,7 @@ def parse(record: dict[str, Any], open_tool_calls: bool = False) -> Record:
 
     Pair: prompt, chosen, rejected as texts (no chat template), as lists of messages, or prompt as messages beside
     answers as texts; chosen and rejected alone, whose prompt is what they have in common at the beginning.
+    Ranked: prompt and ranked, two or more answers, the best first.
     Labelled: label (true, false) with prompt and completion, or with messages.
     Single: messages (every assistant message is learnt), prompt and completion, or text.
     Each conversation may be {"token_ids", "spans"} instead. Optional: tools, origin, numbers, rationale,
@@ -73,6 +74,9 @@ def parse(record: dict[str, Any], open_tool_calls: bool = False) -> Record:
     if "chosen" in record or "rejected" in record:
         kind: Kind = "pair"
         sides = _pair(record, tools, open_tool_calls)
+    elif "ranked" in record:
+        kind = "ranked"
+        sides = _ranked(record, tools, open_tool_calls)
     elif {"prompt_chosen", "prompt_rejected"} & record.keys():
         kind = "pair"
         sides = _prompt_pair(record, tools, open_tool_calls)
@@ -175,6 +179,19 @@ def _prompt_pair(record: dict[str, Any], tools: Any, open_tool_calls: bool) -> d
         if isinstance(prompt, list):
             completion = _as_answer(completion)
         out[name] = _dialogue(name, prompt, completion, _finished(record, "finished"), tools, open_tool_calls)
+    return out
+
+
+def _ranked(record: dict[str, Any], tools: Any, open_tool_calls: bool) -> dict[str, Dialogue | Tokenised]:
+    listed = record["ranked"]
+    if not isinstance(listed, list) or len(listed) < 2:
+        raise BadRow("wrong_type", "ranked must be a list of two or more answers, the best first")
+    if "prompt" not in record:
+        raise BadRow("missing_field", "the field 'prompt' is missing; a ranked list needs prompt and ranked")
+    out: dict[str, Dialogue | Tokenised] = {}
+    for number, completion in enumerate(listed, 1):
+        row = {"prompt": record["prompt"], "completion": completion}
+        out[f"rank_{number}"] = _single(row, tools, open_tool_calls)
     return out
 
 

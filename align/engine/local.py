@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from align.config import OptimizerConfig
-from align.models import Policy
+from align.models import Network
 from align.types import PackedBatch, Stats
 
 
 class LocalEngine:
     """Holds a policy and its optimiser. value_lr_scale: learning rate of the value head over that of the rest."""
 
-    def __init__(self, policy: Policy, config: OptimizerConfig, precision: torch.dtype, value_lr_scale: float = 1.0):
+    def __init__(self, policy: Network, config: OptimizerConfig, precision: torch.dtype, value_lr_scale: float = 1.0):
         self.policy = policy
         self.config = config
         self.precision = precision

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,45 +13,127 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from align.data.chat import render
+from align.data.sources import BadRow
 from align.models import is_peft, stock_attention
 from align.rewards.base import Conversation
+from align.rewards.network import FILE, RewardNetwork, load
+from align.rewards.preferences import mean_preferences
+from align.types import Row
 
 Trunk = Callable[[Tensor, Tensor], Tensor]  # ids, mask [B, L] -> hidden states [B, L, H]
 
 
 class RewardModel:
-    """A sequence classification model with one output, in Hugging Face format with safetensors.
+    """A reward model of ours, a run's final/, or a sequence classification model with one output, in Hugging Face
+    format with safetensors.
 
     The conversation is written in the chat template of the model's own tokenizer, the completion as the assistant's
-    whole turn, and the score is read at its last token. dtype: auto (as stored), float32 or bfloat16; the score itself
-    is computed in float32. max_tokens: a longer conversation has no score (reason too_long).
+    whole turn; the completions of a prompt share its tokens. output: which of several to give, null if there is one.
+    A general preference model gives how much a completion is preferred to the prompt's others on average. A cost model
+    gives the cost, positive for harm. dtype: auto (as stored), float32 or bfloat16; the head computes in float32.
+    max_tokens: a longer conversation has no score (reason too_long).
     """
 
     in_process = True
 
-    def __init__(self, host: Any, *, path: str, revision: str | None, dtype: str, max_tokens: int):
-        if dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"dtype={dtype}: must be one of auto, float32, bfloat16")
+    def __init__(
+        self, host: Any, *, path: str, revision: str | None, dtype: str, max_tokens: int, output: str | None = None
+    ):
         self.host = host
-        self.tokenizer, self.model = _load(path, revision, dtype)
-        self.model.to(host.device).eval().requires_grad_(False)
+        self.network: RewardNetwork = load(path, revision, dtype, host.device)
+        self.output = output_index(self.network, output)
         self.max_tokens = positive_limit(max_tokens)
         self.counts: dict[str, int] = Counter()
 
     def __call__(self, conversations: Sequence[Conversation]) -> np.ndarray:
         """See Reward."""
-        trunk = getattr(self.model, self.model.base_model_prefix)
+        out = np.full(len(conversations), np.nan)
+        outputs, gates = self.outputs(conversations)
+        for group, found, gate in zip(by_prompt(conversations), outputs, gates, strict=True):
+            known = [k for k, values in enumerate(found) if np.isfinite(values).all()]
+            at = [group[k] for k in known]
+            if self.network.kind == "general_preference":
+                if len(known) > 1:  # one alone is preferred to nothing
+                    out[at] = mean_preferences(self.network.form, found[known], None if gate is None else gate[known])
+                elif known:
+                    count_failures(self.counts, "alone", 1, "the prompt has no other completion", self.host)
+            else:
+                out[at] = found[known, self.output]
+        return out
 
-        def hidden(ids: Tensor, mask: Tensor) -> Tensor:
-            return trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    def outputs(self, conversations: Sequence[Conversation]) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
+        """For the completions of each prompt, in the order of by_prompt, the head's outputs [R, D] and its gates; NaN
+        for those that cannot be read."""
+        groups = by_prompt(conversations)
+        rows = [[self._row(conversations[i]) for i in group] for group in groups]
+        found, gates = self.network.scores(
+            [[row for row in part if row is not None] for part in rows],
+            self.host.micro_batch_tokens,
+            self.host.check,
+            self.host.autocast,
+        )
+        width = len(self.network.outputs)
+        out = [_placed(part, values, width) for part, values in zip(rows, found, strict=True)]
+        broken = sum(int((~np.isfinite(values)).any(1).sum()) for values in found)
+        if broken:
+            count_failures(self.counts, "not_finite", broken, "the model's score is no finite number", self.host)
+        if gates is None:
+            return out, [None] * len(out)
+        return out, [_placed(part, values, width // 2) for part, values in zip(rows, gates, strict=True)]
 
-        head = self.model.score
-        rows = _rows(self.tokenizer, conversations)
-        return _score(rows, hidden, head.weight, head.bias, self.max_tokens, self.host, self.counts)
+    def _row(self, c: Conversation) -> Row | None:
+        try:
+            if c.messages is None:
+                row = self.network.row(c.prompt, c.completion)
+            else:
+                row = self.network.row(list(c.messages), [{"role": "assistant", "content": c.completion}])
+        except BadRow as bad:
+            count_failures(self.counts, bad.reason, 1, str(bad), self.host)
+            return None
+        if len(row.token_ids) > self.max_tokens:
+            count_failures(self.counts, "too_long", 1, f"longer than max_tokens={self.max_tokens}", self.host)
+            return None
+        return row
 
     def close(self) -> None:
         """Give up the model's memory."""
-        self.model = None
+        del self.network
+
+
+def output_index(network: RewardNetwork, output: str | None) -> int:
+    """Which of the head's outputs is the reward. Raises ValueError if that is not said, or there is no such output."""
+    if network.kind == "pal":
+        raise ValueError("a pluralistic model scores for a rater; use align score with numbers.user in the rows")
+    if network.kind == "general_preference":
+        if output is not None:
+            raise ValueError(f"output={output} has no effect: a general preference model compares completions")
+        return 0
+    if output is None:
+        if len(network.outputs) > 1:
+            raise ValueError(f"the model has outputs {', '.join(network.outputs)}; choose one with output=NAME")
+        return 0
+    if output not in network.outputs:
+        raise ValueError(f"output={output}: the model has {', '.join(network.outputs)}")
+    return network.outputs.index(output)
+
+
+def by_prompt(conversations: Sequence[Conversation]) -> list[list[int]]:
+    """Places of the conversations of each prompt, in the order of their first ones."""
+    groups: dict[str, list[int]] = {}
+    for i, c in enumerate(conversations):
+        groups.setdefault(json.dumps(_messages(c), default=str), []).append(i)
+    return list(groups.values())
+
+
+def _placed(rows: Sequence[Row | None], values: np.ndarray, width: int) -> np.ndarray:
+    out = np.full((len(rows), width), np.nan)
+    out[[k for k, row in enumerate(rows) if row is not None]] = values
+    return out
+
+
+def _messages(c: Conversation) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": c.prompt}] if c.messages is None else list(c.messages)
 
 
 class AdapterReward:
@@ -73,6 +156,7 @@ class AdapterReward:
         self.host = host
         self.max_tokens = positive_limit(max_tokens)
         self.counts: dict[str, int] = Counter()
+        self.ours = (Path(path) / FILE).is_file()
         self._peft = host.policy.model
         self.adapter = _free_name(self._peft.peft_config)
         self.weight = _head(Path(path), host.policy.causal_lm.config.get_text_config().hidden_size).to(host.device)
@@ -87,7 +171,7 @@ class AdapterReward:
         def hidden(ids: Tensor, mask: Tensor) -> Tensor:
             return trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
-        rows = _rows(self.host.tokenizer, conversations)
+        rows = _rows(self.host.tokenizer, conversations, self.ours)
         with _as_before(self._peft), stock_attention(lm):
             self._peft.set_adapter(self.adapter, inference_mode=True)
             self._peft.eval()
@@ -114,14 +198,25 @@ def _as_before(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def _rows(tokenizer: Any, conversations: Sequence[Conversation]) -> list[list[int]]:
+def _rows(tokenizer: Any, conversations: Sequence[Conversation], ours: bool) -> list[list[int]]:
+    """Up to the end of turn, where a model of ours is read; else all that the template writes."""
+    if ours:
+        return [_ended(tokenizer, c) for c in conversations]
     texts = []
     for c in conversations:
-        prompt = [{"role": "user", "content": c.prompt}] if c.messages is None else list(c.messages)
-        chat = [*prompt, {"role": "assistant", "content": c.completion}]
+        chat = [*_messages(c), {"role": "assistant", "content": c.completion}]
         texts.append(tokenizer.apply_chat_template(chat, tokenize=False))
     # the template has written what a sequence begins with
     return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+
+
+def _ended(tokenizer: Any, c: Conversation) -> list[int]:
+    prompt = _messages(c)
+    chat = [*prompt, {"role": "assistant", "content": c.completion}]
+    try:
+        return render(tokenizer, chat, first_target=len(prompt)).row.token_ids.tolist()
+    except BadRow:  # its template cannot write it: no score, as for one that is too long
+        return []
 
 
 @torch.no_grad()
@@ -174,29 +269,6 @@ def count_failures(counts: dict[str, int], reason: str, number: int, message: st
     if reason not in counts:
         host.say(f"reward model: no score ({reason}: {message}); said once, then counted")
     counts[reason] = counts.get(reason, 0) + number
-
-
-def _load(path: str, revision: str | None, dtype: str) -> tuple[Any, Any]:
-    """Tokenizer and model. Raises ValueError for one without a chat template or a trained head of one output."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
-    common = {"revision": revision, "trust_remote_code": False}
-    config = AutoConfig.from_pretrained(path, **common)
-    if config.num_labels != 1:
-        raise ValueError(f"path={path}: has {config.num_labels} outputs, a reward model has one (num_labels=1)")
-    tokenizer = AutoTokenizer.from_pretrained(path, **common)
-    if not tokenizer.chat_template:
-        raise ValueError(f"path={path}: its tokenizer has no chat template; put a chat_template.jinja beside it")
-    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    model, told = AutoModelForSequenceClassification.from_pretrained(
-        path, use_safetensors=True, dtype=wanted, output_loading_info=True, **common
-    )
-    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
-        raise ValueError(f"path={path}: {type(model).__name__} does not score its last token, which is needed here")
-    if told["missing_keys"]:
-        missing = ", ".join(sorted(told["missing_keys"])[:3])
-        raise ValueError(f"path={path}: has no weights for {missing}; it is not a trained reward model")
-    return tokenizer, model
 
 
 def _head(directory: Path, size: int) -> Tensor:

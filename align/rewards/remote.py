@@ -19,9 +19,9 @@ import numpy as np
 from align.rewards.base import Conversation
 from align.rewards.worker import number
 
-_TICK = 0.2  # seconds between two looks at signals
+TICK = 0.2  # seconds between two looks at signals
 _BYTES_PER_SCORE = 64  # of an answer, beside a mebibyte for the rest
-_AGAIN = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be another next time
+TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be another next time
 
 
 class _Refused(Exception):
@@ -105,18 +105,18 @@ class RemoteReward:
             until = time.monotonic() + self.backoff_s * 2**attempt
             while (left := until - time.monotonic()) > 0:
                 self.host.check()
-                time.sleep(min(left, _TICK))
+                time.sleep(min(left, TICK))
         raise AssertionError("the last attempt returns or raises")
 
     def _once(self, body: bytes, size: int) -> list[Any]:
         """One request, in a thread of its own: a socket's own time limit starts anew at each byte that drips in."""
-        call = _Call(self, body, (1 << 20) + size * _BYTES_PER_SCORE)
+        call = Call(self, body, (1 << 20) + size * _BYTES_PER_SCORE)
         call.start()
         deadline = time.monotonic() + self.seconds
         try:
             while call.is_alive() and (left := deadline - time.monotonic()) > 0:
                 self.host.check()
-                call.join(min(left, _TICK))
+                call.join(min(left, TICK))
             if call.is_alive():
                 raise _Refused("timeout", f"no answer within {self.seconds:g} s", True)
         finally:
@@ -125,7 +125,7 @@ class RemoteReward:
             raise _Refused("unreachable", f"{type(call.error).__name__}: {call.error}"[:300], True)
         if call.status != 200:
             said = " ".join(call.body[:300].decode(errors="replace").split())
-            raise _Refused(f"http_{call.status}", f"status {call.status} {said}".strip(), call.status in _AGAIN)
+            raise _Refused(f"http_{call.status}", f"status {call.status} {said}".strip(), call.status in TRANSIENT)
         try:
             values = json.loads(call.body)["scores"]
         except (ValueError, TypeError, KeyError, RecursionError):
@@ -141,7 +141,7 @@ class RemoteReward:
         self.counts[reason] = self.counts.get(reason, 0) + count
 
 
-class _Call(threading.Thread):
+class Call(threading.Thread):
     """One request and what came of it."""
 
     def __init__(self, reward: RemoteReward, body: bytes, largest: int):

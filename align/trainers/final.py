@@ -12,37 +12,50 @@ from rich.table import Table
 from align.checkpoint import atomic_directory
 from align.config import Config
 from align.evaluate.samples import Sample, paired_bootstrap
-from align.models import Policy, is_peft, stock_attention
+from align.models import Network, Scorer, is_peft, stock_attention
+from align.rewards import network
 
 
 def write_final(
     target: Path,
-    policy: Policy,
+    policy: Network,
     tokenizer: Any,
     generation_config: Any,
     config: Config,
     base: str,
     command: str,
     summary: dict[str, Any],
+    form: dict[str, Any] | None = None,
 ) -> None:
-    """Save weights (PEFT adapter, or plain with merge=true or without LoRA), tokenizer and card to `target`."""
+    """Save weights (PEFT adapter, or plain with merge=true or without LoRA), tokenizer and card to `target`.
+
+    form: of a reward model, what network.write wants to know of it.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a run tells its own progress
 
     def write(directory: Path) -> None:
         with stock_attention(policy.causal_lm):  # the packed attention exists only inside align
-            model = policy.model
-            if is_peft(model) and config.merge:
-                # merging changes the weights in place; the run's own stay as they are
-                model = copy.deepcopy(model).merge_and_unload()
-            if generation_config is not None:
-                generation_config.save_pretrained(directory)
-            model.save_pretrained(directory)
+            if isinstance(policy, Scorer):
+                assert form is not None
+                network.write(policy, form, tokenizer, config.merge, directory)
+            else:
+                _write_policy(policy, generation_config, config.merge, directory)
         tokenizer.save_pretrained(directory)
         (directory / "README.md").write_text(model_card(config, base, command, summary))
 
     atomic_directory(target, write)
+
+
+def _write_policy(policy: Network, generation_config: Any, merge: bool, directory: Path) -> None:
+    model = policy.model
+    if is_peft(model) and merge:
+        # merging changes the weights in place; the run's own stay as they are
+        model = copy.deepcopy(model).merge_and_unload()
+    if generation_config is not None:
+        generation_config.save_pretrained(directory)
+    model.save_pretrained(directory)
 
 
 def model_card(config: Config, base: str, command: str, summary: dict[str, Any]) -> str:
@@ -82,7 +95,8 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
             (f"preference accuracy ({summary['heldout']})", "0.5 (chance)", f"{metrics['accuracy/heldout']:.3f}")
         )
     if "heldout/reward_margin" in metrics:
-        out.append(("reward margin (nats x beta)", "0", f"{metrics['heldout/reward_margin']:+.3f}"))
+        unit = " (nats x beta)" if summary["kl"] is not None else ""
+        out.append((f"reward margin{unit}", "0", f"{metrics['heldout/reward_margin']:+.3f}"))
     if summary["kl"] is not None:
         out.append(("KL to the reference (nats per sampled answer)", "0", f"{summary['kl']:.2f}"))
     if "before" in summary:

@@ -174,6 +174,20 @@ def token_values(
     return out
 
 
+@torch.no_grad()
+def score_rows(trainee: Trainee, examples: Sequence[Example], check: Callable[[], None]) -> np.ndarray | None:
+    """A reward model's outputs [N, D] float64 of all rows of the examples; None without examples."""
+    trainee.engine.policy.eval()
+    out = []
+    for part in _parts(trainee, examples):
+        check()
+        batch = to_device(pack([examples[i] for i in part], trainee.layout), trainee.engine.policy.device)
+        scores = trainee.engine.forward(batch, frozenset()).scores
+        assert scores is not None
+        out.append(scores.double().cpu().numpy())
+    return np.concatenate(out) if out else None
+
+
 def _parts(trainee: Trainee, examples: Sequence[Example]) -> list[list[int]]:
     return micro_batches([e.rows for e in examples], [e.source for e in examples], trainee.layout, trainee.max_tokens)
 

@@ -14,17 +14,19 @@ from align.data.examples import Wanted
 from align.data.load import fingerprint, load
 from align.engine.local import LocalEngine, learning_rate
 from align.evaluate.samples import paired_bootstrap
-from align.models import Policy, choose_layout, weights_hash
+from align.models import Network, Policy, Scorer, choose_layout, is_peft, weights_hash
 from align.pretrained import Pretrained
+from align.rewards import network
 from align.trainers.anchors import Anchors
 from align.trainers.answers import Answers
 from align.trainers.collect import Collector
 from align.trainers.final import final_table, summarise, write_final
-from align.trainers.loop import Plan, Trainee, evaluate, reference_gap, token_plan, train_step
+from align.trainers.loop import Plan, Trainee, evaluate, reference_gap, score_rows, token_plan, train_step
 from align.trainers.run import SELF_CHECK_TOLERANCE, Run, SelfCheckError, start
 from align.trainers.signals import Stopped
+from align.types import Layout
 
-_NOUNS = {"pair": "pairs", "labelled": "labelled rows", "single": "rows"}
+_NOUNS = {"pair": "pairs", "labelled": "labelled rows", "single": "rows", "ranked": "ranked lists"}
 
 
 def train(config: Config, command: str) -> int:
@@ -36,13 +38,32 @@ def train(config: Config, command: str) -> int:
         raise ValueError("reward has no effect with trainer.kind=offline; data.gold scores held-out answers")
     if config.data.gold is not None:
         build.function(config.data.gold, "data.gold")
+    if "scores" in objective.needs:
+        check_reward_model(config)
     return start(config, command, objective, Training)
+
+
+def check_reward_model(config: Config) -> None:
+    """Raises ValueError for settings that have no effect on a reward model."""
+    if config.trainer.num_samples:
+        raise ValueError(
+            f"trainer.num_samples={config.trainer.num_samples} has no effect: a reward model writes no answers; set 0"
+        )
+    if config.collect is not None:
+        raise ValueError("collect has no effect: a reward model writes no trajectories; leave it out")
+    if config.head.only and config.lora.rank:
+        raise ValueError(f"lora.rank={config.lora.rank} has no effect with head.only=true; set lora.rank=0")
 
 
 class Training(Run):
     """Training over fixed data, in the order it happens."""
 
     foreign: Pretrained | None = None  # a reference that reference.path cannot name
+
+    @property
+    def scores(self) -> bool:
+        """Whether it is a reward model that is trained."""
+        return "scores" in self.objective.needs
 
     def given(self, model: Any, foreign: Pretrained | None) -> None:
         """Train this model, which is what the settings name, loaded already; foreign: with another one as reference."""
@@ -65,6 +86,7 @@ class Training(Run):
         data = load(settings, self.tokenizer, wanted, config.seed)
         self.account(data.audit, command)
         self.train, self.heldout = data.train, data.heldout
+        self.prompts = {row.chat for row in data.train_rows}
 
         self.data_hash = {"data.train": fingerprint(data.train), "data.heldout": fingerprint(data.heldout)}
         state = self.restore_point(self.data_hash)
@@ -105,14 +127,13 @@ class Training(Run):
             progress=self.shown("collect"),
         )
 
-    def _policy(self) -> Policy:
+    def _policy(self) -> Any:
         model, config = self.model(), self.config
         layout, _ = choose_layout(model, config.trainer.layout, config.lora.dropout)
         budget = config.trainer.micro_batch_tokens
         stream, plain = token_plan(self.train, layout, budget)
         token_plan(self.heldout, layout, budget)
-        value_head = "values" in self.objective.needs
-        policy, lines = self.policy(stream, lambda m, layout: Policy(m, layout, value_head))
+        policy, lines = self.policy(stream, self._network)
         p, noun = self.plan, _NOUNS[Wanted.by(self.objective).kind]
         lines.insert(
             1,
@@ -124,7 +145,18 @@ class Training(Run):
             self.log.say(line)
         return policy
 
-    def _trainee(self, policy: Policy) -> Trainee:
+    def _network(self, model: Any, layout: Layout) -> Network:
+        """What the objective trains: a policy, or a reward model."""
+        if not self.scores:
+            return Policy(model, layout, "values" in self.objective.needs)
+        causal_lm = model.get_base_model() if is_peft(model) else model
+        network.check_classes(causal_lm.config, self.pretrained.name)
+        if self.config.head.only:
+            model.requires_grad_(False)
+        width = causal_lm.config.get_text_config().hidden_size
+        return Scorer(model, layout, network.new_head(self.objective, width, self.config.head, self.config.seed))
+
+    def _trainee(self, policy: Network) -> Trainee:
         config = self.config
         self.engine = engine = LocalEngine(policy, config.optimizer, self.precision)
         # A run of few steps over many rows pays for the rows it will see; the first two are the self-check's.
@@ -268,12 +300,25 @@ class Training(Run):
             self.pretrained.name,
             command,
             summary,
+            self._form() if self.scores else None,
         )
         self.out.write_json("summary.json", summary)
         table = final_table(summary)
         if table.row_count:  # nothing held out, nothing to tell
             self.log.console.print(table)
         self.log.say(f"model {self.out.final}, evidence {self.out.path}")
+
+    def _form(self) -> dict[str, Any]:
+        """What reward_model.json says. Mean and deviation are of raw scores of held-out answers, for information."""
+        objective = self.objective
+        form = {"kind": objective.reward_kind, "outputs": list(objective.outputs), "ends": "end_of_turn"}
+        # how a prompt that comes as a text is to be written when it is scored
+        form["prompts"] = "both" if len(self.prompts) > 1 else "chat" if True in self.prompts else "text"
+        form |= objective.metadata()
+        scores = score_rows(self.trainee, self.heldout, self.signals.check)
+        if scores is not None and len(scores) > 1:
+            form |= {"mean": scores.mean(0).tolist(), "std": scores.std(0, ddof=1).tolist(), "count": len(scores)}
+        return form
 
 
 def solved_summary(before: list[float], after: list[float]) -> dict[str, Any]:

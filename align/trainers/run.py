@@ -19,7 +19,7 @@ from align.data.audit import Audit
 from align.device import available_bytes, memory_plan, pick_device, pick_precision, pick_recompute
 from align.engine.local import LocalEngine
 from align.log import Log
-from align.models import Policy, choose_layout, enable_recompute, is_peft, lora, probe_layout
+from align.models import Network, Policy, choose_layout, enable_recompute, is_peft, lora, probe_layout
 from align.pretrained import Pretrained
 from align.rollout.base import EngineFailed, Host, Rollout
 from align.rundir import RunDirectory, environment
@@ -84,7 +84,7 @@ class Run:
         """float32 or bfloat16."""
         return str(self.precision).removeprefix("torch.")
 
-    def policy(self, stream_tokens: int, make: Callable[[Any, Any], Policy] = Policy) -> tuple[Policy, list[str]]:
+    def policy(self, stream_tokens: int, make: Callable[[Any, Any], Network] = Policy) -> tuple[Any, list[str]]:
         """The policy to be trained, with its adapters, in the layout and with the recompute that fit; and lines that
         say so. stream_tokens: of the largest step's pass. make: the Policy of a model in a layout."""
         config = self.config
@@ -104,8 +104,9 @@ class Run:
         else:
             model = model.float()
         policy = make(model, layout)
-        for name, module in policy.named_modules():  # LoRA's dropout is the only one that was asked for
-            if isinstance(module, torch.nn.Dropout) and ".lora_dropout." not in name:
+        for name, module in policy.named_modules():  # LoRA's and the head's are the only ones that were asked for
+            asked = ".lora_dropout." in name or name.startswith("head.")
+            if isinstance(module, torch.nn.Dropout) and not asked:
                 module.p = 0.0
         trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
         total = sum(p.numel() for p in policy.parameters())
@@ -128,7 +129,7 @@ class Run:
         device = pick_device().type
         return torch.autocast(device, dtype=self.precision, enabled=self.precision != torch.float32)
 
-    def check_layout(self, policy: Policy, examples: list[Example]) -> float:
+    def check_layout(self, policy: Network, examples: list[Example]) -> float:
         """Largest difference of the layout's log-probs from the model's own attention. Raises SelfCheckError."""
         with self.autocast():
             gap = probe_layout(policy, examples)
@@ -255,6 +256,11 @@ class Run:
 
 def start(config: Config, command: str, objective: Any, make: Callable[..., Run]) -> int:
     """Run or resume; returns the exit code. Raises ValueError for what the user can cure."""
+    head = config.head
+    if "scores" not in objective.needs and (head.path is not None or head.only or head.dropout):
+        raise ValueError(
+            f"head has no effect: objective={config.choices['objective']} trains no reward model; leave it"
+        )
     if config.launch.threads is not None:
         torch.set_num_threads(config.launch.threads)
     if not torch.cuda.is_available():  # DeepSpeed, which PEFT imports, warns of what everyone here knows

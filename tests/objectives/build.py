@@ -19,7 +19,7 @@ def batch_of(row: Tensor, num_rows: int, num_columns: int = 2, weights: Tensor |
     empty = torch.zeros(0, dtype=torch.long)
     return PackedBatch(
         input_ids=empty, position_ids=empty, segments=(), padded_shape=None, row_lengths=(), target_index=empty,
-        target_ids=empty, target_weights=weights, row=row, lengths=lengths, groups=groups,
+        target_ids=empty, target_weights=weights, row=row, lengths=lengths, groups=groups, last_index=empty,
         sources=tuple(f"file:{i + 1}" for i in range(len(groups))), origins=("",) * len(groups), **fields,
     )  # fmt: skip
 

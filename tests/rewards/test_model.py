@@ -100,7 +100,7 @@ def test_too_long_and_not_finite_have_no_score(tmp_path):
     rewards = components(node(path, max_tokens=max(lengths) - 1), RewardHost(say=lines.append))
     assert np.isnan(rewards.score(ROWS)[:, 0]).tolist() == [n == max(lengths) for n in lengths]
     assert rewards.counts == {"r/too_long": 1}
-    rewards._parts["r"].model.score.weight.fill_(torch.inf)
+    rewards._parts["r"].network.network.head.score.weight.fill_(torch.inf)
     assert np.isnan(rewards.score(ROWS)).all()
     assert rewards.counts == {"r/too_long": 2, "r/not_finite": 3}
     assert len(lines) == 2

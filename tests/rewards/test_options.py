@@ -16,6 +16,7 @@ from align.rewards.worker import resolve
 
 FILES = sorted((shipped_root() / "configs" / "reward").glob("*.yaml"))
 NEEDED = {"function": "a.b", "max_tokens": 100, "buffer_tokens": 50, "path": "nowhere", "url": "http://127.0.0.1:9"}
+NEEDED |= {"members": ["nowhere", "elsewhere"]}
 ROW = Conversation(
     "Why do birds sing?",
     "Birds sing to attract mates. The answer is 7.\n```python\nx = 7\n```\n",

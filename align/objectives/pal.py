@@ -1,0 +1,261 @@
+"""PAL, experimental: reward models for raters that want different things, as distances to ideal points.
+
+An answer has an embedding f(y); a user's ideal point a_u is a mixture of K prototypes that all users share, with the
+user's own weights; the reward is minus their distance, or the cosine. The head holds all parameters and gives a reward
+for every user, so what the loop and scoring know of it is a score head with one output per user.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from align.objectives.checks import needed_number, one_of, positive_value
+from align.objectives.reward_model import pair_metrics, pair_scores
+from align.types import Losses, PackedBatch, Stats, Term
+
+Comparison = Literal["distance", "angle"]
+Point = Literal["projected_mixture", "mixture_of_projections", "mixture"]
+Weighting = Literal["mean", "only_last", "cumulative"]
+
+_SHAPE = ("num_prototypes", "dim", "num_layers", "point", "comparison")  # of a head, beside the number of users
+MAX_SCALE = 100.0  # of the cosine: the limit of CLIP's logit scale, which the authors keep
+
+
+@dataclass(frozen=True)
+class PAL:
+    """A loss of the reward difference for the pair's own user: PAL-A at the last token.
+
+    A row's number `user` is 0 to num_users - 1.
+    comparison, with its loss, d = r_u(chosen) - r_u(rejected):
+      distance  r_u(y) = -|f(y) - a_u|; max(0, hinge_margin - d)
+      angle     r_u(y) = scale * cos(f(y), a_u), scale learnt, at most 100; -log s(d). hinge_margin is None.
+    num_prototypes: K. dim: size of f(y). num_layers: hidden layers of f, 0: linear. point: see ideal_points.
+    Metrics: pair_metrics with tau 1.
+    Chen et al. 2024, PAL, arXiv 2406.08469; pluralistic-alignment@fcfc03c.
+    """
+
+    num_users: int
+    num_prototypes: int
+    dim: int
+    num_layers: int
+    point: Point
+    comparison: Comparison
+    hinge_margin: float | None
+
+    kind = "pair"
+    columns = ()
+    needs = frozenset({"scores"})
+    gated = False
+    reward_kind = "pal"
+
+    def __post_init__(self) -> None:
+        for name in ("num_users", "num_prototypes", "dim"):
+            positive_value(f"objective.{name}", getattr(self, name))
+        if self.num_layers < 0:
+            raise ValueError(f"objective.num_layers={self.num_layers}: must be at least 0")
+        one_of("objective.point", self.point, get_args(Point))
+        one_of("objective.comparison", self.comparison, get_args(Comparison))
+        if (self.comparison == "distance") != (self.hinge_margin is not None):
+            raise ValueError(
+                f"objective.hinge_margin={self.hinge_margin}: objective.comparison=distance needs a number above 0, "
+                "angle needs null"
+            )
+        if self.hinge_margin is not None:
+            positive_value("objective.hinge_margin", self.hinge_margin)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """An output of the head for each user."""
+        return tuple(f"user_{u}" for u in range(self.num_users))
+
+    def metadata(self) -> dict[str, Any]:
+        """What scoring needs beside kind and outputs: who makes the head, and its shape."""
+        common = {"tau": 1.0, "normalise": False, "gated": False, "head": "align.objectives.pal.head_of"}
+        return common | {name: getattr(self, name) for name in _SHAPE}
+
+    def make_head(self, width: int) -> PALHead:
+        """A new head for hidden states of this width."""
+        return PALHead(
+            width, self.num_users, self.num_prototypes, self.dim, self.num_layers, self.point, self.comparison
+        )
+
+    def __call__(self, policy: Stats, reference: Stats | None, batch: PackedBatch) -> Losses:  # noqa: ARG002
+        """Losses [P] of the pairs. Raises ValueError for a row without a user, or with one out of range."""
+        users = self._users(batch)
+        scores = pair_scores(policy, batch, self.num_users)  # [P, 2, U]
+        chosen, rejected = scores.gather(2, users[:, None, None].expand(-1, 2, 1))[..., 0].unbind(1)
+        return Losses((Term(self.losses(chosen - rejected), "example"),), pair_metrics(chosen, rejected, 1.0))
+
+    def losses(self, gaps: Tensor) -> Tensor:
+        """Losses [...] of reward differences chosen - rejected."""
+        return -F.logsigmoid(gaps) if self.hinge_margin is None else hinge(gaps, self.hinge_margin)
+
+    def _users(self, batch: PackedBatch) -> Tensor:
+        users = needed_number(batch, "user", "objective=pal")
+        wrong = (users != users.floor()) | (users < 0) | (users >= self.num_users)
+        if wrong.any():
+            i = int(wrong.int().argmax())
+            raise ValueError(
+                f"{batch.sources[i]}: user {float(users[i]):g} is none of 0 to {self.num_users - 1}; "
+                "number the users from 0, or raise objective.num_users"
+            )
+        return users.long()
+
+
+class PALHead(nn.Module):
+    """Hidden states [N, H] to the reward of each for each user [N, U].
+
+    Parameters: projector f, prototypes [K, H] ([K, dim] for point=mixture), user_logits [U, K], whose softmax are the
+    users' weights, and log_scale for angle. The authors' projector with names of its layers kept; without residuals.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_users: int,
+        num_prototypes: int,
+        dim: int,
+        num_layers: int,
+        point: Point,
+        comparison: Comparison,
+    ):
+        super().__init__()
+        self.point = point
+        self.comparison = comparison
+        self.projector = projector(width, dim, num_layers)
+        # as large as hidden states are after a norm
+        self.prototypes = nn.Parameter(torch.randn(num_prototypes, dim if point == "mixture" else width))
+        self.user_logits = nn.Parameter(torch.randn(num_users, num_prototypes))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07))) if comparison == "angle" else None  # CLIP's
+
+    def forward(self, last: Tensor) -> Tensor:
+        """Rewards of the states at the last tokens."""
+        return self.rewards(last, self.user_logits)
+
+    def rewards(self, hidden: Tensor, logits: Tensor) -> Tensor:
+        """Rewards [N, U] of hidden states [N, H] for users with these logits [U, K]."""
+        embeddings = self.projector(hidden)
+        points = ideal_points(self.projector, self.prototypes, logits, self.point)  # [U, d]
+        if self.log_scale is None:
+            # not by matrix products, whose differences of squares lose digits when both are close
+            return -torch.cdist(embeddings, points, compute_mode="donot_use_mm_for_euclid_dist")
+        return F.normalize(embeddings, dim=-1) @ F.normalize(points, dim=-1).T * scale(self.log_scale)
+
+    def add_user(self, logits: Tensor) -> int:
+        """Append a user with these logits [K]; returns its number."""
+        known = self.user_logits
+        added = torch.cat([known.data, logits.detach().to(known)[None]])
+        self.user_logits = nn.Parameter(added, requires_grad=known.requires_grad)
+        return len(added) - 1
+
+
+def head_of(form: Mapping[str, Any], width: int) -> PALHead:
+    """The head, its weights not yet read, of a saved model; form: reward_model.json."""
+    return PALHead(width, len(form["outputs"]), **{name: form[name] for name in _SHAPE})
+
+
+def fit_user(
+    head: PALHead, objective: PAL, chosen: Tensor, rejected: Tensor, *, lr: float, steps: int, weight_decay: float
+) -> Tensor:
+    """Logits [K] of a new user from a few pairs; everything else stays as it is, see PALHead.add_user.
+
+    chosen, rejected: hidden states [n, H] at the last tokens, n from 1 to 100. Starts from equal weights, so that the
+    result is a function of the pairs; AdamW over all pairs at once, as many steps as asked for.
+    """
+    logits = torch.zeros_like(head.user_logits[:1]).requires_grad_()
+    optimizer = torch.optim.AdamW([logits], lr=lr, weight_decay=weight_decay)
+    both = torch.cat([chosen, rejected]).detach()
+    for _ in range(steps):
+        rewards = head.rewards(both, logits)[:, 0]
+        loss = objective.losses(rewards[: len(chosen)] - rewards[len(chosen) :]).mean()
+        (logits.grad,) = torch.autograd.grad(loss, (logits,))
+        optimizer.step()
+    return logits.detach()[0]
+
+
+# ---------------------------------------------------------------------- parts, as pure functions
+
+
+def projector(width: int, dim: int, num_layers: int) -> nn.Sequential:
+    """f: linear to `dim`, then num_layers times GELU and a linear layer. An empty place where the authors drop out."""
+    layers: list[nn.Module] = [nn.Linear(width, dim)]
+    for _ in range(num_layers):
+        layers += [nn.GELU(), nn.Identity(), nn.Linear(dim, dim)]
+    return nn.Sequential(*layers)
+
+
+def ideal_points(project: nn.Module, prototypes: Tensor, logits: Tensor, point: Point) -> Tensor:
+    """Ideal points [U, d] of users with these logits [U, K], w = softmax(logits).
+
+    projected_mixture f(w P), mixture_of_projections w f(P), mixture w P (prototypes then lie among the embeddings).
+    """
+    weights = logits.softmax(-1)
+    if point == "projected_mixture":
+        return project(weights @ prototypes)
+    return weights @ (project(prototypes) if point == "mixture_of_projections" else prototypes)
+
+
+def prompt_points(projects: Mapping[str, nn.Module] | nn.ModuleList, hidden: Tensor, logits: Tensor) -> Tensor:
+    """Ideal points [B, T, d] of PAL-B, sum_k w_k g_k(hidden): of prompt states [B, T, H] and logits [B, K]."""
+    modules = list(projects.values()) if isinstance(projects, Mapping) else list(projects)
+    each = torch.stack([g(hidden) for g in modules], 1)  # [B, K, T, d]
+    return (logits.softmax(-1)[:, :, None, None] * each).sum(1)
+
+
+def distances(embeddings: Tensor, points: Tensor) -> Tensor:
+    """|f - a| [B, T] of embeddings [B, T, d]; points [B, d], or [B, T, d]."""
+    return torch.linalg.vector_norm(embeddings - _by_token(points), dim=-1)
+
+
+def cosines(embeddings: Tensor, points: Tensor, log_scale: Tensor) -> Tensor:
+    """scale cos(f, a) [B, T]; arguments as in distances."""
+    return (F.normalize(embeddings, dim=-1) * F.normalize(_by_token(points), dim=-1)).sum(-1) * scale(log_scale)
+
+
+def scale(log_scale: Tensor) -> Tensor:
+    """What cosines are multiplied with, at most 100."""
+    return log_scale.exp().clamp(max=MAX_SCALE)
+
+
+def hinge(gaps: Tensor, margin: float) -> Tensor:
+    """max(0, margin - gap)."""
+    return (margin - gaps).clamp(min=0)
+
+
+def smooth_hinge(gaps: Tensor, margin: float, gamma: float) -> Tensor:
+    """A hinge whose corner is a parabola of width gamma: its slope below margin - gamma is -1."""
+    short = (margin - gaps).clamp(min=0)
+    return torch.where(gaps >= margin - gamma, short.square() / (2 * gamma), short - gamma / 2)
+
+
+def span_losses(losses: Tensor, divergence: Tensor, end: Tensor, weighting: Weighting) -> Tensor:
+    """One loss [B] of those at each token [B, T], over the span [divergence, end) of each row.
+
+    divergence: the first token at which the two answers differ; end: behind the last real token.
+    weighting: mean, only_last (token end - 1), or cumulative, in which the i-th of n tokens weighs 2 i / (n (n + 1)).
+    Raises ValueError for an empty span.
+    """
+    one_of("weighting", weighting, get_args(Weighting))
+    place = torch.arange(losses.shape[1], device=losses.device)[None]
+    inside = (place >= divergence[:, None]) & (place < end[:, None])
+    counts = inside.sum(1, keepdim=True)
+    if (counts == 0).any():
+        raise ValueError("a span without tokens: the two answers are equal, or its end lies before their divergence")
+    if weighting == "mean":
+        weights = torch.ones_like(losses) / counts
+    elif weighting == "only_last":
+        weights = (place == end[:, None] - 1).to(losses.dtype)
+    else:
+        weights = 2 * (place - divergence[:, None] + 1).to(losses.dtype) / (counts * (counts + 1))
+    return (losses * weights).masked_fill(~inside, 0.0).sum(1)
+
+
+def _by_token(points: Tensor) -> Tensor:
+    return points[:, None] if points.ndim == 2 else points
