@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from align.models import Policy, enable_recompute, lora
+from align.models import Policy, enable_recompute, lora, prompt_ends
 from align.objectives.losses import Sigmoid
-from align.packing import micro_batches, pack
-from align.types import Example
+from align.packing import micro_batches, pack, pack_groups
+from align.types import Example, Row
 from tests.conftest import pair_of, plain_dpo, random_pair, tiny_model
 
 FAMILIES = ["llama", "qwen2", "mistral", "gemma2"]
@@ -208,3 +210,28 @@ def test_pair_over_the_budget_is_named_with_the_cure(make_pairs):
     pairs = make_pairs(3)
     with pytest.raises(ValueError, match=r"random:.*trainer.micro_batch_tokens=5; use at least \d+"):
         micro_batches([p.rows for p in pairs], [p.source for p in pairs], "shared", 5)
+
+
+POOLS = [
+    entry
+    for entry in json.loads((Path(__file__).parent / "vectors" / "reward_public.json").read_text())
+    if entry["algorithm"] == "last_token_pooling"
+]
+
+
+@pytest.mark.parametrize("entry", POOLS, ids=lambda e: e["name"])
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+def test_a_sequence_ends_where_its_tokens_end_whatever_their_ids(entry, layout):
+    """Vectors: the index by the attention mask is required, the one by the padding's id is transformers' own."""
+    ids, mask = (np.array(entry["inputs"][name]) for name in ("input_ids", "attention_mask"))
+    rows = [Row(i[m == 1].astype(np.int32), np.arange(m.sum()) == 1) for i, m in zip(ids, mask, strict=True)]
+    batch = pack_groups([rows], layout, ["x:1"])
+    wanted = entry["expected"]["index_from_attention_mask"]
+    first = mask.argmax(1)  # left padding moves all positions by as much
+    lengths = [w - f for w, f in zip(wanted, first.tolist(), strict=True)]
+    assert batch.position_ids[batch.last_index].tolist() == lengths
+    assert batch.input_ids[batch.last_index].tolist() == [i[w] for i, w in zip(ids, wanted, strict=True)]
+    for n, row in enumerate(rows):  # the position before the one target of each: the end of the prompt
+        assert batch.input_ids[prompt_ends(batch)[n]] == row.token_ids[0]
+    if entry["config"]["pad_token_id"] == entry["config"]["eos_token_id"]:
+        assert wanted != entry["expected"]["index_from_pad_id"]

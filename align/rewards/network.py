@@ -60,7 +60,7 @@ def stored_head(directory: Path) -> dict[str, Tensor]:
     if index.is_file():
         name = json.loads(index.read_text())["weight_map"].get("score.weight", name)
     found = _tensors(directory / name, ("score.weight",)) if (directory / name).is_file() else {}
-    if not found:
+    if not found and not out:
         raise ValueError(f"{directory}: holds no head of a reward model (score.weight)")
     return out | found
 

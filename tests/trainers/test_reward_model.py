@@ -143,6 +143,21 @@ def test_an_adapter_with_its_head_merged_and_not_scores_the_same(base, adapted, 
     assert len({row["score_chosen"] for row in one}) == len(one)
 
 
+@pytest.mark.parametrize("more", [("objective=general_preference", "objective.gated=true"),
+                                  ("objective=pal", "objective.num_users=2")], ids=lambda v: v[0])  # fmt: skip
+def test_heads_of_several_layers_beside_an_adapter_are_read_again(base, small, tmp_path, more):
+    data = write(tmp_path / "t.jsonl", RATERS)
+    runs = []
+    for merge in ("true", "false"):
+        final = trained(
+            base, tmp_path / merge, f"model={small}", "lora.rank=4", f"merge={merge}", *more,
+            f"data.train={data}", f"data.heldout={data}",
+        )  # fmt: skip
+        runs.append([row["score_chosen"] for row in scored(final, data, tmp_path / f"{merge}.jsonl")])
+    np.testing.assert_allclose(*runs, atol=1e-4)
+    assert len(set(runs[0])) == len(runs[0])
+
+
 def test_in_the_loop_and_in_a_file_a_model_gives_the_same_score(base, full, adapted, tmp_path):
     for model in (full, adapted):
         rows = scored(model, f"{base}/heldout.jsonl", tmp_path / "s.jsonl")
