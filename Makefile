@@ -39,6 +39,8 @@ experiments: $(STAMP)
 	$(PY) -m tests.experiments.remax_toy
 	$(PY) -m tests.experiments.pure_toy
 	$(PY) -m tests.experiments.remax
+	$(PY) -m tests.experiments.warm --seeds 5 --unprobed 0
+	$(PY) -m tests.experiments.overoptimisation --seeds 5
 
 # DPO and the online update against TRL side by side; writes docs/benchmarks.md and docs/benchmarks_online.md.
 bench: $(STAMP)

@@ -32,6 +32,8 @@ align: align language models to human preferences
                                              best-of-n curves of gold against proxies
   align evaluate run.dir=DIR [data.train=FILE ...] [--json OUT.json]
                                              ranking and reward accuracy of a finished run on pairs
+  align doctor [run.dir=DIR] [free_gib=N] [--json OUT.json]
+                                             what of this machine and environment would stop a run; exit code 1 if so
 
   --config-dir DIR    your own configs (same folders) and recipes (DIR/recipes)
   --version, --help
@@ -305,6 +307,15 @@ def _evaluate_scores(what: str, words: list[str], config_dir: Path | None) -> in
     return 0
 
 
+def _doctor(words: list[str], config_dir: Path | None) -> int:
+    if config_dir is not None:
+        raise ValueError("align doctor has no configs; leave --config-dir out")
+    files, words = _files(words, "--json")
+    from align.doctor.command import run
+
+    return run(words, files.get("--json"), print)
+
+
 def _own_word(words: list[str], key: str) -> tuple[str, list[str]]:
     """The value of a word that is no setting, "" if it is not there, and the other words."""
     values = [word.partition("=")[2] for word in words if word.partition("=")[0] == key]
@@ -320,6 +331,7 @@ _COMMANDS = {
     "average": _average,
     "score": _score,
     "evaluate": _evaluate,
+    "doctor": _doctor,
 }
 
 

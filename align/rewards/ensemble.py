@@ -163,7 +163,11 @@ class _Shared(RewardModel):
         model = with_adapters(lm, directories, self._adapters) if self._adapters else lm
         model = model.to(host.device).eval().requires_grad_(False)
         network = Scorer(model, layout, head.requires_grad_(False)).eval()
-        stacked = {"kind": "attributes", "outputs": [f"member_{m}" for m in range(1, len(members) + 1)]}
+        stacked = {
+            "kind": "attributes",
+            "outputs": [f"member_{m}" for m in range(1, len(members) + 1)],
+            "prompts": _prompts(directories, forms),
+        }
         self.network = RewardNetwork(tokenizer, network, stacked, True, host.device)
 
     def member_scores(self, conversations: Sequence[Conversation]) -> np.ndarray:
@@ -222,6 +226,18 @@ def _form_of(directory: Path) -> dict[str, Any]:
     if form is None:
         raise ValueError(f"{directory}: has no {FILE}; give a directory that align wrote")
     return form
+
+
+def _prompts(directories: Sequence[Path], forms: Sequence[dict[str, Any]]) -> str | None:
+    """How the members read a prompt that is a text. Raises ValueError unless they read it alike."""
+    read = [form.get("prompts") for form in forms]
+    other = next((i for i, prompts in enumerate(read) if (prompts == "chat") != (read[0] == "chat")), None)
+    if other is not None:
+        raise ValueError(
+            f"members: {directories[0]} was trained on prompts={read[0]} and {directories[other]} on "
+            f"prompts={read[other]}; they share one forward, so give members that read a prompt alike"
+        )
+    return read[0]
 
 
 def _base(directories: Sequence[Path]) -> str:

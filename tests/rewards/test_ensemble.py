@@ -18,7 +18,7 @@ WIDTH = 32
 
 
 def form(directory, **changes) -> None:
-    wanted = {"kind": "bradley_terry", "outputs": ["reward"], "ends": "end_of_turn"} | changes
+    wanted = {"kind": "bradley_terry", "outputs": ["reward"], "ends": "end_of_turn", "prompts": "chat"} | changes
     (directory / "reward_model.json").write_text(json.dumps(wanted))
 
 
@@ -245,6 +245,9 @@ def test_members_that_do_not_belong_together(tmp_path, base):
     with pytest.raises(ValueError, match="combine=uncertainty: of costs high is bad"):
         components(node(parts), RewardHost())
     assert components(node(parts, combine="mean"), RewardHost()).score(ROWS).shape == (4, 1)
+    form(tmp_path / "adapter_1", kind="cost", prompts="text")
+    with pytest.raises(ValueError, match=r"on prompts=chat and .*adapter_1 on prompts=text"):
+        components(node(parts, combine="mean"), RewardHost())
     save_file({"weight": torch.randn(1, WIDTH - 1)}, tmp_path / "head_1" / "score.safetensors")
     with pytest.raises(ValueError, match=r"head_1: its head is \(1, 31\); .* must be \(1, 32\)"):
         components(node(tops, base=base), RewardHost())

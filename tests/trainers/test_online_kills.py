@@ -70,7 +70,7 @@ def straight(base):
 
 
 # all of them for one algorithm, some for each of the others
-CASES = [(name, h) for name, every in (("remax", 1), ("grpo", 3), ("ppo", 4), ("dynamic", 5)) for h in DEATHS[::every]]
+CASES = [(name, h) for name, every in (("remax", 1), ("grpo", 6), ("ppo", 7), ("dynamic", 9)) for h in DEATHS[::every]]
 
 
 @pytest.mark.parametrize("name,hook", CASES, ids=_name)
