@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -28,6 +29,12 @@ def pair_rule(config: Config) -> Any:
 def advantage(config: Config) -> Any:
     """How rewards become advantages. Raises ValueError for impossible values."""
     return _instantiate(config.advantage, "advantage")
+
+
+def composer(node: DictConfig, names: Sequence[str]) -> Any:
+    """What makes one stream of rewards or advantages of those of several components. Raises ValueError for impossible
+    values."""
+    return _instantiate(node, "composer", names=tuple(names))
 
 
 def trainer(config: Config) -> Any:
@@ -67,9 +74,9 @@ def function(path: str, key: str) -> Any:
         raise ValueError(f"{key}={path}: cannot be imported ({' '.join(str(error).split())[:200]})") from error
 
 
-def _instantiate(node: DictConfig, key: str) -> Any:
+def _instantiate(node: DictConfig, key: str, **more: Any) -> Any:
     try:
-        return instantiate(node)
+        return instantiate(node, **more)
     except InstantiationException as error:
         cause = error.__cause__ or error
         raise ValueError(f"{key} ({node.get('_target_')}): {' '.join(str(cause).split())}") from error

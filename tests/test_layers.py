@@ -52,14 +52,15 @@ def below(folder: str) -> list[str]:
         ("files.py", set()),
         *((file, {"align.types", "align.stats", "align.objectives"}) for file in below("objectives")),
         *((file, {"align.types", "align.advantages"}) for file in below("advantages")),
+        *((file, {"align.types", "align.composers"}) for file in below("composers")),
     ],
 )
 def test_lower_layers(file, allowed):
     assert {name if name in allowed else name.rpartition(".")[0] for name in ours(file)} <= allowed
 
 
-@pytest.mark.parametrize("file", below("objectives") + below("advantages"))
-def test_objectives_and_advantages_need_torch_only(file):
+@pytest.mark.parametrize("file", below("objectives") + below("advantages") + below("composers"))
+def test_objectives_advantages_and_composers_need_torch_only(file):
     assert packages(file) <= {"__future__", "collections", "dataclasses", "typing", "math", "torch", "align"}
 
 

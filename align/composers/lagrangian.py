@@ -166,14 +166,7 @@ class Lagrangian(Composer):
             self._state = self.rule.step(self._state, tensor(self._violations))
             self._updates += 1
             if observed.lowest is not None and observed.highest is not None:
-                low = self.vector(observed.lowest, "lowest reward")[self._index]
-                high = self.vector(observed.highest, "highest reward")[self._index]
-                if self._extremes:
-                    low, high = (
-                        torch.minimum(low, tensor(self._extremes[0])),
-                        torch.maximum(high, tensor(self._extremes[1])),
-                    )
-                self._extremes = [low.tolist(), high.tolist()]
+                self._widen(observed.lowest, observed.highest)
             if self.search is not None:
                 self.search.waited(dict(zip(self.constrained, means.tolist(), strict=True)))
         if observed.gold is not None and self.search is not None and self.search.due:

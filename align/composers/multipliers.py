@@ -41,7 +41,7 @@ class GradientMultipliers:
     """z <- SGD step on sum_i -f(z_i) violation_i, multiplier f(z): Moskovitz et al. 2023, arXiv 2310.04373.
 
     squash f: sigmoid (mu, inequality), tanh (xi, equality, in (-1, 1)), softplus (unbounded), none (z itself, kept at
-    or above 0 unless signed_none). Gradients f'(z_i) violation_i are scaled together to max_grad_norm, then averaged
+    or above 0). Gradients f'(z_i) violation_i are scaled together to max_grad_norm, then averaged
     with momentum (torch.optim.SGD without dampening). lr 0 keeps the multipliers where they start.
     """
 
@@ -50,14 +50,13 @@ class GradientMultipliers:
     momentum: float
     max_grad_norm: float
     initial: float
-    signed_none: bool = False
 
     def __post_init__(self) -> None:
         one_of("rule.squash", self.squash, SQUASHES)
         within("rule.lr", self.lr, 0, math.inf)
         within("rule.momentum", self.momentum, 0, 1)
         positive("rule.max_grad_norm", self.max_grad_norm)
-        if not math.isfinite(self.initial) or (self.squash == "none" and not self.signed and self.initial < 0):
+        if not math.isfinite(self.initial) or (self.squash == "none" and self.initial < 0):
             raise ValueError(f"composer.rule.initial={self.initial}: must be finite, and at least 0 for squash=none")
 
     @property
@@ -68,7 +67,7 @@ class GradientMultipliers:
     @property
     def signed(self) -> bool:
         """See Rule."""
-        return self.squash == "tanh" or (self.squash == "none" and self.signed_none)
+        return self.squash == "tanh"
 
     def start(self, num: int) -> State:
         """See Rule."""
@@ -90,7 +89,7 @@ class GradientMultipliers:
         gradient = gradient * (self.max_grad_norm / (gradient.norm() + NORM_EPSILON)).clamp(max=1.0)
         momentum = self.momentum * tensor(state["momentum"]) + gradient
         raw = raw - self.lr * momentum
-        if self.squash == "none" and not self.signed:
+        if self.squash == "none":
             raw = raw.clamp(min=0.0)
         return {"raw": raw.tolist(), "momentum": momentum.tolist()}
 

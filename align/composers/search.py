@@ -141,7 +141,7 @@ class ThresholdSearch:
         for key, number in (("steps", steps), ("check_every", check_every), ("max_points", max_points)):
             count(f"search.{key}", number)
         within("search.band", band, 0, 1)
-        if max_points <= len(self.names):
+        if max_points <= len(self.names) + 1:
             raise ValueError(f"composer.search.max_points={max_points}: the first simplex has {len(self.names) + 1}")
         self.metric, self.steps, self.check_every, self.band = metric, steps, check_every, band
         self.max_points, self.method = max_points, method

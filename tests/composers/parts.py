@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from align import build
 from align.composers.base import Observed
 
 OPTIONS = sorted((Path(__file__).parents[2] / "configs" / "composer").glob("*.yaml"))
@@ -28,11 +28,11 @@ NEEDED = {
 } | {f"lagrangian_{kind}": {"thresholds": THRESHOLDS} for kind in ("mu", "xi", "softplus", "pid")}
 
 
-def option(stem, names=NAMES, **settings):
+def option(stem, names=NAMES, needed=True, **settings):
     """The composer of configs/composer/<stem>.yaml with what it needs, and with other settings."""
     path = next(p for p in OPTIONS if p.stem == stem)
-    node = OmegaConf.merge(OmegaConf.load(path), NEEDED.get(stem, {}), settings)
-    return instantiate(node, names=tuple(names))
+    node = OmegaConf.merge(OmegaConf.load(path), NEEDED.get(stem, {}) if needed else {}, settings)
+    return build.composer(node, names)
 
 
 def observed(step, num=3, validation=True):

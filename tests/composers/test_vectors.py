@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from align.advantages.baselines import GRPO, RLOO, ReinforcePlusPlus
 from align.advantages.ppo import PPO
 from align.composers.base import Observed, tensor
 from align.composers.fixed import Directional, Fixed, Satisficing, direction, direction_weights
@@ -22,6 +23,7 @@ from align.composers.lagrangian import Lagrangian, kl_coefficient
 from align.composers.multipliers import GradientMultipliers, LogMultipliers
 from align.composers.search import SimplexMethod
 from align.composers.tchebycheff import Tchebycheff, raised, smooth_tchebycheff, tchebycheff
+from align.evaluate.dialogue import dialogue_score
 from align.types import Episodes
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "online_public.json").read_text())
@@ -124,8 +126,13 @@ def test_adaptive_kl_coefficient(config, given, expected):
     meets(tensor(found), expected["kl_coeff"])
 
 
+@pytest.mark.parametrize("config, given, expected", entries("constrained_eval_score"))
+def test_heldout_score_of_the_paper(config, given, expected):  # noqa: ARG001
+    assert dialogue_score(given) == pytest.approx(expected["score"], rel=1e-10)
+
+
 @pytest.mark.parametrize("config, given, expected", entries("ppo_sat_reward"))
-def test_satisficing_reward_at_the_end_of_episodes(config, given, expected):
+def test_satisficing_reward_at_the_end_of_episodes(config, given, expected):  # noqa: ARG001
     composer = Satisficing(["a", "b"], thresholds=dict(zip("ab", given["thresholds"], strict=True)))
     done = tensor(given["done"]) > 0
     meets(composer(tensor(given["component_rewards"]), done), expected["reward"])
@@ -259,7 +266,7 @@ def test_weights_from_gradients(config, given, expected):
 
 
 @pytest.mark.parametrize("config, given, expected", entries("drw_combined_reward"))
-def test_combined_reward_of_tokens(config, given, expected):
+def test_combined_reward_of_tokens(config, given, expected):  # noqa: ARG001
     names = list(given["reward_tensors"])
     composer = Fixed(
         names,
@@ -273,10 +280,8 @@ def test_combined_reward_of_tokens(config, given, expected):
 
 
 @pytest.mark.parametrize("config, given, expected", entries("drw_meta_invariance"))
-def test_a_factor_on_rewards_acts_where_the_reference_says(config, given, expected):
+def test_a_factor_on_rewards_acts_where_the_reference_says(config, given, expected):  # noqa: ARG001
     """The probe tells from an estimator what the reference's numbers show."""
-    from align.advantages.baselines import GRPO, RLOO, ReinforcePlusPlus
-
     ours = {
         "grpo_std": GRPO(True, 1e-6, "in_score", None),
         "grpo_nostd": GRPO(False, 1e-6, "in_score", None),
@@ -326,7 +331,7 @@ def test_tchebycheff_with_the_best_so_far(config, given, expected):
 
 
 @pytest.mark.parametrize("config, given, expected", entries("dpa_direction"))
-def test_directions_of_prompts(config, given, expected):
+def test_directions_of_prompts(config, given, expected):  # noqa: ARG001
     directions = direction(tensor(given["degrees"]))
     assert [list(w) for w in direction_weights(directions)] == expected["prompt_weights"]
     rewards, composer = tensor(given["rewards"]), Directional(["helpfulness", "verbosity"])
