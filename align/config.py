@@ -252,6 +252,7 @@ class Config:
     sampling: SamplingConfig
     advantage: DictConfig | None  # how rewards become advantages; online training only
     reward: DictConfig | None  # name of a component -> its _target_, weight and keys
+    composer: DictConfig | None  # how several components become one stream; None: the sum of rewards times weights
     pairs: DictConfig | None  # the rule of align data pairs and of collected pairs
     choices: dict[str, str] = field(compare=False)  # group -> option, for names and the model card
     tree: DictConfig = field(compare=False)  # as composed, for config.yaml
@@ -412,8 +413,8 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
         w.startswith("reward=") for w in words
     ):
         words.append("reward=[]")
-    # a component of the reward has a name of the user's own: a new key
-    words = [f"++{word}" if word.startswith("reward.") else word for word in words]
+    # a component of the reward has a name of the user's own: a new key, also where a composer has numbers by component
+    words = [f"++{word}" if word.startswith(("reward.", "composer.")) else word for word in words]
     _register_recipes(config_dir)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str((shipped_root() / "configs").resolve()), version_base="1.3"):
@@ -502,12 +503,22 @@ def _refuse_unknown(full: DictConfig, known: DictConfig, choices: dict[str, str]
     for key, _ in leaves(full):
         if key.startswith("reward.") and key.count(".") > 1:  # its keys are those of what it names
             continue
+        if key.startswith("composer.") and _by_component(known, key.rpartition(".")[0]):
+            continue
         if key not in allowed and not any(key.startswith(f"{a}.") for a in allowed):
             if key.replace(".", "/") in _groups():
                 raise ConfigError(f"{key} is a group of settings: choose one with {key.replace('.', '/')}=...")
             group = key.split(".")[0]
             hint = f"; {group}={choices[group]} has no such key" if group in choices else ""
             raise ConfigError(f"{key} is not a setting{hint}{_nearest(key, allowed)}")
+
+
+def _by_component(known: DictConfig, section: str) -> bool:
+    """Whether the names below a section are the reward's components."""
+    if "." not in section:
+        return False
+    node = OmegaConf.select(known, section)
+    return isinstance(node, DictConfig) and "_target_" not in node
 
 
 def _one_line(error: Exception) -> str:
@@ -519,6 +530,7 @@ def _explain(words: Sequence[str], error: Exception, config_dir: Path | None) ->
     text = _one_line(error)
     for word in words:
         if not _readable(word):
+            word = word.removeprefix("++")  # ours, see compose
             key, _, value = word.partition("=")
             return f'{word}: cannot be read; with commas, = or quotes in it the value itself is quoted: {key}="{value}"'
     found = {g: options(g, config_dir) for g in _groups()} | {"recipe": sorted(recipes(config_dir))}
@@ -605,6 +617,7 @@ def _typed(tree: DictConfig, choices: dict[str, str]) -> Config:
         rollout=tree.rollout,
         advantage=tree.get("advantage"),
         reward=tree.get("reward"),
+        composer=tree.get("composer"),
         pairs=tree.get("pairs"),
         choices=choices,
         tree=tree,
@@ -688,6 +701,8 @@ def _check_values(config: Config) -> None:
         raise ConfigError("trainer=online needs a reward: add reward.NAME._target_=module.function")
     if not online and config.advantage is not None:
         raise ConfigError(f"advantage has no effect with trainer.kind={config.trainer.kind}; remove it")
+    if not online and config.composer is not None:
+        raise ConfigError(f"composer has no effect with trainer.kind={config.trainer.kind}; remove it")
     if config.merge and lora.rank == 0:
         raise ConfigError("merge=true has no effect with lora.rank=0; remove it or set lora.rank")
 

@@ -78,13 +78,13 @@ class Network(nn.Module):
 
 
 class Policy(Network):
-    """A causal language model; with a value head if asked for."""
+    """A causal language model; with a value head if asked for. value_head: its number of outputs, 0: none."""
 
-    def __init__(self, model: nn.Module, layout: Layout, value_head: bool = False):
+    def __init__(self, model: nn.Module, layout: Layout, value_head: int = 0):
         super().__init__(model, layout)
         self.value_head: nn.Linear | None = None
         if value_head:  # beside the model: what PEFT and save_pretrained know of stays a plain language model
-            self.value_head = nn.Linear(self.width, 1, bias=True, device=self.device, dtype=torch.float32)
+            self.value_head = nn.Linear(self.width, int(value_head), bias=True, device=self.device, dtype=torch.float32)
             nn.init.zeros_(self.value_head.weight)  # no opinion at the start
             nn.init.zeros_(self.value_head.bias)
 
@@ -98,7 +98,8 @@ class Policy(Network):
             raise ValueError("values are needed and the policy has no value head")
         before = hidden.index_select(0, batch.target_index).float()
         with torch.autocast(hidden.device.type, enabled=False):
-            return replace(out, values=self.value_head(before)[:, 0])
+            values = self.value_head(before)
+            return replace(out, values=values[:, 0] if values.shape[1] == 1 else values)
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:

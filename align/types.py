@@ -103,7 +103,8 @@ class Stats:
     log_max: Tensor | None = None  # [C] log max_v p(v), no gradient
     entropy: Tensor | None = None  # [C] nats, no gradient
     entropy_bonus: Tensor | None = None  # [C] the same numbers with their gradient
-    values: Tensor | None = None  # [C] of the value head, before each target, with their gradient
+    # [C] of the value head, before each target, with their gradient; [C, K] of a head with K > 1 outputs
+    values: Tensor | None = None
     scores: Tensor | None = None  # [N, D] float32, of a reward model's head at each sequence's last token
     gates: Tensor | None = None  # [N, D] float32, of its second head at the last token before the first target
 

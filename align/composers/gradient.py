@@ -26,6 +26,7 @@ from align.composers.base import (
     weighted,
 )
 
+MEASURES = ("exact", "directional")
 NORM_EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_
 
 
@@ -84,7 +85,7 @@ class Gradient(Composer):
 
     Influence I_i = <g_i, sum_k g_k> with g_i the gradient of the loss with component i's advantages alone. apply now:
     the new weights compose the batch that moved them (the authors' code); next: the one after it.
-    max_norm, parameters (a pattern of names; null: all) are read by whoever measures gradients.
+    measure, max_norm, parameters (a pattern of names; null: all) are read by whoever measures gradients.
     Dynamic reward weighting, arXiv 2509.11452, gradient-based; yining610/dynamic-reward-weighting@238fe65.
     """
 
@@ -97,6 +98,7 @@ class Gradient(Composer):
         weights: Mapping[str, float] | None,
         target: str,
         apply: str,
+        measure: str,
         mu: float,
         accumulate: int,
         min_weight: float | None,
@@ -107,10 +109,16 @@ class Gradient(Composer):
         super().__init__(names)
         one_of("target", target, TARGETS)
         one_of("apply", apply, MOMENTS)
+        one_of("measure", measure, MEASURES)
         positive("mu", mu)
         count("accumulate", accumulate)
         if max_norm is not None:
             positive("max_norm", max_norm)
+            if measure != "exact":
+                raise ValueError(
+                    f"composer.max_norm={max_norm:g}: measure={measure} knows no norm of a gradient; use "
+                    "composer.max_norm=null, or composer.measure=exact"
+                )
         self.low, self.high = min_weight or 0.0, 1.0 if max_weight is None else max_weight
         if not 0 <= self.low * len(self.names) <= 1 <= self.high * len(self.names) or not self.high <= 1:
             raise ValueError(
@@ -118,7 +126,7 @@ class Gradient(Composer):
                 "cannot sum to 1"
             )
         self.target, self.apply, self.mu, self.accumulate = target, apply, mu, accumulate
-        self.max_norm, self.parameters = max_norm, parameters
+        self.measure, self.max_norm, self.parameters = measure, max_norm, parameters
         self.weights = simplex(weights, self.names, "weights", zeros=False)  # a weight of 0 could never grow
         if bool(((self.weights < self.low) | (self.weights > self.high)).any()):
             raise ValueError(f"composer.weights: must lie in [{self.low:g}, {self.high:g}], see min_weight, max_weight")

@@ -22,6 +22,11 @@ def rescaling_effect(advantage: Any, penalties: bool) -> float:
     return float((twice - once).abs().max() / once.abs().max().clamp(min=1e-12))
 
 
+def columns_of(advantage: Any) -> set[str]:
+    """Names of the columns that an estimator gives."""
+    return set(advantage(_probe(1.0, False)).columns)
+
+
 def refuse_without_effect(advantage: Any, choice: str, penalties: bool) -> None:
     """Raises ValueError if a factor on all rewards is a no-op under the estimator called `choice`."""
     effect = rescaling_effect(advantage, penalties)

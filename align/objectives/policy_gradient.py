@@ -50,8 +50,8 @@ class _Online:
       A completion without tokens is not counted.
     kl_coefficient > 0 adds the KL to the reference by kl_estimator, see kl_estimate.
     entropy_coefficient > 0 subtracts the entropy of the next-token distributions, with its exact gradient.
-    value_coefficient > 0 adds half the squared error of the value head, mean over tokens; with value_clip the larger
-    one of the errors of the value and of the value moved into old_values +- value_clip.
+    value_coefficient > 0 adds half the squared error of the value head, mean over its outputs and over tokens; with
+    value_clip the larger one of the errors of the value and of the value moved into old_values +- value_clip.
     off_policy_threshold: see mismatch.off_policy_mask; against rollout_logps, or old_logps where the rows lack them.
     correction: multiplies the loss of each token, clipped or not, but neither KL nor entropy: see mismatch.
 
@@ -225,17 +225,18 @@ class _Online:
         returns = _column(batch, "returns", values, cure)
         errors = (values - returns).square()
         measured = {
-            "value/error": example_means(errors, batch),
-            "value/returns": example_means(returns, batch),
-            "value/returns_squared": example_means(returns.square(), batch),
+            "value/error": example_means(_over_outputs(errors), batch),
+            "value/returns": example_means(_over_outputs(returns), batch),
+            "value/returns_squared": example_means(_over_outputs(returns.square()), batch),
         }
         if self.value_clip is not None:
             old = _column(batch, "old_values", values, "which objective.value_clip compares with; use null without")
             moved = values.clamp(old - self.value_clip, old + self.value_clip)
             moved_errors = (moved - returns).square()
-            measured["value/clip_fraction"] = example_means((moved_errors > errors).to(errors.dtype), batch)
+            clipped = _over_outputs((moved_errors > errors).to(errors.dtype))
+            measured["value/clip_fraction"] = example_means(clipped, batch)
             errors = torch.maximum(errors, moved_errors)
-        return Term(_weighted(0.5 * errors, batch), "token", self.value_coefficient), measured
+        return Term(_weighted(0.5 * _over_outputs(errors), batch), "token", self.value_coefficient), measured
 
 
 @dataclass(frozen=True)
@@ -364,6 +365,11 @@ def _column(batch: PackedBatch, name: str, like: Tensor, cure: str) -> Tensor:
     if name not in batch.columns:
         raise ValueError(f"{batch.sources[0]}: the rows have no column {name}, {cure}")
     return batch.columns[name].to(like.dtype)
+
+
+def _over_outputs(values: Tensor) -> Tensor:
+    """[C] of [C], or means of [C, K] over the outputs of a value head."""
+    return values if values.ndim == 1 else values.mean(1)
 
 
 def _weighted(values: Tensor, batch: PackedBatch) -> Tensor:

@@ -122,6 +122,25 @@ def components(node: Mapping[str, Any], host: RewardHost) -> Rewards:
     return Rewards(parts, weights)
 
 
+def counted(node: Mapping[str, Any]) -> dict[str, float]:
+    """Name -> weight of the components whose weight is not 0, in order, before any of them is built.
+
+    Raises ValueError for settings that no component could have.
+    """
+    out = {}
+    for name, part in node.items():
+        target, weight, _, _ = _checked(str(name), part)
+        if weight is None:
+            stepped = False
+            if target.startswith("align."):
+                with contextlib.suppress(Refused):  # who builds it says why
+                    stepped = gives_steps(resolve(target))
+            weight = STEPS_WEIGHT if stepped else DEFAULT_WEIGHT
+        if weight != 0:
+            out[str(name)] = weight
+    return out
+
+
 def _finite(row: np.ndarray) -> np.ndarray:
     return np.full_like(row, math.nan) if np.isinf(row).any() else row
 

@@ -6,7 +6,7 @@ Blind to the algorithm: an objective says what it needs and what it returns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -370,3 +370,35 @@ def token_plan(examples: Sequence[Example], layout: Layout, max_tokens: int) -> 
         micro_batches([(_mismatched(e),) for e in examples], sources, layout, max_tokens)
     stream = sum(num_tokens(e.rows, layout) for e in examples)
     return stream, sum(num_tokens(e.rows, "packed") for e in examples)
+
+
+def cotangents(
+    trainee: Trainee, examples: Sequence[Example], columns: Sequence[str], check: Callable[[], None] = lambda: None
+) -> Iterator[tuple[list[int], Stats, list[torch.Tensor]]]:
+    """For each micro-batch of a step: its examples, the policy's stats with their graph, and the derivatives [C] of the
+    step's loss by the log-prob of each token, one for each of these columns in the place of advantages.
+
+    What a loss has beside functions of log-probs, entropy and values, is the same for all of them and left out.
+    """
+    trainee.engine.policy.eval()
+    values = _step_values(trainee, examples, check)
+    totals = _Totals(examples)
+    for part in _parts(trainee, examples):
+        check()
+        chosen = [examples[i] for i in part]
+        rows = [row for e in chosen for row in e.rows]
+        batch = _with_anchors(trainee, to_device(pack(chosen, trainee.layout), trainee.engine.policy.device), rows)
+        if values is not None:
+            batch = replace(batch, step_values=values, step_index=torch.tensor(part, device=batch.row.device))
+        reference = _reference(trainee, batch)
+        policy = trainee.engine.forward(batch, trainee.objective.needs)
+        leaf = policy.token_logps.detach().requires_grad_()
+        still = {name: v.detach() for name, v in vars(policy).items() if isinstance(v, torch.Tensor)}
+        found = []
+        for column in columns:
+            own = replace(batch, columns={**batch.columns, "advantages": batch.columns[column]})
+            with torch.enable_grad():
+                stats = replace(policy, **{**still, "token_logps": leaf})
+                loss = totals.add(own, trainee.objective(stats, reference, own))
+            found.append(torch.autograd.grad(loss, leaf)[0])
+        yield part, policy, found

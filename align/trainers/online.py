@@ -27,6 +27,7 @@ from align.files import write_whole
 from align.models import Policy, weights_hash
 from align.rewards.build import RewardHost, components
 from align.rollout.base import EngineFailed, Sampling
+from align.trainers import composing, influence
 from align.trainers.anchors import Anchors
 from align.trainers.experience import (
     Experience,
@@ -40,7 +41,7 @@ from align.trainers.final import final_table, write_final
 from align.trainers.loop import Anchor, Plan, Trainee, token_values, train_step
 from align.trainers.run import SELF_CHECK_TOLERANCE, Run, SelfCheckError, start
 from align.trainers.signals import Stopped
-from align.types import Example, Prompt, Row
+from align.types import Estimate, Example, Prompt, Row
 
 PROBE_PROMPTS = 4  # on which engine and trainer are compared after each sync
 ENGINE_TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}  # nats per token, see trainer.engine_tolerance
@@ -70,6 +71,7 @@ def train(config: Config, command: str) -> int:
     if config.data.gold is not None and "everyday" not in config.choices["data"]:
         raise ValueError("data.gold has no effect with trainer=online: name it as a component of the reward")
     _check(config, objective, advantage)
+    composing.check(config, advantage)
     return start(config, command, objective, partial(OnlineTraining, advantage))
 
 
@@ -122,6 +124,7 @@ class OnlineTraining(Run):
         if self.old_logps == "auto":
             engine = self.single_step and self.trainer.kl_in_reward > 0
             self.old_logps = "engine" if engine else "none" if self.single_step else "trainer"
+        self.composing = composing.composing(config, advantage, self.log.say)
         self.rewards: Any = None
         self.failures: Counter[str] = Counter()  # since step 0, by metric
         self._tallied: Counter[str] = Counter()  # of this process
@@ -131,6 +134,8 @@ class OnlineTraining(Run):
         config = self.config
         prompts = load_prompts(config.data, self.tokenizer, self.sampling.max_new_tokens, config.seed)
         self.train, self.heldout = prompts.train, prompts.heldout[: self.trainer.num_samples]
+        if self.composing is not None:
+            self.composing.check_prompts(self.train, self.heldout)
         self.account(prompts.audit, command)
         self.data_hash = {
             "data.train": prompts_fingerprint(prompts.train),
@@ -143,6 +148,8 @@ class OnlineTraining(Run):
         self.model_hash = weights_hash(policy.model)
         self.check_weights(state, self.model_hash)
         self._trainee(policy)
+        if self.composing is not None:
+            self.composing.check_parameters(self.engine.parameters)
         self._self_check()
         self.restore(self.engine, state)
         self.rewards = components(self._reward_node(), self._reward_host())
@@ -183,7 +190,9 @@ class OnlineTraining(Run):
                 f"trainer.micro_batch_tokens={t.micro_batch_tokens}: a prompt with its completion can have {longest} "
                 f"tokens; use at least {longest}"
             )
-        value_head = "values" in self.advantage.needs
+        value_head = int("values" in self.advantage.needs)
+        if self.composing is not None:
+            value_head = self.composing.num_values
         policy, lines = self.policy(longest * t.batch_size * s.n, lambda m, layout: Policy(m, layout, value_head))
         steps = t.inner_epochs * t.inner_batches
         each = "" if steps == 1 else f", {steps} optimiser steps on each"
@@ -352,10 +361,12 @@ class OnlineTraining(Run):
             row |= {"rollout/drawn_prompts": len(drawn), "rollout/kept_prompts": len(groups)}
         parts = examples(groups, t.truncated, self.engine.policy.layout, t.micro_batch_tokens)
         before = time.perf_counter()
-        parts, more = self._prepared(groups, parts)
+        parts, more = self._prepared(step, groups, parts)
         self._write_samples(step, drawn)
         updating = time.perf_counter()
         row |= more | self._update(step, parts, len(groups))
+        if self.composing is not None:
+            row |= self.composing.learnt()
         end = time.perf_counter()
         e = self.experience
         row |= {
@@ -392,7 +403,7 @@ class OnlineTraining(Run):
         first, self.position = self.position, self.position + count
         return [self.train[places.indices(k + 1, self.config.seed)[0]] for k in range(first, self.position)]
 
-    def _prepared(self, groups: list[Group], parts: list[Example]) -> tuple[list[Example], dict[str, float]]:
+    def _prepared(self, step: int, groups: list[Group], parts: list[Example]) -> tuple[list[Example], dict[str, float]]:
         """The examples with all columns that the objective reads."""
         metrics: dict[str, float] = {}
         columns: dict[str, list[np.ndarray]] = {}
@@ -424,10 +435,27 @@ class OnlineTraining(Run):
         if "old_logps" in columns and engine is not None:
             apart = np.concatenate([np.abs(a - b) for a, b in zip(columns["old_logps"], engine, strict=True)])
             metrics["rollout/sampled_logp_diff_max"] = float(apart.max()) if len(apart) else 0.0
-        estimate = self.advantage(
-            episodes(groups, rows, self.advantage.needs, penalties, _flat(found["values"]) if values else None)
-        )
+        told = episodes(groups, rows, self.advantage.needs, penalties, _flat(found["values"]) if values else None)
+        if self.composing is None:
+            estimate = self.advantage(told)
+        else:
+            lr = learning_rate(self.config.optimizer, step, self.plan.schedule_steps)
+            estimate, composed = self.composing.estimate(
+                groups, told, lr, lambda streams, composer: self._influences(parts, columns, streams, composer)
+            )
+            metrics |= composed
         return with_columns(parts, estimate, columns), metrics | estimate.metrics
+
+    def _influences(
+        self, parts: list[Example], columns: dict[str, Any], streams: Any, composer: Any
+    ) -> influence.Influences:
+        """What the gradients of the composer's objectives have to do with each other, before the update."""
+        self.rollout(self.engine.policy).sleep()
+        prepared = with_columns(parts, Estimate({}), columns)
+        c, check = composer, self.signals.check
+        return influence.measure(
+            self.trainee, prepared, streams, c.measure, c.max_norm, c.parameters, check, names=c.names
+        )
 
     def _update(self, step: int, parts: list[Example], num_prompts: int) -> dict[str, float]:
         """One optimiser step for each inner batch; metrics are their means. The examples of a prompt, as many as its
@@ -452,6 +480,8 @@ class OnlineTraining(Run):
         step = state.step if state else 0
         self.position = state.progress["position"] if state else 0
         self.failures.update(state.progress["failures"] if state else {})
+        if self.composing is not None and state is not None:
+            self.composing.load_state_dict(state.progress["composer"])
         pending = state.progress["pending"] if state else None
         self.log.keep(step - 1 if pending else step)
         saved = step
@@ -494,13 +524,16 @@ class OnlineTraining(Run):
         row["time/other_s"] = row["time/step_s"] - synced - sum(row[f"time/{part}_s"] for part in parts)
         last = step == self.plan.num_steps
         every = self.trainer.eval_every
-        if self.heldout and (last or (every > 0 and step % every == 0)):
+        due = self.composing is not None and self.composing.due
+        if self.heldout and (last or due or (every > 0 and step % every == 0)):
             start = time.perf_counter()
             groups = self._answers()
             row |= self._heldout_metrics(groups)
             row["time/eval_s"] = time.perf_counter() - start
             if last:
                 self._write_heldout("after", step, groups)
+            if self.composing is not None:
+                row |= self.composing.evaluated(row)
         self._tally()
         row |= self.failures
         self.log.row({"step": step} | row)
@@ -516,6 +549,7 @@ class OnlineTraining(Run):
             "position": self.position,
             "failures": dict(self.failures),
             "pending": pending,
+            "composer": None if self.composing is None else self.composing.state_dict(),
         }
         state = checkpoint.State(step, self.engine.model_state(), self.engine.optimizer_state(), progress)
         checkpoint.save(self.out.checkpoints, state, self.trainer.keep_checkpoints)
@@ -556,7 +590,10 @@ class OnlineTraining(Run):
         """Answers of the untrained policy; a start that was killed before its first checkpoint writes them anew."""
         (self.out.path / "heldout-before.jsonl").unlink(missing_ok=True)
         if self.heldout:
-            self._write_heldout("before", 0, self._answers())
+            groups = self._answers()
+            self._write_heldout("before", 0, groups)
+            if self.composing is not None and self.composing.due:
+                self.composing.evaluated(self._heldout_metrics(groups))
         self._tally()
 
     def _heldout_metrics(self, groups: list[Group]) -> dict[str, float]:

@@ -26,6 +26,7 @@ SETTINGS = [
     ("gradient", {"max_weight": 0.3}, "3 weights within them cannot sum to 1"),
     ("gradient", {"accumulate": 0}, "composer.accumulate=0: must be an integer of at least 1"),
     ("gradient", {"apply": "later"}, "composer.apply=later: must be one of now, next"),
+    ("gradient", {"measure": "directional"}, "composer.max_norm=1: measure=directional knows no norm of a gradient"),
     ("gradient", {"mu": -1.0}, "composer.mu=-1.0: must be greater than 0"),
     ("hypervolume", {"spans": {"helpful": 0.0}}, "composer.spans.helpful=0.0: must be greater than 0"),
     ("hypervolume", {"minimise": ["odd"]}, "composer.minimise=odd: must be one of helpful, brief, clear"),

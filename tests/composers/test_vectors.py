@@ -248,6 +248,7 @@ def test_weights_from_gradients(config, given, expected):
         weights=dict(zip(names, given["w0"], strict=True)),
         target="reward",
         apply="now",
+        measure="exact",
         mu=config["mu"],
         accumulate=config["accumulation_steps"],
         min_weight=None,

@@ -1,0 +1,301 @@
+"""Between rewards of several components and the advantages of a step: a composer, what it is told, its refusals.
+
+The online loop asks: check before a model is loaded, estimate instead of the estimator, learnt after the weights have
+moved, evaluated after an evaluation. All of a step's completions are known here, whatever process drew them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from align import build
+from align.advantages.base import estimate as with_metrics
+from align.composers.base import Composer, Observed
+from align.composers.fixed import disagreement
+from align.composers.invariance import columns_of
+from align.config import Config, OnlineConfig
+from align.data.prompts import PromptRow
+from align.data.reasoning import final_answer
+from align.rewards.build import counted
+from align.trainers.experience import Group
+from align.trainers.influence import Influences, chosen_parameters
+from align.types import Episodes, Estimate
+
+# From the advantages of objectives [C, K], with their composer
+Measure = Callable[[Tensor, Any], Influences]
+
+DIRECTION = "direction"  # the column of a prompt's row
+
+
+class Composing:
+    """A composer at work in an online run. names: all components of the reward, those without weight among them."""
+
+    def __init__(self, composer: Composer, advantage: Any, names: Sequence[str], say: Callable[[str], None]):
+        self.composer = composer
+        self.advantage = advantage
+        self.say = say
+        self.index = [list(names).index(name) for name in composer.names]
+        self._observed: Observed | None = None
+        self._said: set[str] = set()
+
+    # ------------------------------------------------------------------ what the loop asks
+
+    @property
+    def num_values(self) -> int:
+        """Outputs that a value head needs: one for each stream whose advantages are estimated."""
+        if "values" not in self.advantage.needs:
+            return 0
+        return len(self.composer.streams) if self.composer.target == "advantage" else 1
+
+    @property
+    def due(self) -> bool:
+        """Whether the composer waits for an evaluation."""
+        return self.composer.due
+
+    def check_prompts(self, *splits: Sequence[PromptRow]) -> None:
+        """Raises ValueError for a prompt without the direction that the composer needs."""
+        if "direction" in self.composer.needs:
+            for rows in splits:
+                for row in rows:
+                    _direction(row, len(self.index))
+
+    def check_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        """Raises ValueError if the composer wants gradients of weights that are not trained."""
+        if "influence" in self.composer.needs:
+            chosen_parameters(parameters, self.composer.parameters)  # type: ignore[attr-defined]
+
+    def estimate(
+        self, groups: Sequence[Group], told: Episodes, lr: float, measure: Measure | None = None
+    ) -> tuple[Estimate, dict[str, float]]:
+        """What the estimator says of the composed streams, and metrics. told: of the groups' weighted sums.
+
+        A completion that misses one of the components counts for none of them.
+        """
+        raw = np.concatenate([g.rewards for g in groups])[:, self.index]
+        known = np.where(np.isnan(raw).any(1, keepdims=True), math.nan, raw)
+        rewards = torch.from_numpy(known).double()
+        greedy = None if told.greedy is None else self._greedy(groups)
+        context = self._context(groups)
+        influences, metrics = None, {}
+        if "influence" in self.composer.needs:
+            assert measure is not None
+            # the KL belongs to all objectives alike and to none of them
+            streams = self._streams(replace(told, penalties=None), rewards, greedy, {})[0]
+            found = measure(streams, self.composer)
+            influences, metrics = found.influences, dict(found.metrics)
+        self._observed = Observed(**_moments(raw), influences=influences, learning_rate=lr)
+        if self.composer.apply == "now":
+            self.composer.update(self._observed)
+        if self.composer.target == "reward":
+            estimate, more = self._by_reward(told, rewards, greedy, context)
+            return estimate, metrics | more
+        advantages, values = self._streams(told, rewards, greedy, metrics)
+        scored = ~rewards.isnan().any(1)
+        if context is not None:
+            context = context[told.row]
+        mixed = self.composer(advantages, scored[told.row], context)
+        return with_metrics(mixed, told, scored, None, **values), metrics
+
+    def learnt(self) -> dict[str, float]:
+        """The weights have moved: tell the composer; returns its metrics."""
+        if self._observed is not None and self.composer.apply == "next":
+            self.composer.update(self._observed)
+        self._observed = None
+        return self._metrics()
+
+    def evaluated(self, row: Mapping[str, float]) -> dict[str, float]:
+        """Held-out metrics are there: tell the composer; returns its metrics. Raises ValueError if it needs one that
+        is not among them."""
+        needs, composer = self.composer.needs, self.composer
+        validation = gold = None
+        if "validation" in needs:
+            validation = torch.tensor([_heldout_mean(row, name) for name in composer.names], dtype=torch.float64)
+        if "gold" in needs:
+            gold = row.get(f"heldout/{composer.gold_metric}", math.nan)
+        if validation is not None or gold is not None:
+            composer.update(Observed(validation=validation, gold=gold))
+        return self._metrics()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The composer's, between two steps."""
+        return self.composer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse."""
+        self.composer.load_state_dict(state)
+
+    # ------------------------------------------------------------------ inside
+
+    def _metrics(self) -> dict[str, float]:
+        for line in self.composer.remarks():
+            if line not in self._said:
+                self._said.add(line)
+                self.say(line)
+        return self.composer.metrics()
+
+    def _greedy(self, groups: Sequence[Group]) -> Tensor:
+        table = np.stack([g.greedy_rewards for g in groups])[:, self.index]  # type: ignore[call-overload]
+        return torch.from_numpy(np.where(np.isnan(table).any(1, keepdims=True), math.nan, table)).double()
+
+    def _context(self, groups: Sequence[Group]) -> Tensor | None:
+        """What the composer asks of each completion [N] or [N, K]."""
+        if "uncertainty" in self.composer.needs:
+            spread = [disagreement([final_answer(text) for text in g.texts])[1] for g in groups]
+            sizes = torch.tensor([len(g.completions) for g in groups])
+            return torch.tensor(spread, dtype=torch.float64).repeat_interleave(sizes)
+        if "direction" in self.composer.needs:
+            rows = [_direction(g.prompt, len(self.index)) for g in groups for _ in g.completions]
+            return torch.tensor(rows, dtype=torch.float64)
+        return None
+
+    def _streams(
+        self, told: Episodes, rewards: Tensor, greedy: Tensor | None, metrics: dict[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Advantages [C, K] of each stream alone, and the other columns [C, K] of the estimator; adds to the metrics.
+
+        The KL's own stream has scores of 0 and the penalties; the others have those that the composer gives them.
+        """
+        composer = self.composer
+        found: dict[str, list[Tensor]] = {}
+        for k, (name, sign) in enumerate(zip(composer.streams, composer.penalty_signs, strict=True)):
+            own = k < rewards.shape[1]
+            values = told.values if told.values is None or told.values.ndim == 1 else told.values[:, k]
+            estimate = self.advantage(
+                replace(
+                    told,
+                    scores=rewards[:, k] if own else torch.where(rewards.isnan().any(1), math.nan, 0.0).double(),
+                    greedy=None if greedy is None else greedy[:, k] if own else greedy[:, 0] * 0.0,
+                    penalties=None if told.penalties is None or sign == 0 else sign * told.penalties,
+                    values=values,
+                )
+            )
+            for column, value in estimate.columns.items():
+                found.setdefault(column, []).append(value)
+            for key in ("advantage/std", "advantage/explained_variance"):
+                if key in estimate.metrics:
+                    metrics[f"{key}_{name}"] = estimate.metrics[key]
+        stacked = {column: torch.stack(values, 1) for column, values in found.items()}
+        return stacked.pop("advantages"), stacked
+
+    def _by_reward(
+        self, told: Episodes, rewards: Tensor, greedy: Tensor | None, context: Tensor | None
+    ) -> tuple[Estimate, dict[str, float]]:
+        """Rewards composed first. Greedy completions are composed in the same call: a normalisation is over both."""
+        together = rewards if greedy is None else torch.cat([rewards, greedy])
+        if context is not None and greedy is not None:
+            first = torch.searchsorted(told.group, torch.arange(len(greedy)))  # a completion of each prompt
+            context = torch.cat([context, context[first]])
+        composed = self.composer(together, None, context)
+        scores = composed[: len(rewards)]
+        twins = None if greedy is None else composed[len(rewards) :]
+        estimate: Estimate = self.advantage(replace(told, scores=scores, greedy=twins))
+        known = scores[~scores.isnan()]
+        return estimate, {"reward/composed": float(known.mean())} if len(known) else {}
+
+
+def composing(config: Config, advantage: Any, say: Callable[[str], None] = lambda line: None) -> Composing | None:
+    """Of the settings; None without a composer. Raises ValueError for what the user can cure."""
+    if config.composer is None:
+        return None
+    node = OmegaConf.to_container(config.reward, resolve=True)  # type: ignore[arg-type]
+    assert isinstance(node, dict)
+    return Composing(build.composer(config.composer, tuple(counted(node))), advantage, list(map(str, node)), say)
+
+
+def check(config: Config, advantage: Any) -> None:
+    """Raises ValueError for a composer that does not go with the other settings, before a model is loaded."""
+    found = composing(config, advantage)
+    if found is None:
+        return
+    t, choice, name = config.trainer, config.choices["advantage"], config.choices["composer"]
+    assert isinstance(t, OnlineConfig)
+    composer = found.composer
+    for component, weight in counted(OmegaConf.to_container(config.reward, resolve=True)).items():  # type: ignore[arg-type]
+        if weight != 1:
+            raise ValueError(
+                f"reward.{component}.weight={weight:g} has no effect with composer={name}, which has weights of its "
+                f"own; use 1, or 0 to measure {component} only"
+            )
+    if t.extra_draws > 0:
+        raise ValueError(
+            f"trainer.extra_draws={t.extra_draws}: with composer={name} a prompt whose rewards are the same in sum may "
+            "still teach; use 0"
+        )
+    if "kl_stream" in composer.needs and t.kl_in_reward == 0:
+        raise ValueError(
+            f"composer={name} has the KL as a stream of its own, which trainer.kl_in_reward=0 leaves empty; set "
+            "trainer.kl_in_reward=0.05, or composer.objective.kl=0 with another composer.objective.NAME=1"
+        )
+    if composer.target == "advantage":
+        odd = sorted(columns_of(advantage) - {"advantages", "returns", "old_values"})
+        if "steps" in advantage.needs or odd:
+            raise ValueError(
+                f"composer.target=advantage: advantage={choice} gives more than one advantage for a reward; use "
+                "composer.target=reward, or advantage=rloo, grpo, remax, reinforce_pp or ppo"
+            )
+    _check_evaluations(config, t, composer, name)
+    if "uncertainty" in composer.needs and config.sampling.n == 1:
+        raise ValueError(f"composer={name} compares the completions of a prompt: use sampling.n=2 or more")
+    if "influence" in composer.needs and "steps" in advantage.needs:
+        raise ValueError(f"composer={name}: advantage={choice} learns from steps, which no component has alone")
+    pattern = getattr(composer, "parameters", None)
+    if pattern is not None:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"composer.parameters={pattern}: is no regular expression ({error})") from error
+    composer.check(advantage, choice, t.kl_in_reward > 0)
+
+
+def _check_evaluations(config: Config, t: OnlineConfig, composer: Composer, name: str) -> None:
+    if not composer.needs & {"validation", "gold"}:
+        return
+    if t.num_samples == 0 or (config.data.heldout is None and config.data.heldout_fraction == 0):
+        raise ValueError(
+            f"composer={name} learns from held-out prompts: set data.heldout, and trainer.num_samples above 0"
+        )
+    if "validation" in composer.needs and t.eval_every == 0:
+        raise ValueError(f"composer={name} learns from evaluations: set trainer.eval_every, for example to 5")
+    if composer.gold_metric is not None:
+        assert config.reward is not None
+        known = [f"{part}_greedy" for part in ("total", *map(str, config.reward))]
+        if t.heldout_n > 0:
+            known += [*map(str, config.reward), "pass@1"]
+        metric = composer.gold_metric
+        if metric not in known and not (t.heldout_n > 0 and metric.startswith("pass@")):
+            raise ValueError(f"composer.search.metric={metric}: there are {', '.join(known)}")
+
+
+def _moments(raw: np.ndarray) -> dict[str, Tensor]:
+    """means, lowest, highest [K] of rewards [N, K] over what is known; NaN where nothing is."""
+    out: dict[str, list[float]] = {"means": [], "lowest": [], "highest": []}
+    for column in raw.T:
+        known = column[~np.isnan(column)]
+        for key, function in (("means", np.mean), ("lowest", np.min), ("highest", np.max)):
+            out[key].append(float(function(known)) if len(known) else math.nan)
+    return {key: torch.tensor(values, dtype=torch.float64) for key, values in out.items()}
+
+
+def _heldout_mean(row: Mapping[str, float], name: str) -> float:
+    """The mean over drawn completions of the held-out prompts, or else over their greedy ones."""
+    return row.get(f"heldout/{name}", row.get(f"heldout/{name}_greedy", math.nan))
+
+
+def _direction(prompt: PromptRow, num: int) -> list[float]:
+    """Raises ValueError without one."""
+    found = prompt.fields.get(DIRECTION)
+    if not isinstance(found, Sequence) or len(found) != num or not all(isinstance(v, (int, float)) for v in found):
+        raise ValueError(f"{prompt.source}: a list of {num} numbers is needed in the column {DIRECTION}, found {found}")
+    length = math.hypot(*found)
+    if not abs(length - 1) < 1e-6:
+        raise ValueError(f"{prompt.source}: the direction {found} has length {length:g}; it must be 1")
+    return [float(v) for v in found]
