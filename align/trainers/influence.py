@@ -6,7 +6,6 @@ whatever K is, for the products with the sum of the gradients alone.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,9 @@ from align.composers.gradient import cosines, influences
 from align.trainers.loop import Trainee, cotangents, token_values
 from align.types import Example
 
-STEP = 1e-3  # of the difference, as a part of the norm of the weights: tests/bench/influence.py has the errors
+# Of the difference: how far it moves log-probs, nats, at least. Less drowns in the rounding of float32, more in the
+# curvature: tests/bench/influence.py
+STEP = 1e-3
 CHUNK = 1 << 20  # numbers that are multiplied at once in float64
 PREFIX = "advantages_"
 
@@ -130,8 +131,12 @@ def _products(rows: Sequence[Tensor]) -> Tensor:
 def _directional(
     trainee: Trainee, examples: Sequence[Example], num: int, chosen: Mapping[str, Tensor], check: Callable[[], None]
 ) -> Tensor:
-    """<g_k, g> = sum over tokens of dL_k/dlogp times the derivative of logp along g = sum_j g_j, which is a central
-    difference between the weights moved by +- STEP of their norm along g [K] float64."""
+    """<g_k, g> [K] float64: sum over tokens of dL_k/dlogp times the derivative of logp along g = sum_j g_j, which is a
+    central difference.
+
+    Its step: along g the loss sum_j L_j changes by step |g|^2, to which log-probs that all move by STEP against it
+    would add up.
+    """
     weights = list(chosen.values())
     total: list[Tensor | None] = [None] * len(weights)
     slopes: dict[int, np.ndarray] = {}
@@ -147,10 +152,10 @@ def _directional(
                 before = total[i]
                 total[i] = gradient if before is None else before.add_(gradient)
     moving = [(p, g) for p, g in zip(weights, total, strict=True) if g is not None]
-    length = _norm([g for _, g in moving])
-    if length == 0:
+    square = sum(float(g.double().square().sum()) for _, g in moving)
+    if square == 0:
         return torch.zeros(num, dtype=torch.float64)
-    step = STEP * (_norm([p for p, _ in moving]) or 1.0) / length
+    step = STEP * sum(float(np.abs(s.sum(1)).sum()) for s in slopes.values()) / square
     derivative = _difference(trainee, examples, moving, step, check)
     return torch.from_numpy(np.sum([derivative[i] @ slopes[i] for i in slopes], axis=0))
 
@@ -184,7 +189,3 @@ def _difference(
         for (p, _), start in zip(moving, kept, strict=True):
             p.copy_(start)
     return [(above - below) / (2 * step) for above, below in zip(*found, strict=True)]
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))

@@ -391,7 +391,7 @@ def cotangents(
         if values is not None:
             batch = replace(batch, step_values=values, step_index=torch.tensor(part, device=batch.row.device))
         reference = _reference(trainee, batch)
-        policy = trainee.engine.forward(batch, trainee.objective.needs)
+        policy = trainee.engine.forward(batch, trainee.objective.needs - {"entropy"})  # which is only watched
         leaf = policy.token_logps.detach().requires_grad_()
         still = {name: v.detach() for name, v in vars(policy).items() if isinstance(v, torch.Tensor)}
         found = []

@@ -30,7 +30,8 @@ FAMILY = {
     "search": (*RLOO_WORDS, *KL, *SEARCH, "lora.rank=4"),
     "hypervolume": (*RLOO_WORDS, "composer=hypervolume", "composer.reference.mixed=0", "composer.reference.coin=-1"),
     "gradient": (
-        *RLOO_WORDS, "composer=gradient", "optimizer.lr=1e-3", "composer.mu=1e-2", "composer.accumulate=2", "lora.rank=4",
+        *RLOO_WORDS, "composer=gradient", "optimizer.lr=1e-3", "composer.mu=1e-2", "composer.accumulate=2",
+        "lora.rank=4",
     ),
     "directional": (
         *RLOO_WORDS, "composer=gradient", "optimizer.lr=1e-3", "composer.mu=1e-2", "composer.apply=next",
@@ -286,7 +287,7 @@ def test_refused_without_a_model(tmp_path, monkeypatch):
         assert main(["train", *words_of(tmp_path, f"run.dir={tmp_path / 'run'}", *words)]) == 2
 
 
-def test_offline_training_has_no_composer(tmp_path, capsys):
+def test_offline_training_has_no_composer(capsys):
     assert main(["check", "recipe=dpo", "composer=fixed"]) == 2
     assert "composer has no effect with trainer.kind=offline; remove it" in " ".join(capsys.readouterr().err.split())
 
