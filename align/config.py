@@ -701,7 +701,7 @@ def _check_values(config: Config) -> None:
         raise ConfigError("trainer=online needs a reward: add reward.NAME._target_=module.function")
     if not online and config.advantage is not None:
         raise ConfigError(f"advantage has no effect with trainer.kind={config.trainer.kind}; remove it")
-    if not online and config.composer is not None:
+    if config.composer is not None and config.trainer.kind not in ("online", "iterate"):
         raise ConfigError(f"composer has no effect with trainer.kind={config.trainer.kind}; remove it")
     if config.merge and lora.rank == 0:
         raise ConfigError("merge=true has no effect with lora.rank=0; remove it or set lora.rank")
@@ -715,18 +715,19 @@ def keys_with_help() -> list[str]:
         group = path.parent.relative_to(root).as_posix().replace("/", ".")
         lines.append(f"[{path.relative_to(root).with_suffix('').as_posix()}]")
         comment: list[str] = []
-        section = ""
+        sections: list[str] = []
         for line in path.read_text().splitlines():
             stripped = line.strip()
             if stripped.startswith("#"):
                 comment.append(stripped.lstrip("# "))
-            elif match := re.match(r"^(  )?([a-z_0-9]+):\s*(.*)$", line):
-                nested, key, value = match.groups()
-                if not nested:
-                    section = "" if value else f"{key}."
+            elif match := re.match(r"^((?:  )*)([a-z_0-9]+):\s*(.*)$", line):
+                indent, key, value = match.groups()
+                sections = sections[: len(indent) // 2]
                 if value:
                     prefix = "" if group == "." else f"{group}."
-                    lines.append(f"  {prefix}{section if nested else ''}{key}={value}  {' '.join(comment)}")
+                    lines.append(f"  {prefix}{'.'.join([*sections, key])}={value}  {' '.join(comment)}")
+                else:
+                    sections.append(key)
                 comment = []
             else:
                 comment = []

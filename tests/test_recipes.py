@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import yaml
 
 from align import build
+from align.cli import main
 from align.config import compose, recipes
 from align.data.sources import locate_all
 from align.objectives import imitation, losses, preference, unpaired
@@ -60,6 +63,46 @@ def test_paper_recipes_hold_the_papers_batch_and_beta(name):
     assert (config.trainer.batch_size, config.objective.beta) == (128, 0.01)
     assert (config.optimizer.warmup_fraction, config.lora.rank) == (0.1, 0)
     assert config.optimizer.lr == (1e-6 if "llama3" in name else 5e-7)
+
+
+COMPOSED = [name for name in ALL if compose([f"recipe={name}"]).composer is not None]
+SMALL = (
+    "model=tiny", "lora.rank=4", "trainer.batch_size=2", "trainer.num_samples=2", "sampling.n=2",
+    "sampling.max_new_tokens=8", "data.max_tokens=2048", "trainer.micro_batch_tokens=2048", "log.tensorboard=false",
+    "trainer.precision=float32",
+)  # fmt: skip
+
+
+def test_recipes_with_several_rewards():
+    assert set(COMPOSED) == {
+        *(f"constrained_{how}" for how in ("mu", "xi", "search")),
+        *("dynamic_hypervolume", "dynamic_gradient", "tchebycheff", "dpa"),
+    }
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_recipe_with_several_rewards_runs(name, tmp_path):
+    """As it is, on a random model and for two steps or rounds."""
+    rounds = ("trainer.rounds=1", "trainer.prompts_per_round=4")
+    more = rounds if name == "dpa" else ("trainer.max_steps=2", "trainer.eval_every=1")
+    assert main(["train", f"recipe={name}", f"run.dir={tmp_path / name}", *SMALL, *more]) == 0
+    row = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])
+    assert name == "dpa" or any(key.startswith("weight/") for key in row)
+    assert name == "dpa" or (tmp_path / name / "plots" / "multipliers.png").exists()
+
+
+def test_recipes_of_several_rewards_hold_the_authors_numbers():
+    """tedmoskovitz/ConstrainedRL4LMs@11ac8fe and yining610/dynamic-reward-weighting@238fe65."""
+    mu, gradient, volume = (
+        compose([f"recipe={name}"]) for name in ("constrained_mu", "dynamic_gradient", "dynamic_hypervolume")
+    )
+    rule = mu.composer.rule
+    assert (rule.lr, rule.momentum, rule.max_grad_norm, rule.squash) == (0.1, 0.1, 0.5, "sigmoid")
+    assert (mu.advantage.gamma, mu.advantage.lam, mu.objective.clip_low) == (0.99, 0.95, 0.2)
+    assert gradient.optimizer.lr / gradient.composer.mu == pytest.approx(0.1)
+    assert (gradient.composer.max_norm, gradient.composer.target, gradient.composer.apply) == (1.0, "reward", "now")
+    assert list(volume.composer.weights.values()) == [0.5, 0.25, 0.25]
+    assert (volume.composer.lowest, volume.composer.gain) == (0.5, 1.5)
 
 
 def test_online_paper_recipes_hold_the_scripts_numbers():

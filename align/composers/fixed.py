@@ -135,11 +135,28 @@ class Directional(Composer):
     """v . r with a unit vector v of each prompt: directional preference alignment (arXiv 2402.18571).
 
     context [N, K]: v, which the prompt tells rounded (`direction_weights`); here it is not rounded. Components should
-    have the same unit and centre, as what is far from 0 counts in every direction.
+    have the same unit and centre, as what is far from 0 counts in every direction. degrees, message: how prompts get
+    directions, for whoever makes prompts; degrees [low, high] of an angle between two components, null: rows have them.
     """
 
     needs = frozenset({"direction"})
     target = "reward"
+
+    def __init__(self, names: Sequence[str], *, degrees: Sequence[float] | None, message: str):
+        super().__init__(names)
+        if degrees is not None:
+            if len(self.names) != 2:
+                raise ValueError(
+                    f"composer.degrees={list(degrees)}: an angle is between two components, there are "
+                    f"{len(self.names)}; use null and a column direction in the data"
+                )
+            if len(degrees) != 2 or not -180 <= degrees[0] < degrees[1] <= 180:
+                raise ValueError(
+                    f"composer.degrees={list(degrees)}: must be [low, high], ascending, between -180 and 180"
+                )
+            if "{weights}" not in message:
+                raise ValueError("composer.message: has no {weights}, so prompts would not tell their direction")
+        self.degrees, self.message = degrees, message
 
     @torch.no_grad()
     def __call__(self, streams: Tensor, keep: Tensor | None = None, context: Tensor | None = None) -> Tensor:

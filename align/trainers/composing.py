@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,14 +27,14 @@ from align.config import Config, OnlineConfig
 from align.data.prompts import PromptRow
 from align.data.reasoning import final_answer
 from align.rewards.build import counted
+from align.trainers import composed_plots
+from align.trainers.directions import directed, direction_of
 from align.trainers.experience import Group
 from align.trainers.influence import Influences, chosen_parameters
 from align.types import Episodes, Estimate
 
 # From the advantages of objectives [C, K], with their composer
 Measure = Callable[[Tensor, Any], Influences]
-
-DIRECTION = "direction"  # the column of a prompt's row
 
 
 class Composing:
@@ -43,6 +44,7 @@ class Composing:
         self.composer = composer
         self.advantage = advantage
         self.say = say
+        self.names = tuple(names)
         self.index = [list(names).index(name) for name in composer.names]
         self._observed: Observed | None = None
         self._said: set[str] = set()
@@ -61,12 +63,9 @@ class Composing:
         """Whether the composer waits for an evaluation."""
         return self.composer.due
 
-    def check_prompts(self, *splits: Sequence[PromptRow]) -> None:
-        """Raises ValueError for a prompt without the direction that the composer needs."""
-        if "direction" in self.composer.needs:
-            for rows in splits:
-                for row in rows:
-                    _direction(row, len(self.index))
+    def prompts(self, rows: list[PromptRow], tokenizer: Any, seed: int) -> list[PromptRow]:
+        """The prompts as the composer wants them. Raises ValueError for one without the direction that it needs."""
+        return directed(rows, self.composer, tokenizer, seed) if "direction" in self.composer.needs else rows
 
     def check_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         """Raises ValueError if the composer wants gradients of weights that are not trained."""
@@ -125,6 +124,14 @@ class Composing:
             composer.update(Observed(validation=validation, gold=gold))
         return self._metrics()
 
+    def draw(self, run: Path) -> None:
+        """Pictures of the run, below plots/; says why there are none."""
+        measured = [name for name in self.names if name not in self.composer.names]
+        try:
+            composed_plots.draw(run, self.composer.names, measured[0] if measured else None)
+        except (ImportError, OSError) as error:  # what was trained is not to be lost for a picture
+            self.say(f"no plots: {error}")
+
     def state_dict(self) -> dict[str, Any]:
         """The composer's, between two steps."""
         return self.composer.state_dict()
@@ -153,7 +160,7 @@ class Composing:
             sizes = torch.tensor([len(g.completions) for g in groups])
             return torch.tensor(spread, dtype=torch.float64).repeat_interleave(sizes)
         if "direction" in self.composer.needs:
-            rows = [_direction(g.prompt, len(self.index)) for g in groups for _ in g.completions]
+            rows = [direction_of(g.prompt, len(self.index)) for g in groups for _ in g.completions]
             return torch.tensor(rows, dtype=torch.float64)
         return None
 
@@ -288,14 +295,3 @@ def _moments(raw: np.ndarray) -> dict[str, Tensor]:
 def _heldout_mean(row: Mapping[str, float], name: str) -> float:
     """The mean over drawn completions of the held-out prompts, or else over their greedy ones."""
     return row.get(f"heldout/{name}", row.get(f"heldout/{name}_greedy", math.nan))
-
-
-def _direction(prompt: PromptRow, num: int) -> list[float]:
-    """Raises ValueError without one."""
-    found = prompt.fields.get(DIRECTION)
-    if not isinstance(found, Sequence) or len(found) != num or not all(isinstance(v, (int, float)) for v in found):
-        raise ValueError(f"{prompt.source}: a list of {num} numbers is needed in the column {DIRECTION}, found {found}")
-    length = math.hypot(*found)
-    if not abs(length - 1) < 1e-6:
-        raise ValueError(f"{prompt.source}: the direction {found} has length {length:g}; it must be 1")
-    return [float(v) for v in found]

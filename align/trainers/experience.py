@@ -63,14 +63,16 @@ class Group:
 class Experience:
     """Draws from a rollout and scores what comes. seconds: of generating and of scoring since they were last taken.
 
-    steps: rewards of steps are needed; a completion without them has no score.
+    steps: rewards of steps are needed; a completion without them has no score. scorer: what makes scores of rewards
+    instead of their weighted sum: align.trainers.directions.
     """
 
-    def __init__(self, rollout: Rollout, rewards: Rewards, tokenizer: Any, steps: bool = False):
+    def __init__(self, rollout: Rollout, rewards: Rewards, tokenizer: Any, steps: bool = False, scorer: Any = None):
         self.rollout = rollout
         self.rewards = rewards
         self.tokenizer = tokenizer
         self.steps = steps
+        self.scorer = scorer
         self.generate_seconds = 0.0
         self.score_seconds = 0.0
 
@@ -91,6 +93,8 @@ class Experience:
         # a component without weight is measured, and may be missing
         counted = self.rewards.weights != 0
         scores = rewards[..., counted] @ self.rewards.weights[counted]
+        if self.scorer is not None:
+            scores = self.scorer(prompts, rewards)
         if self.steps:
             assert rows is not None
             scores[np.array([np.isnan(row).all() for row in rows]).reshape(scores.shape)] = math.nan

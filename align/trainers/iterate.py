@@ -38,6 +38,7 @@ from align.rollout.base import Sampling, seed_of
 from align.rundir import RunDirectory, environment
 from align.trainers import rounds
 from align.trainers.collect import Collector
+from align.trainers.directions import directed, directional, scorer
 from align.trainers.experience import Experience
 from align.trainers.final import final_table, model_card
 from align.trainers.loop import token_values
@@ -61,6 +62,7 @@ def train(config: Config, command: str) -> int:
     """Run or resume; returns the exit code. Raises ValueError for what the user can cure."""
     objective = build.objective(config)
     _check(config, objective)
+    directional(config)
     return start(config, command, objective, Iteration)
 
 
@@ -73,6 +75,7 @@ class Iteration(Run):
         self.trainer = config.trainer
         s = config.sampling
         self.sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p, s.top_k, tuple(s.stop), config.seed)
+        self.composer = directional(config)
         self.rewards: Any = None
         self.train: list[PromptRow] = []
         self.heldout: list[PromptRow] = []
@@ -130,6 +133,10 @@ class Iteration(Run):
             self.data_hash = {"collect": words}
             return
         prompts = load_prompts(config.data, self.tokenizer, self.sampling.max_new_tokens, config.seed)
+        if self.composer is not None:
+            given = (prompts.train, config.seed), (prompts.heldout, config.seed + 1)
+            train, heldout = (directed(rows, self.composer, self.tokenizer, seed) for rows, seed in given)
+            prompts = replace(prompts, train=train, heldout=heldout)
         distinct: dict[tuple[int, ...], PromptRow] = {}
         for prompt in prompts.heldout:
             distinct.setdefault(prompt.token_ids, prompt)
@@ -307,14 +314,18 @@ class Iteration(Run):
         """What all completions of the policy in memory depend on."""
         tree = OmegaConf.to_container(self.config.tree, resolve=True)
         assert isinstance(tree, dict)
-        settings = {name: tree.get(name) for name in ("seed", "sampling", "rollout", "reward")}
+        settings = {name: tree.get(name) for name in ("seed", "sampling", "rollout", "reward", "composer")}
         return {"weights": self._hash, "precision": self.precision_name, **settings}
+
+    def _experience(self, policy: Policy) -> Experience:
+        by = None if self.composer is None else scorer(self.composer, self.rewards.names)
+        return Experience(self.rollout(policy), self.rewards, self.tokenizer, scorer=by)
 
     def _draw(self, number: int, policy: Policy) -> tuple[Path, dict[str, float]]:
         """The round's completions, scored, a chunk of prompts at a time, and the rows made of them."""
         t, directory = self.trainer, self._directory(number)
         part = self.slices[number - 1]
-        experience = Experience(self.rollout(policy), self.rewards, self.tokenizer)
+        experience = self._experience(policy)
         chunks = range(-(-len(part) // t.chunk_prompts))
         lines: list[rounds.Line] = []
         for k in self.shown(f"round {number}: completions")(chunks, len(chunks)):
@@ -442,7 +453,7 @@ class Iteration(Run):
         tree = OmegaConf.create(OmegaConf.to_container(config.tree, resolve=False))
         for name, value in changed.items():
             tree[name] = value
-        for name in ("collect", "reward", "pairs", "advantage"):
+        for name in ("collect", "reward", "pairs", "advantage", "composer"):
             tree[name] = None
         tree.log.wandb = "off"
         if number > 1:
@@ -462,6 +473,7 @@ class Iteration(Run):
             log=replace(config.log, wandb="off"),
             collect=None,
             reward=None,
+            composer=None,
             pairs=None,
             model=tree.model,
             tree=tree,
@@ -489,7 +501,7 @@ class Iteration(Run):
         rounds.begin(path.parent, key | self._drawn_with())
         if not path.exists():
             sampling = replace(self.sampling, max_new_tokens=t.sample_tokens).at(_HELDOUT)
-            experience = Experience(self.rollout(policy), self.rewards, self.tokenizer)
+            experience = self._experience(policy)
             with self.showing(f"round {number}: held-out prompts"):
                 groups = experience.draw(self.heldout, sampling, t.heldout_n, greedy=True)
             rounds.write_rows(path, [rounds.line_of(group, self.rewards.names, self.tokenizer) for group in groups])

@@ -135,7 +135,9 @@ class OnlineTraining(Run):
         prompts = load_prompts(config.data, self.tokenizer, self.sampling.max_new_tokens, config.seed)
         self.train, self.heldout = prompts.train, prompts.heldout[: self.trainer.num_samples]
         if self.composing is not None:
-            self.composing.check_prompts(self.train, self.heldout)
+            seed = config.seed
+            self.train = self.composing.prompts(self.train, self.tokenizer, seed)
+            self.heldout = self.composing.prompts(self.heldout, self.tokenizer, seed + 1)
         self.account(prompts.audit, command)
         self.data_hash = {
             "data.train": prompts_fingerprint(prompts.train),
@@ -653,6 +655,8 @@ class OnlineTraining(Run):
             command,
             summary,
         )
+        if self.composing is not None:
+            self.composing.draw(self.out.path)
         self.out.write_json("summary.json", summary)
         self.log.console.print(final_table(summary))
         self.log.say(f"model {self.out.final}, evidence {self.out.path}")

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from align.composers.base import Observed
 from align.config import OptimizerConfig
 from align.engine.local import LocalEngine
 from align.models import Policy

@@ -209,6 +209,12 @@ def test_a_value_for_each_stream(straight):
     assert straight("ppo")[1]["model.safetensors"]
 
 
+def test_pictures_are_in_the_run(straight):
+    base, _ = straight("mu")
+    assert (base / "mu" / "plots" / "multipliers.png").stat().st_size > 5000
+    assert (base / "mu" / "plots" / "front.png").exists()
+
+
 def test_runs_differ_by_their_composer(straight):
     last = {name: straight(name)[1]["rows"][-1]["loss/total"] for name in FAMILY}
     assert len(set(last.values())) == len(FAMILY)

@@ -1,0 +1,98 @@
+"""Prompts that say in which direction of the space of rewards their completion is wanted: directional preference
+alignment (arXiv 2402.18571)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from align import build
+from align.composers.fixed import Directional, direction, direction_weights, drawn_degrees
+from align.config import Config
+from align.data.chat import prompt_ids
+from align.data.prompts import PromptRow
+from align.rewards.build import counted
+
+COLUMN = "direction"  # of a prompt's row
+
+# The completions' scores [G, n] of prompts and rewards [G, n, K]
+Scorer = Callable[[Sequence[PromptRow], np.ndarray], np.ndarray]
+
+
+def direction_of(prompt: PromptRow, num: int) -> list[float]:
+    """The unit vector of a prompt. Raises ValueError without one."""
+    found = prompt.fields.get(COLUMN)
+    if not isinstance(found, Sequence) or len(found) != num or not all(isinstance(v, (int, float)) for v in found):
+        raise ValueError(
+            f"{prompt.source}: a list of {num} numbers is needed in the column {COLUMN}, found {found}; or set "
+            "composer.degrees, to draw them"
+        )
+    length = math.hypot(*found)
+    if not abs(length - 1) < 1e-6:
+        raise ValueError(f"{prompt.source}: the direction {list(found)} has length {length:g}; it must be 1")
+    return [float(v) for v in found]
+
+
+def directed(rows: Sequence[PromptRow], composer: Any, tokenizer: Any, seed: int) -> list[PromptRow]:
+    """The prompts, each with a direction and a system message that tells it in hundredths, rounded.
+
+    With composer.degrees null rows must have a column `direction` already, and stay as they are. Raises ValueError for
+    a prompt that is not made of messages.
+    """
+    if composer.degrees is None:
+        for row in rows:
+            direction_of(row, len(composer.names))
+        return list(rows)
+    low, high = composer.degrees
+    directions = direction(drawn_degrees(len(rows), low, high, seed))
+    out = []
+    for row, vector, told in zip(rows, directions.tolist(), direction_weights(directions), strict=True):
+        if row.messages is None:
+            raise ValueError(f"{row.source}: composer.degrees needs prompts of messages, to tell the direction in one")
+        said = ", ".join(f"{name} {weight}" for name, weight in zip(composer.names, told, strict=True))
+        messages = _with_system(row.messages, composer.message.replace("{weights}", said))
+        fields = {**row.fields, COLUMN: vector}
+        ids = tuple(prompt_ids(tokenizer, messages, tools=row.fields.get("tools")))
+        out.append(replace(row, messages=messages, token_ids=ids, fields=fields))
+    return out
+
+
+def _with_system(messages: Sequence[Mapping[str, Any]], text: str) -> tuple[Any, ...]:
+    if messages[0].get("role") == "system":
+        first = {**messages[0], "content": f"{messages[0]['content']}\n{text}"}
+        return (first, *messages[1:])
+    return ({"role": "system", "content": text}, *messages)
+
+
+def directional(config: Config) -> Directional | None:
+    """The composer of a run that keeps the best completions; None without one. Raises ValueError for any other."""
+    if config.composer is None:
+        return None
+    node = OmegaConf.to_container(config.reward, resolve=True)  # type: ignore[arg-type]
+    assert isinstance(node, dict)
+    composer = build.composer(config.composer, tuple(counted(node)))
+    if "direction" not in composer.needs:
+        raise ValueError(
+            f"composer={config.choices['composer']} composes what an online step learns from: use trainer=online, or "
+            "composer=directional"
+        )
+    return composer
+
+
+def scorer(composer: Directional, names: Sequence[str]) -> Scorer:
+    """v . r of each completion; names: all components of the reward."""
+    index = [list(names).index(name) for name in composer.names]
+
+    def score(prompts: Sequence[PromptRow], rewards: np.ndarray) -> np.ndarray:
+        vectors = torch.tensor([direction_of(row, len(index)) for row in prompts], dtype=torch.float64)
+        known = torch.from_numpy(rewards[..., index]).double()
+        flat = composer(known.flatten(0, 1), None, vectors.repeat_interleave(known.shape[1], 0))
+        return flat.view(known.shape[:2]).numpy()
+
+    return score
