@@ -113,6 +113,11 @@ def _check(words: list[str], config_dir: Path | None) -> int:
         locate_all(config.data.heldout, "data.heldout")
     if config.data.gold is not None:
         function(config.data.gold, "data.gold")
+    if config.composer is not None and config.trainer.kind == "online":
+        from align.build import advantage
+        from align.trainers import composing
+
+        composing.check(config, advantage(config))
     choices = ", ".join(f"{g}={o}" for g, o in sorted(config.choices.items()))
     print(f"ok: {choices}")
     return 0
