@@ -18,9 +18,9 @@ from align.composers.gradient import cosines, influences
 from align.trainers.loop import Trainee, cotangents, token_values
 from align.types import Example
 
-# Of the difference: how far it moves log-probs, nats, at least. Less drowns in the rounding of float32, more in the
-# curvature: tests/bench/influence.py
-STEP = 1e-3
+# Of the difference, by the run's precision: how far it moves log-probs, nats, at least. Less drowns in rounding, more in
+# the curvature: tests/bench/influence.py
+STEPS = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 CHUNK = 1 << 20  # numbers that are multiplied at once in float64
 PREFIX = "advantages_"
 
@@ -134,7 +134,7 @@ def _directional(
     """<g_k, g> [K] float64: sum over tokens of dL_k/dlogp times the derivative of logp along g = sum_j g_j, which is a
     central difference.
 
-    Its step: along g the loss sum_j L_j changes by step |g|^2, to which log-probs that all move by STEP against it
+    Its step: along g the loss sum_j L_j changes by step |g|^2, to which log-probs that all move by the number of STEPS
     would add up.
     """
     weights = list(chosen.values())
@@ -155,7 +155,7 @@ def _directional(
     square = sum(float(g.double().square().sum()) for _, g in moving)
     if square == 0:
         return torch.zeros(num, dtype=torch.float64)
-    step = STEP * sum(float(np.abs(s.sum(1)).sum()) for s in slopes.values()) / square
+    step = STEPS[trainee.engine.precision] * sum(float(np.abs(s.sum(1)).sum()) for s in slopes.values()) / square
     derivative = _difference(trainee, examples, moving, step, check)
     return torch.from_numpy(np.sum([derivative[i] @ slopes[i] for i in slopes], axis=0))
 

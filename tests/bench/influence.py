@@ -34,7 +34,7 @@ from tests.bench.online_data import QUICK, REGIMES, clipped, make_groups
 from tests.composers.parts import OPTIONS, call, observed, option
 
 OBJECTIVES = (2, 4, 8)
-STEPS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+STEPS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 MICRO_BATCH_TOKENS = 1 << 20
 
 
@@ -74,11 +74,11 @@ def measured(model: str, rounds: int, precision: str = "float32") -> dict[str, A
     step = summary(times["step"])["median"]
     truth = naive(trainee, parts, advantages[:, :4], torch.float64)
     errors = {"exact": apart(told(trainee, parts, advantages[:, :4], "exact"), truth)}
-    before = influence.STEP
+    usual = dict(influence.STEPS)
     for size in STEPS:
-        influence.STEP = size
+        influence.STEPS[trainee.engine.precision] = size
         errors[f"directional {size:g}"] = apart(told(trainee, parts, advantages[:, :4], "directional"), truth)
-    influence.STEP = before
+    influence.STEPS.update(usual)
     return {
         "model": model,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "one CPU core",
