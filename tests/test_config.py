@@ -174,6 +174,7 @@ def test_value_of_hydras_syntax_is_told_how_to_quote(value):
         ("objective/loss", "sigmod", "sigmoid"),
         ("optimizer", "adam", "adamw"),
         ("data", "everday", "everyday"),
+        ("composer", "gradiant", "gradient"),
         ("trainer", "ofline", "offline"),
         ("log", "defalt", "default"),
         ("pairs", "max_mn", "max_min"),

@@ -18,8 +18,8 @@ from align.composers.gradient import cosines, influences
 from align.trainers.loop import Trainee, cotangents, token_values
 from align.types import Example
 
-# Of the difference, by the run's precision: how far it moves log-probs, nats, at least. Less drowns in rounding, more in
-# the curvature: tests/bench/influence.py
+# Of the difference, by the run's precision: how far it moves log-probs, nats, at least. Less drowns in rounding, more
+# in the curvature: tests/bench/influence.py
 STEPS = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 CHUNK = 1 << 20  # numbers that are multiplied at once in float64
 PREFIX = "advantages_"

@@ -2,9 +2,9 @@
 
     python -m tests.experiments.constrained_toy
 
-A completion is 20 tokens of 4 kinds from a table of logits. r_1 = share of a + 0.3 share of b, r_2 = share of b; gold is
-minus the squared distance of the mean proxies from (0.45, 0.30), beyond which they stand for nothing any more. What is
-maximised is never told the gold.
+A completion is 20 tokens of 4 kinds from a table of logits. r_1 = share of a + 0.3 share of b, r_2 = share of b; gold
+is minus the squared distance of the mean proxies from (0.45, 0.30), beyond which they stand for nothing any more. What
+is maximised is never told the gold.
 """
 
 from __future__ import annotations
