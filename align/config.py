@@ -408,13 +408,15 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
         if name != word and name not in known_models and ("/" in name or Path(name).is_dir()):
             words[i : i + 1] = ["model=hub", f"model.path={name}"]
             break
+    # A composer has numbers by component of the reward: new keys.
+    words = [f"++{word}" if word.startswith("composer.") else word for word in words]
     # Your own reward replaces the recipe's; reward=OPTION beside it keeps that one as well.
     if any(w.startswith("reward.") and "._target_=" in w for w in words) and not any(
         w.startswith("reward=") for w in words
     ):
         words.append("reward=[]")
-    # a component of the reward has a name of the user's own: a new key, also where a composer has numbers by component
-    words = [f"++{word}" if word.startswith(("reward.", "composer.")) else word for word in words]
+    # a component of the reward has a name of the user's own: a new key
+    words = [f"++{word}" if word.startswith("reward.") else word for word in words]
     _register_recipes(config_dir)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str((shipped_root() / "configs").resolve()), version_base="1.3"):
@@ -501,9 +503,9 @@ def _refuse_unknown(full: DictConfig, known: DictConfig, choices: dict[str, str]
     """Hydra adds what a recipe invents; here it is an error, as on the command line."""
     allowed = {key for key, _ in leaves(known)}
     for key, _ in leaves(full):
-        if key.startswith("reward.") and key.count(".") > 1:  # its keys are those of what it names
-            continue
         if key.startswith("composer.") and _by_component(known, key.rpartition(".")[0]):
+            continue
+        if key.startswith("reward.") and key.count(".") > 1:  # its keys are those of what it names
             continue
         if key not in allowed and not any(key.startswith(f"{a}.") for a in allowed):
             if key.replace(".", "/") in _groups():
@@ -694,6 +696,8 @@ def _check_values(config: Config) -> None:
         raise ConfigError(
             "data.train=collected and collect=... belong together: choose data=collected with collect=chain_sum"
         )
+    if config.composer is not None and config.trainer.kind not in ("online", "iterate"):
+        raise ConfigError(f"composer has no effect with trainer.kind={config.trainer.kind}; remove it")
     online = config.trainer.kind == "online"
     if online and config.advantage is None:
         raise ConfigError("trainer=online needs an estimator of advantages: add advantage=remax or another")
@@ -701,8 +705,6 @@ def _check_values(config: Config) -> None:
         raise ConfigError("trainer=online needs a reward: add reward.NAME._target_=module.function")
     if not online and config.advantage is not None:
         raise ConfigError(f"advantage has no effect with trainer.kind={config.trainer.kind}; remove it")
-    if config.composer is not None and config.trainer.kind not in ("online", "iterate"):
-        raise ConfigError(f"composer has no effect with trainer.kind={config.trainer.kind}; remove it")
     if config.merge and lora.rank == 0:
         raise ConfigError("merge=true has no effect with lora.rank=0; remove it or set lora.rank")
 

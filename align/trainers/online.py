@@ -633,6 +633,8 @@ class OnlineTraining(Run):
             groups = self._answers()
             last |= self._heldout_metrics(groups)
             self._write_heldout("after", step, groups)
+        if self.composing is not None:
+            self.composing.draw(self.out.path)
         # what a component put into the policy's model is not the policy's
         self.rewards.close()
         summary: dict[str, Any] = {
@@ -655,8 +657,6 @@ class OnlineTraining(Run):
             command,
             summary,
         )
-        if self.composing is not None:
-            self.composing.draw(self.out.path)
         self.out.write_json("summary.json", summary)
         self.log.console.print(final_table(summary))
         self.log.say(f"model {self.out.final}, evidence {self.out.path}")
