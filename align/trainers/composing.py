@@ -254,6 +254,11 @@ def check(config: Config, advantage: Any) -> None:
         raise ValueError(f"composer={name} compares the completions of a prompt: use sampling.n=2 or more")
     if "influence" in composer.needs and "steps" in advantage.needs:
         raise ValueError(f"composer={name}: advantage={choice} learns from steps, which no component has alone")
+    if "influence" in composer.needs and "values" in advantage.needs and composer.target == "reward":
+        raise ValueError(
+            f"composer.target=reward: advantage={choice} has one value for the composed reward, and none for that of a "
+            "component alone; use composer.target=advantage, or an estimator without values"
+        )
     pattern = getattr(composer, "parameters", None)
     if pattern is not None:
         try:

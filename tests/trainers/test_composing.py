@@ -244,6 +244,10 @@ def test_directions_of_prompts_reach_the_scores(tmp_path):
 
 
 BAD = [
+    (
+        (*RLOO_WORDS, "composer=gradient", "advantage=ppo", "objective=clipped", "objective.value_coefficient=0.1"),
+        "composer.target=reward: advantage=ppo has one value for the composed reward",
+    ),
     ((*RLOO_WORDS, *MU), "trainer.kl_in_reward=0 leaves empty; set trainer.kl_in_reward=0.05"),
     ((*RLOO_WORDS[:2], TWO[0], "composer=fixed"), "composer: 1 component with a weight, nothing to compose"),
     ((*RLOO_WORDS, "composer=fixed", "reward.coin.weight=0.5"), "reward.coin.weight=0.5 has no effect with composer="),
@@ -289,7 +293,7 @@ def test_refused_without_a_model(tmp_path, monkeypatch):
     from align.trainers import online
 
     monkeypatch.setattr(online, "start", lambda *_: pytest.fail("a run was started"))
-    for words, _ in BAD[:11]:
+    for words, _ in BAD[:12]:
         assert main(["train", *words_of(tmp_path, f"run.dir={tmp_path / 'run'}", *words)]) == 2
 
 
