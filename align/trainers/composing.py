@@ -46,6 +46,7 @@ class Composing:
         self.say = say
         self.names = tuple(names)
         self.index = [list(names).index(name) for name in composer.names]
+        self.learning_rate = 0.0  # of the step that is estimated; the loop sets it
         self._observed: Observed | None = None
         self._said: set[str] = set()
 
@@ -73,7 +74,7 @@ class Composing:
             chosen_parameters(parameters, self.composer.parameters)  # type: ignore[attr-defined]
 
     def estimate(
-        self, groups: Sequence[Group], told: Episodes, lr: float, measure: Measure | None = None
+        self, groups: Sequence[Group], told: Episodes, measure: Measure | None = None
     ) -> tuple[Estimate, dict[str, float]]:
         """What the estimator says of the composed streams, and metrics. told: of the groups' weighted sums.
 
@@ -91,7 +92,7 @@ class Composing:
             streams = self._streams(replace(told, penalties=None), rewards, greedy, {})[0]
             found = measure(streams, self.composer)
             influences, metrics = found.influences, dict(found.metrics)
-        self._observed = Observed(**_moments(raw), influences=influences, learning_rate=lr)
+        self._observed = Observed(**_moments(raw), influences=influences, learning_rate=self.learning_rate)
         if self.composer.apply == "now":
             self.composer.update(self._observed)
         if self.composer.target == "reward":

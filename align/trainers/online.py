@@ -363,7 +363,9 @@ class OnlineTraining(Run):
             row |= {"rollout/drawn_prompts": len(drawn), "rollout/kept_prompts": len(groups)}
         parts = examples(groups, t.truncated, self.engine.policy.layout, t.micro_batch_tokens)
         before = time.perf_counter()
-        parts, more = self._prepared(step, groups, parts)
+        if self.composing is not None:
+            self.composing.learning_rate = learning_rate(self.config.optimizer, step, self.plan.schedule_steps)
+        parts, more = self._prepared(groups, parts)
         self._write_samples(step, drawn)
         updating = time.perf_counter()
         row |= more | self._update(step, parts, len(groups))
@@ -405,7 +407,7 @@ class OnlineTraining(Run):
         first, self.position = self.position, self.position + count
         return [self.train[places.indices(k + 1, self.config.seed)[0]] for k in range(first, self.position)]
 
-    def _prepared(self, step: int, groups: list[Group], parts: list[Example]) -> tuple[list[Example], dict[str, float]]:
+    def _prepared(self, groups: list[Group], parts: list[Example]) -> tuple[list[Example], dict[str, float]]:
         """The examples with all columns that the objective reads."""
         metrics: dict[str, float] = {}
         columns: dict[str, list[np.ndarray]] = {}
@@ -441,9 +443,8 @@ class OnlineTraining(Run):
         if self.composing is None:
             estimate = self.advantage(told)
         else:
-            lr = learning_rate(self.config.optimizer, step, self.plan.schedule_steps)
             estimate, composed = self.composing.estimate(
-                groups, told, lr, lambda streams, composer: self._influences(parts, columns, streams, composer)
+                groups, told, lambda streams, composer: self._influences(parts, columns, streams, composer)
             )
             metrics |= composed
         return with_columns(parts, estimate, columns), metrics | estimate.metrics

@@ -335,6 +335,6 @@ def test_tchebycheff_with_the_best_so_far(config, given, expected):
 def test_directions_of_prompts(config, given, expected):  # noqa: ARG001
     directions = direction(tensor(given["degrees"]))
     assert [list(w) for w in direction_weights(directions)] == expected["prompt_weights"]
-    rewards, composer = tensor(given["rewards"]), Directional(["helpfulness", "verbosity"])
+    rewards, composer = tensor(given["rewards"]), Directional(["helpfulness", "verbosity"], degrees=None, message="")
     found = [composer(rewards, None, v.expand(len(rewards), 2)).tolist() for v in directions]
     meets(tensor(found), expected["scalar"])

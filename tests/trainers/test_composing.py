@@ -104,7 +104,7 @@ def test_advantages_are_estimated_alone_whitened_and_mixed(tmp_path, name):
         penalties = torch.randn(int(counts.sum()), dtype=torch.float64)
         rows = _rows(groups)
         told = episodes(groups, rows, training.advantage.needs, [penalties.numpy()], None)
-        found, metrics = training.composing.estimate(groups, told, 1e-3)
+        found, metrics = training.composing.estimate(groups, told)
         streams = []
         for k in (0, 1, None):
             scores = torch.zeros(len(rewards), dtype=torch.float64) if k is None else rewards[:, k]
