@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra.errors import InstantiationException
-from hydra.utils import get_method, instantiate
+from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig
 
 from align.config import Config
@@ -49,6 +49,11 @@ def rollout(config: Config, host: Host) -> Any:
     except InstantiationException as error:
         cause = error.__cause__ or error
         raise ValueError(f"rollout ({config.rollout.get('_target_')}): {' '.join(str(cause).split())}") from error
+
+
+def serves_all(config: Config) -> bool:
+    """Whether one rollout of the group `rollout` is there for all processes of a run."""
+    return getattr(get_class(str(config.rollout.get("_target_"))), "serves_all", False)
 
 
 def tool(config: Config) -> Any:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+
+from align.engine.world import World, together
 
 MANIFEST = "manifest.json"
 _SCRATCH = ".incomplete-"
@@ -37,62 +37,97 @@ class WriteFailed(OSError):
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint holds."""
+    """What a checkpoint says besides its tensors, which are the engine's."""
 
     step: int
-    model: dict[str, torch.Tensor]  # trainable weights by name
-    optimizer: dict[str, torch.Tensor]
     progress: dict[str, Any]  # JSON
+    path: Path  # of the whole checkpoint
 
 
-def save(directory: Path, state: State, keep: int) -> Path:
+def save(
+    directory: Path,
+    step: int,
+    progress: dict[str, Any],
+    write: Callable[[Path], None],
+    keep: int,
+    needed: int | None = None,
+    world: World | None = None,
+) -> Path:
     """Write step-NNNNNN below `directory` and remove all but the newest `keep` checkpoints.
 
-    Raises WriteFailed when the disk is full; what was written is removed and older checkpoints stay.
+    write: puts this process's files into a directory. world: the processes that write together. Raises WriteFailed
+    when the disk is full; what was written is removed and older checkpoints stay.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    target = directory / f"step-{state.step:06d}"
-    needed = sum(t.nbytes for t in (*state.model.values(), *state.optimizer.values()))
+    world = world or World()
+    target = directory / f"step-{step:06d}"
+
+    def fill(scratch: Path) -> None:
+        write(scratch)
+        if world.lead:
+            (scratch / "state.json").write_text(json.dumps(progress | {"step": step}, indent=1))
+
     # one of the same step, from an interrupted evaluation, is replaced: the newer one knows more
-    atomic_directory(target, lambda scratch: _write(scratch, state), needed)
-    for old in steps(directory)[:-keep]:
-        gone = directory / f"{_SCRATCH}{old.name}"  # never half a checkpoint under a checkpoint's name
-        os.rename(old, gone)
-        shutil.rmtree(gone)
+    atomic_directory(target, fill, needed, world)
+    if world.lead:
+        for old in steps(directory)[:-keep]:
+            gone = directory / f"{_SCRATCH}{old.name}"  # never half a checkpoint under a checkpoint's name
+            os.rename(old, gone)
+            shutil.rmtree(gone)
     return target
 
 
-def atomic_directory(target: Path, write: Callable[[Path], None], needed: int | None = None) -> None:
+def atomic_directory(
+    target: Path, write: Callable[[Path], None], needed: int | None = None, world: World | None = None
+) -> None:
     """`target` appears complete, with a manifest, or not at all; an existing one is replaced.
 
-    needed: about how many bytes, for the message of WriteFailed.
+    needed: about how many bytes, for the message of WriteFailed. world: the processes that each write files of their
+    own into a directory that all of them see; when one of them fails, all raise.
     """
+    world = world or World()
     scratch = target.parent / f"{_SCRATCH}{target.name}"
     old = target.parent / f"{_REPLACED}{target.name}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
     try:
-        write(scratch)
-        files = sorted(p for p in scratch.rglob("*") if p.is_file())
-        for path in files:
-            _flush(path)
-        manifest = {p.relative_to(scratch).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _flush(scratch / MANIFEST)
-        _flush(scratch)
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(target, old)  # killed here: clean puts it back
-        os.rename(scratch, target)
-        _flush(target.parent)
+        together(world, lambda: _make(scratch) if world.lead else None)
+        together(world, lambda: write(scratch))
+        entries = together(world, lambda: _flushed(scratch, world.rank, world.size))
+        manifest = {name: entry for part in world.gather(entries) for name, entry in part.items()}
+        together(world, lambda: _put(scratch, target, old, manifest) if world.lead else None)
     except BaseException as error:
-        if old.exists() and not target.exists():
-            os.rename(old, target)
-        shutil.rmtree(scratch, ignore_errors=True)
+        if world.lead:
+            if old.exists() and not target.exists():
+                os.rename(old, target)
+            shutil.rmtree(scratch, ignore_errors=True)
         if isinstance(error, (OSError, SafetensorError)):
             raise WriteFailed(target, error, needed) from error
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    if world.lead:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _make(scratch: Path) -> None:
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+
+
+def _flushed(scratch: Path, part: int, parts: int) -> dict[str, Any]:
+    """Every parts-th file on the disk, and what the manifest says of it."""
+    out = {}
+    for path in sorted(p for p in scratch.rglob("*") if p.is_file())[part::parts]:
+        _flush(path)
+        out[path.relative_to(scratch).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return out
+
+
+def _put(scratch: Path, target: Path, old: Path, manifest: dict[str, Any]) -> None:
+    (scratch / MANIFEST).write_text(json.dumps(dict(sorted(manifest.items())), indent=1))
+    _flush(scratch / MANIFEST)
+    _flush(scratch)
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(target, old)  # killed here: clean puts it back
+    os.rename(scratch, target)
+    _flush(target.parent)
 
 
 def clean(directory: Path) -> None:
@@ -107,20 +142,23 @@ def clean(directory: Path) -> None:
             os.rename(path, target)
 
 
-def latest(directory: Path, warn: Callable[[str], None]) -> Path | None:
+def latest(directory: Path, warn: Callable[[str], None], world: World | None = None) -> Path | None:
     """The newest checkpoint whose files fit its manifest, None if there never was one.
 
     Each newer one that does not fit is named through `warn` and set aside as damaged-step-NNNNNN, where it counts
-    no more. Raises ValueError if there are checkpoints and none is whole: a run never starts over unasked.
+    no more. world: the processes that check together, each a part of the files, and get the same answer. Raises
+    ValueError if there are checkpoints and none is whole: a run never starts over unasked.
     """
+    world = world or World()
     damaged = []
-    for path in reversed(steps(directory)):
-        fault = problem(path)
+    for path in reversed(world.share(steps(directory))):
+        fault = next(filter(None, world.gather(problem(path, world.rank, world.size))), "")
         if not fault:
             for bad, what in damaged:
                 aside = bad.with_name(f"damaged-{bad.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                os.rename(bad, aside)
+                if world.lead:
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.rename(bad, aside)
                 warn(f"checkpoint {bad} is damaged ({what}) and now named {aside.name}; using {path.name} before it")
             return path
         damaged.append((path, fault))
@@ -133,15 +171,15 @@ def latest(directory: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def problem(path: Path) -> str:
-    """What is wrong with a checkpoint, in words; empty if nothing is."""
+def problem(path: Path, part: int = 0, parts: int = 1) -> str:
+    """What is wrong with a checkpoint, in words; empty if nothing is. part, parts: look at every parts-th file only."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return f"{MANIFEST}: {type(error).__name__}"
     if not isinstance(manifest, dict) or not manifest:
         return f"{MANIFEST} is empty"
-    for name, expected in manifest.items():
+    for name, expected in list(manifest.items())[part::parts]:
         if not isinstance(expected, dict) or expected.keys() != {"bytes", "sha256"}:
             return f"{MANIFEST} is not as written"
         file = path / name
@@ -158,26 +196,15 @@ def problem(path: Path) -> str:
 
 
 def load(path: Path) -> State:
-    """A checkpoint's content; call `problem` first."""
+    """What a checkpoint says; call `problem` first."""
     progress = json.loads((path / "state.json").read_text())
-    return State(
-        progress["step"],
-        load_file(path / "model.safetensors"),
-        load_file(path / "optimizer.safetensors"),
-        progress,
-    )
+    return State(progress["step"], progress, path)
 
 
 def steps(directory: Path) -> list[Path]:
     """Checkpoints by step, whole or not."""
     found = [p for p in directory.glob("step-*") if p.name.removeprefix("step-").isdecimal()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
-
-
-def _write(path: Path, state: State) -> None:
-    save_file({k: v.contiguous() for k, v in state.model.items()}, path / "model.safetensors")
-    save_file({k: v.contiguous() for k, v in state.optimizer.items()}, path / "optimizer.safetensors")
-    (path / "state.json").write_text(json.dumps(state.progress | {"step": state.step}, indent=1))
 
 
 def _sha256(path: Path) -> str:

@@ -11,6 +11,10 @@ USAGE = """\
 align: align language models to human preferences
 
   align train recipe=NAME [key=value ...]    train; an existing run directory is resumed
+  align train -m recipe=NAME key=A,B ...     a run for each combination of values, one after the other
+  align train [-m] ... launch=slurm [--dry-run]
+                                             submit to Slurm, several runs as a job array, or show what would be
+  align launch check [dir=DIR] [seconds=N]   on each node of a job, by srun: can they run together?
   align check recipe=NAME [key=value ...]    compose and validate settings, without a model
   align check --keys                         every setting with its default and meaning
   align recipes                              the shipped recipes
@@ -88,12 +92,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(words: list[str], config_dir: Path | None) -> int:
-    from align.config import compose
+    from align.launch.command import train
 
-    config = compose(words, config_dir)
-    from align.build import trainer
+    return train(words, config_dir, print, _tell)
 
-    return trainer(config)(config, command="align train " + " ".join(words))
+
+def _launch(words: list[str], config_dir: Path | None) -> int:
+    if config_dir is not None:
+        raise ValueError("align launch has no configs; leave --config-dir out")
+    if words[:1] != ["check"]:
+        raise ValueError(f"align launch {words[0] if words else ''}: say align launch check")
+    from align.launch.preflight import run
+
+    return run(words[1:], print, _tell)
 
 
 def _check(words: list[str], config_dir: Path | None) -> int:
@@ -337,6 +348,7 @@ _COMMANDS = {
     "score": _score,
     "evaluate": _evaluate,
     "doctor": _doctor,
+    "launch": _launch,
 }
 
 
@@ -366,8 +378,12 @@ def _config_dir(words: list[str]) -> tuple[Path | None, list[str]]:
 
 
 def _refuse(message: str) -> int:
-    print(f"align: {message}", file=sys.stderr)
+    _tell(message)
     return 2
+
+
+def _tell(message: str) -> None:
+    print(f"align: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

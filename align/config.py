@@ -26,6 +26,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from align.engine.settings import check_engine
+
 # What may differ when a run is resumed; everything else is part of what the run is.
 RESUMABLE = (
     "trainer.max_steps",
@@ -35,6 +37,7 @@ RESUMABLE = (
     "merge",
     "run.",
     "log.",
+    "engine.",
     "launch.",
 )
 
@@ -224,10 +227,48 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
-class LaunchConfig:
-    """configs/launch"""
+class EngineConfig:
+    """configs/engine"""
 
+    stage: int | None
+    offload_optimizer: bool
+    offload_parameters: bool
+    timeout_s: float
+    deepspeed: Any  # open: DeepSpeed's own keys
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """configs/launch/local.yaml, which launch=slurm adds to"""
+
+    kind: str
+    processes: int | None
     threads: int | None
+    port: int | None
+
+
+@dataclass(frozen=True)
+class SlurmConfig(LaunchConfig):
+    """configs/launch/slurm.yaml"""
+
+    nodes: int
+    gpus: int
+    cpus: int
+    time: str
+    save_before_s: int
+    max_restarts: int
+    partition: str | None
+    account: str | None
+    name: str
+    array_limit: int | None
+    preflight: bool
+    venv: str | None
+    container: list[str]
+    setup: list[str]
+    options: list[str]
+    srun_options: list[str]
+    template: str
+    log_dir: str
 
 
 @dataclass(frozen=True)
@@ -244,6 +285,7 @@ class Config:
     data: DataConfig
     trainer: TrainerConfig
     log: LogConfig
+    engine: EngineConfig
     launch: LaunchConfig
     collect: CollectConfig | None  # None: the data are given
     model: DictConfig
@@ -269,11 +311,14 @@ _SECTIONS = {
     "trainer": TrainerConfig,
     "collect": CollectConfig,
     "log": LogConfig,
+    "engine": EngineConfig,
     "launch": LaunchConfig,
 }
 
 # trainer.kind -> its settings; the loop itself is align.trainers.<kind>.train
 _TRAINERS = {"offline": TrainerConfig, "online": OnlineConfig, "iterate": IterateConfig, "warm": WarmConfig}
+_LAUNCHERS = {"local": LaunchConfig, "slurm": SlurmConfig}  # launch.kind -> its settings
+_KINDS: dict[str, dict[str, Any]] = {"trainer": _TRAINERS, "launch": _LAUNCHERS}
 
 _CHOICES = {
     "reference.mode": ("cached", "adapter", "model"),
@@ -355,7 +400,17 @@ _RANGES: dict[str, tuple[float | None, float | None, bool, bool]] = {
     "collect.max_pairs_per_problem": (1, None, True, True),
     "collect.max_labelled_per_problem": (1, None, True, True),
     "log.console_every": (1, None, True, True),
+    "engine.stage": (0, 3, True, True),
+    "engine.timeout_s": (0, None, False, True),
+    "launch.processes": (1, None, True, True),
     "launch.threads": (1, None, True, True),
+    "launch.port": (1024, 65535, True, True),
+    "launch.nodes": (1, None, True, True),
+    "launch.gpus": (0, None, True, True),
+    "launch.cpus": (1, None, True, True),
+    "launch.save_before_s": (1, None, True, True),
+    "launch.max_restarts": (0, None, True, True),
+    "launch.array_limit": (1, None, True, True),
 }
 
 
@@ -415,8 +470,8 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
         w.startswith("reward=") for w in words
     ):
         words.append("reward=[]")
-    # a component of the reward has a name of the user's own: a new key
-    words = [f"++{word}" if word.startswith("reward.") else word for word in words]
+    # a component of the reward has a name of the user's own, and DeepSpeed's settings are not listed: new keys
+    words = [f"++{word}" if word.startswith(("reward.", "engine.deepspeed.")) else word for word in words]
     _register_recipes(config_dir)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str((shipped_root() / "configs").resolve()), version_base="1.3"):
@@ -507,6 +562,8 @@ def _refuse_unknown(full: DictConfig, known: DictConfig, choices: dict[str, str]
             continue
         if key.startswith("reward.") and key.count(".") > 1:  # its keys are those of what it names
             continue
+        if key.startswith("engine.deepspeed."):  # the engine knows them
+            continue
         if key not in allowed and not any(key.startswith(f"{a}.") for a in allowed):
             if key.replace(".", "/") in _groups():
                 raise ConfigError(f"{key} is a group of settings: choose one with {key.replace('.', '/')}=...")
@@ -554,8 +611,24 @@ def _explain(words: Sequence[str], error: Exception, config_dir: Path | None) ->
     for word in words:
         key = word.lstrip("+~").partition("=")[0]
         if word not in with_groups and key not in allowed | sections:
-            return f"{key} is not a setting{_nearest(key, allowed | set(found))}"
+            return f"{key} is not a setting{_elsewhere(key, config_dir) or _nearest(key, allowed | set(found))}"
     return text
+
+
+def _elsewhere(key: str, config_dir: Path | None) -> str:
+    """Whether another option of a group has a key, as a hint: "" if none has."""
+    group, _, name = key.partition(".")
+    roots = [shipped_root() / "configs"] + ([config_dir] if config_dir else [])
+    having = [
+        option
+        for option in options(group, config_dir)
+        for root in roots
+        if (root / group / f"{option}.yaml").is_file()
+        and name in (yaml.safe_load((root / group / f"{option}.yaml").read_text()) or {})
+    ]
+    if not 0 < len(having) < 4:  # of many the nearest name says more
+        return ""
+    return f" here; {' and '.join(f'{group}={option}' for option in having)} {'have' if len(having) > 1 else 'has'} it"
 
 
 def _readable(word: str) -> bool:
@@ -564,6 +637,26 @@ def _readable(word: str) -> bool:
         return not OverridesParser.create().parse_override(word).is_sweep_override()
     except HydraException:
         return False
+
+
+def alternatives(word: str) -> list[str]:
+    """The words that a word with several values stands for, `seed=1,2` or `seed=range(0,3)`; itself if it has one."""
+    key = word.partition("=")[0]
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException:  # compose says what is wrong with it
+        return [word]
+    if not override.is_sweep_override():
+        return [word]
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+
+
+def quoted(value: str) -> str:
+    """A text as the value of a word, whatever its characters."""
+    if re.fullmatch(r"[A-Za-z0-9_./+-]+", value):
+        return value
+    # a backslash is one except before a quote
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
 
 
 def _groups() -> list[str]:
@@ -595,11 +688,11 @@ def _typed(tree: DictConfig, choices: dict[str, str]) -> Config:
         if values.get(name) is None and name == "collect":
             sections[name] = None
             continue
-        if name == "trainer":
+        if name in _KINDS:
             kind = (values[name] or {}).get("kind")
-            if kind not in _TRAINERS:
-                raise ConfigError(f"trainer.kind={kind}: must be one of {', '.join(_TRAINERS)}")
-            cls = _TRAINERS[kind]
+            if kind not in _KINDS[name]:
+                raise ConfigError(f"{name}.kind={kind}: must be one of {', '.join(_KINDS[name])}")
+            cls = _KINDS[name][kind]
         schema = OmegaConf.structured(cls)
         OmegaConf.set_readonly(schema, False)
         try:
@@ -649,7 +742,8 @@ def _check_values(config: Config) -> None:
     def absent(key: str) -> bool:
         if key.startswith("collect."):
             return config.collect is None
-        return key.startswith("trainer.") and not hasattr(config.trainer, key.removeprefix("trainer."))
+        group, _, name = key.partition(".")
+        return group in _KINDS and not hasattr(getattr(config, group), name)
 
     for key, allowed in _CHOICES.items():
         if absent(key):
@@ -705,6 +799,11 @@ def _check_values(config: Config) -> None:
         raise ConfigError("trainer=online needs a reward: add reward.NAME._target_=module.function")
     if not online and config.advantage is not None:
         raise ConfigError(f"advantage has no effect with trainer.kind={config.trainer.kind}; remove it")
+    engine = config.engine
+    try:
+        check_engine(engine.stage, engine.offload_optimizer, engine.offload_parameters, engine.deepspeed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if config.merge and lora.rank == 0:
         raise ConfigError("merge=true has no effect with lora.rank=0; remove it or set lora.rank")
 

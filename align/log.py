@@ -21,13 +21,16 @@ from align.files import write_whole
 
 
 class Log:
-    """The log of one run directory."""
+    """The log of one run directory. mute: of a process that is not the lead of its run, which tells nothing."""
 
-    def __init__(self, directory: Path, config: LogConfig, run_config: dict[str, Any]):
+    def __init__(self, directory: Path, config: LogConfig, run_config: dict[str, Any], mute: bool = False):
         self.path = directory / "metrics.jsonl"
         self.config = config
-        self.console = _Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self.mute = mute
+        self.console = _Console(file=sys.stderr, highlight=False, soft_wrap=True, quiet=mute)
         self.mirrors: list[tuple[str, Callable[[dict[str, Any]], None], Callable[[], None]]] = []
+        if mute:
+            return
         if config.tensorboard:
             self._add("tensorboard", lambda: _tensorboard(directory))
         if config.wandb != "off":
@@ -45,6 +48,8 @@ class Log:
 
         Raises WriteFailed when the disk is full.
         """
+        if self.mute:
+            return
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         lost = [k for k, v in line.items() if v is None]
         if lost:
@@ -63,7 +68,7 @@ class Log:
 
     def keep(self, last_step: int) -> None:
         """Forget rows after `last_step`: they were written after the checkpoint that a run goes on from."""
-        if not self.path.exists():
+        if self.mute or not self.path.exists():
             return
         rows = []
         for line in self.path.read_text(errors="replace").splitlines():
@@ -77,7 +82,7 @@ class Log:
 
     def flush(self) -> None:
         """metrics.jsonl is on the disk before the checkpoint that follows it."""
-        if self.path.exists():
+        if not self.mute and self.path.exists():
             descriptor = os.open(self.path, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)

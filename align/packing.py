@@ -31,13 +31,14 @@ def num_tokens(rows: Sequence[Row], layout: Layout) -> int:
 
 
 def micro_batches(
-    groups: Sequence[Sequence[Row]], sources: Sequence[str], layout: Layout, max_tokens: int
+    groups: Sequence[Sequence[Row]], sources: Sequence[str], layout: Layout, max_tokens: int, multiple: int = 1
 ) -> list[list[int]]:
     """Indices into `groups` (the rows of each example), split so that no part costs more than `max_tokens` tokens.
 
     Longest first into the part with most room that still takes it: nearly full, nearly equal parts, and the
     same answer for the same examples. In the padded layout a row costs the longest row of its part, so rows of
-    like length are put together. Raises ValueError, naming the line, when one example alone is over the budget.
+    like length are put together. multiple: of how many parts there should be, where there are examples enough.
+    Raises ValueError, naming the line, when one example alone is over the budget.
     """
     cost = [num_tokens(rows, layout) for rows in groups]
     if layout == "padded":
@@ -49,28 +50,57 @@ def micro_batches(
                 f"use at least {tokens}, or a smaller data.max_tokens"
             )
     order = sorted(range(len(groups)), key=lambda i: (-cost[i], i))
-    parts: list[list[int]] = []
     if layout == "padded":
-        width = 0
-        for i in order:
-            if parts and width * (len(parts[-1]) + 1) <= max_tokens:
-                parts[-1].append(i)
-            else:
-                width = cost[i]
-                parts.append([i])
-    else:
-        num_parts = max(1, -(-sum(cost) // max_tokens))
+        return _alike(order, cost, max_tokens, multiple)
+    num_parts = _rounded(max(1, -(-sum(cost) // max_tokens)), multiple)
+    while True:
         loads = [0] * num_parts
-        parts = [[] for _ in range(num_parts)]
+        parts: list[list[int]] = [[] for _ in range(num_parts)]
         for i in order:
             k = min(range(len(loads)), key=loads.__getitem__)
             if loads[k] + cost[i] > max_tokens:
+                if multiple > 1:
+                    break
                 loads.append(0)
                 parts.append([])
                 k = len(loads) - 1
             loads[k] += cost[i]
             parts[k].append(i)
-    return [sorted(p) for p in parts if p]
+        else:
+            return [sorted(p) for p in parts if p]
+        num_parts += multiple
+
+
+def _alike(order: Sequence[int], cost: Sequence[int], max_tokens: int, multiple: int) -> list[list[int]]:
+    """Examples in this order, each part's as long as its first; with smaller parts where it takes more of them."""
+    limit = max_tokens
+    while True:
+        parts: list[list[int]] = []
+        width = 0
+        for i in order:
+            if parts and width * (len(parts[-1]) + 1) <= limit:
+                parts[-1].append(i)
+            else:
+                width = cost[i]
+                parts.append([i])
+        if len(parts) % multiple == 0 or len(parts) == len(order):
+            return [sorted(p) for p in parts]
+        limit = max(limit * 3 // 4, 1)
+
+
+def _rounded(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def shares(parts: Sequence[list[int]], rank: int, size: int) -> list[tuple[list[int], bool]]:
+    """The parts of process `rank` of `size`, as many as every other process has, and whether each is its own.
+
+    What is not repeats a part of another, to be forwarded and backwarded with weight 0: sharded engines hang when
+    processes differ in the number of calls.
+    """
+    own = [(part, True) for part in parts[rank::size]]
+    missing = -(-len(parts) // size) - len(own)
+    return own + [(min(parts, key=len), False)] * missing
 
 
 def pack(examples: Sequence[Example], layout: Layout) -> PackedBatch:

@@ -31,6 +31,9 @@ class Pretrained:
     name: str  # for the model card
     tokenizer: Callable[[], Any]
     model: Callable[[], Any]
+    files: Callable[[], Path] | None = None  # directory of its config and weights, fetched if need be; None: no files
+    # directory, dtype or None for its own -> the model with its buffers and, in place of weights, shapes
+    skeleton: Callable[[Path, Any], Any] = lambda _directory, _dtype: None
 
 
 def smollm2() -> Pretrained:
@@ -43,6 +46,8 @@ def smollm2() -> Pretrained:
         "SmolLM2-135M-Instruct",
         lambda: _tokenizer(directory(), {}, None),
         lambda: _model(directory(), {"use_safetensors": True}, "float32"),
+        lambda: Path(directory()),
+        lambda path, dtype: _skeleton(path, False, dtype or "float32"),
     )
 
 
@@ -67,6 +72,8 @@ def from_hub(
         path,
         lambda: _tokenizer(path, common, chat_template),
         lambda: _model(path, common | {"use_safetensors": None if allow_pickle else True}, dtype),
+        lambda: _files(path, revision),
+        lambda directory, wanted: _skeleton(directory, trust_remote_code, wanted or dtype),
     )
 
 
@@ -138,6 +145,37 @@ def _model(path: str, common: dict[str, Any], dtype: str) -> Any:
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     with _named(path):
         return AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **common)
+
+
+def _files(path: str, revision: str | None) -> Path:
+    """The directory of a saved model; one of the hub is fetched first, without pickles."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    with _named(path):
+        return Path(snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.py"]))
+
+
+def _skeleton(directory: Path, trust_remote_code: bool, dtype: Any) -> Any:
+    """A model as its config says, with buffers and without weights: these are on the meta device."""
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.initialization import no_init_weights
+
+    common = {"trust_remote_code": trust_remote_code}
+    with _named(str(directory)):
+        config = AutoConfig.from_pretrained(directory, **common)
+        if dtype == "auto":
+            dtype = config.dtype or torch.float32
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=wanted, **common)
+    model.tie_weights()
+    if model.can_generate() and (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model.eval()
 
 
 class _named:

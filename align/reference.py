@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from align.packing import micro_batches, pack_groups, to_device
+from align.engine.world import World, together
+from align.packing import micro_batches, pack_groups, shares, to_device
 from align.types import Layout, PackedBatch, Row, Stats
 
 # Examples of one file. A chunk is computed whole whatever of it is missing elsewhere, so that its numbers do not
@@ -57,14 +58,18 @@ class ReferenceCache:
         max_tokens: int,
         device: torch.device,
         progress: Callable[[Iterable[int], int], Iterable[int]],
+        world: World | None = None,
     ) -> CachePass:
         """Make `values` hold the rows of every example: read what is on disk, compute the rest and write it there.
 
-        groups: the rows of each example, which begin alike. forward: the reference's stats, without gradients.
+        groups: the rows of each example, which begin alike. forward: the reference's stats, without gradients. world:
+        the processes that share the work; the lead reads and writes the disk.
         """
+        world = world or World()
         keys = [tuple(row_key(row) for row in rows) for rows in groups]
         wanted = {key for part in keys for key in part}
-        self._read(wanted)
+        together(world, lambda: self._read(wanted) if world.lead else None)
+        self.values = world.share(self.values)
         examples = set(keys)
         found = sum(all(key in self.values for key in part) for part in examples)
         chunks = [range(i, min(i + CHUNK_ROWS, len(groups))) for i in range(0, len(groups), CHUNK_ROWS)]
@@ -74,16 +79,19 @@ class ReferenceCache:
             chunk = [groups[i] for i in missing[number]]
             names = [sources[i] for i in missing[number]]
             new: dict[str, np.ndarray] = {}
-            for part in micro_batches(chunk, names, layout, max_tokens):
+            parts = micro_batches(chunk, names, layout, max_tokens, world.size)
+            for part, own in shares(parts, world.rank, world.size):
                 rows = [row for i in part for row in chunk[i]]
                 batch = pack_groups([chunk[i] for i in part], layout, [names[i] for i in part])
                 with torch.no_grad():
                     values = forward(to_device(batch, device)).token_logps.float().cpu().numpy()
+                if not own:
+                    continue
                 counts = [int(row.targets.sum()) for row in rows]
-                for row, own in zip(rows, np.split(values, np.cumsum(counts)[:-1]), strict=True):
-                    new[row_key(row)] = own
-            new = {k: v for k, v in new.items() if k not in self.values}
-            self._write(new)
+                for row, column in zip(rows, np.split(values, np.cumsum(counts)[:-1]), strict=True):
+                    new[row_key(row)] = column
+            new = {k: v for part in world.gather(new) for k, v in part.items() if k not in self.values}
+            together(world, lambda new=new: self._write(new) if world.lead else None)
             self.values |= new
         return CachePass(found, len(examples) - found)
 

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from align import checkpoint
 from align.config import Config, differences
+from align.engine.world import World, together
 from align.files import write_whole
 
 _PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "hydra-core", "numpy", "vllm", "deepspeed")
@@ -26,30 +27,39 @@ _OF_A_START = ("resolved.json", "before.json", "samples.jsonl", "nonfinite.json"
 
 
 class RunDirectory:
-    """Opens or makes a run's directory and holds its lock until closed."""
+    """Opens or makes a run's directory and holds its lock until closed.
 
-    def __init__(self, config: Config):
+    world: the processes of the run. The lead alone holds the lock and writes, all others see what it sees.
+    """
+
+    def __init__(self, config: Config, world: World | None = None):
+        self.world = world or World()
         self.path = Path(config.run.dir or default_name(config))
+        self.checkpoints = self.path / "checkpoints"
+        self.final = self.path / "final"
+        self._lock: TextIO | None = None
+        self.resumed = self.world.share(together(self.world, lambda: self._open(config) if self.world.lead else None))
+
+    def _open(self, config: Config) -> bool:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"run.dir={self.path}: cannot be made ({error.strerror}); give another") from error
         self._lock = self._take_lock()
-        self.checkpoints = self.path / "checkpoints"
-        self.final = self.path / "final"
         try:
-            self._open(config)
+            return self._prepared(config)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, config: Config) -> None:
+    def _prepared(self, config: Config) -> bool:
+        """The directory clean and its settings written; whether there are checkpoints to go on from."""
         checkpoint.clean(self.checkpoints)
         checkpoint.clean(self.path)
         saved = self.path / "config.yaml"
         # a start that failed before its first checkpoint binds nobody, and leaves nothing to the next one
-        self.resumed = bool(checkpoint.steps(self.checkpoints))
-        if self.resumed:
+        resumed = bool(checkpoint.steps(self.checkpoints))
+        if resumed:
             if not saved.exists():
                 raise ValueError(f"{self.checkpoints} has checkpoints but {saved} is gone; give another run.dir")
             self._compare(config)
@@ -65,19 +75,31 @@ class RunDirectory:
                 if not (same and name == "resolved.json"):
                     (self.path / name).unlink(missing_ok=True)
         write_whole(saved, OmegaConf.to_yaml(config.tree, resolve=False))
+        return resumed
+
+    def write(self, name: str, text: str) -> None:
+        """A text file of the run, whole or not at all."""
+        if self.world.lead:
+            write_whole(self.path / name, text)
 
     def write_json(self, name: str, value: Any) -> None:
         """A small JSON file of the run, whole or not at all."""
-        write_whole(self.path / name, json.dumps(value, indent=1) + "\n")
+        self.write(name, json.dumps(value, indent=1) + "\n")
+
+    def read(self, name: str) -> str | None:
+        """A text file of the run, or None: as the lead sees it, for all processes, which must all ask."""
+        path = self.path / name
+        return self.world.share(path.read_text() if self.world.lead and path.exists() else None)
 
     def read_json(self, name: str) -> Any:
-        """A small JSON file of the run, or None."""
-        path = self.path / name
-        return json.loads(path.read_text()) if path.exists() else None
+        """A small JSON file of the run, or None; see read."""
+        text = self.read(name)
+        return None if text is None else json.loads(text)
 
     def close(self) -> None:
         """Give the directory to the next start."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def _take_lock(self) -> TextIO:
         try:

@@ -15,6 +15,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -38,15 +39,20 @@ class Hook:
     n: int
     number: int = signal.SIGKILL
     when: str = "before"  # or after
+    rank: int | None = None  # of the process it holds for; None: every one
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended: its exit code, or minus the signal that killed it; and all it said."""
+    """How a child ended: its exit code, or minus the signal that killed it; and all it said.
+
+    Of several processes: the lead's code, what all said, and every code by rank.
+    """
 
     code: int
     said: str
     seconds: float
+    codes: tuple[int, ...] = ()
 
 
 class Killer:
@@ -67,19 +73,23 @@ class Killer:
         hooks: Sequence[Hook] = (),
         after_seconds: float | None = None,
         file_limit: int | None = None,
+        processes: int = 1,
     ) -> Ended:
-        """`align <words>`. after_seconds: SIGKILL from outside; file_limit: no file may grow beyond these bytes."""
+        """`align <words>`. after_seconds: SIGKILL from outside; file_limit: no file may grow beyond these bytes;
+        processes: of the run, started as a launcher would."""
         request = {
             "words": list(words),
             "hooks": [asdict(h) for h in hooks],
             "after": after_seconds,
             "file_limit": file_limit,
+            "processes": processes,
         }
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        return Ended(**json.loads(self.process.stdout.readline()))
+        told = json.loads(self.process.stdout.readline())
+        return Ended(**told | {"codes": tuple(told["codes"])})
 
     def close(self) -> None:
         """End the server."""
@@ -127,10 +137,9 @@ def evidence(run: Path) -> dict[str, Any]:
     for path in sorted([*run.glob("*.jsonl"), *run.glob("collect/*")]):
         if path.name != "metrics.jsonl":  # it tells times too
             out[path.relative_to(run).as_posix()] = path.read_bytes()
-    files = [last / "model.safetensors", last / "optimizer.safetensors", *sorted((run / "final").glob("*.safetensors"))]
-    for path in files:
+    for path in [*sorted(last.glob("*.safetensors")), *sorted((run / "final").glob("*.safetensors"))]:
         with safe_open(path, "np") as file:
-            out[path.name] = {k: file.get_tensor(k).tobytes() for k in sorted(file.keys())}
+            out[f"{path.parent.name}/{path.name}"] = {k: file.get_tensor(k).tobytes() for k in sorted(file.keys())}
     return out
 
 
@@ -178,8 +187,13 @@ def _install(hook: Hook) -> None:
     setattr(owner, name, counted)
 
 
-def _child(request: dict[str, Any], said: int) -> int:
+def _child(request: dict[str, Any], said: int, rank: int, port: int) -> int:
     from align.cli import main
+
+    if port:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["processes"], "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in names.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
 
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
@@ -188,7 +202,8 @@ def _child(request: dict[str, Any], said: int) -> int:
     if request["file_limit"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], resource.RLIM_INFINITY))
     for hook in request["hooks"]:
-        _install(Hook(**hook))
+        if hook["rank"] in (None, rank):
+            _install(Hook(**hook))
     return main(request["words"])
 
 
@@ -207,35 +222,52 @@ def _serve() -> None:
         import reasoning_gym  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what packages print is no answer
     for line in sys.stdin:
         request = json.loads(line)
         start = time.monotonic()
-        with tempfile.TemporaryFile() as said:
-            pid = os.fork()
-            if pid == 0:
-                code = 1
-                try:
-                    code = _child(request, said.fileno())
-                except SystemExit as error:
-                    code = error.code if isinstance(error.code, int) else 1
-                except BaseException:
-                    traceback.print_exc()
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
+        port = 0
+        if request["processes"] > 1:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                import deepspeed  # noqa: F401
+            port = _free_port()
+        with tempfile.TemporaryFile("a+b") as said:
+            pids = []
+            for rank in range(request["processes"]):
+                pid = os.fork()
+                if pid == 0:
+                    code = 1
+                    try:
+                        code = _child(request, said.fileno(), rank, port)
+                    except SystemExit as error:
+                        code = error.code if isinstance(error.code, int) else 1
+                    except BaseException:
+                        traceback.print_exc()
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    os._exit(code)
+                pids.append(pid)
             timer = None
             if request["after"] is not None:
-                timer = threading.Timer(request["after"], os.kill, (pid, signal.SIGKILL))
+                timer = threading.Timer(request["after"], os.kill, (pids[0], signal.SIGKILL))
                 timer.start()
             # not reaped before the timer is off: its number cannot belong to another process
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOWAIT)
             if timer is not None:
                 timer.cancel()
                 timer.join()
-            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
             said.seek(0)
             text = said.read().decode(errors="replace")
-        print(json.dumps(asdict(Ended(code, text, time.monotonic() - start))), file=answers, flush=True)
+        ended = Ended(codes[0], text, time.monotonic() - start, tuple(codes))
+        print(json.dumps(asdict(ended)), file=answers, flush=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def rows_file(path: Path, seed: int, count: int, kind: str = "pair") -> Path:

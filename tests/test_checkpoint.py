@@ -4,20 +4,43 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from align import checkpoint
-from align.checkpoint import State, WriteFailed, atomic_directory, clean, latest, load, problem, save
+from align.checkpoint import WriteFailed, atomic_directory, clean, latest, load, problem
+
+
+@dataclass(frozen=True)
+class State:
+    """A checkpoint's content as an engine would write it."""
+
+    step: int
+    model: dict[str, torch.Tensor]
+    progress: dict[str, Any]
+
+    def write(self, directory: Path) -> None:
+        save_file({k: v.contiguous() for k, v in self.model.items()}, directory / "model.safetensors")
+        save_file({"a.weight|exp_avg": torch.ones(4, 3)}, directory / "optimizer.safetensors")
 
 
 def state(step: int, value: float = 0.0, **progress) -> State:
     generator = torch.Generator().manual_seed(step)
     model = {"a.weight": torch.randn(4, 3, generator=generator) + value, "b": torch.randn(3, generator=generator)}
-    optimizer = {"a.weight|exp_avg": torch.ones(4, 3), "a.weight|step": torch.tensor(3.0)}
-    return State(step, model, optimizer | {"rng|cpu": torch.get_rng_state()}, progress)
+    return State(step, model, progress)
+
+
+def save(directory: Path, content: State, keep: int) -> Path:
+    return checkpoint.save(directory, content.step, content.progress, content.write, keep)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "model.safetensors")
 
 
 def names(directory):
@@ -39,16 +62,11 @@ def dies(work) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def test_comes_back_bit_equal(tmp_path):
-    transposed = torch.arange(12.0).view(3, 4).T  # not contiguous
-    written = State(7, {"w": transposed}, state(1).optimizer, {"pending": {"loss": 0.1}, "data": "x"})
-    path = save(tmp_path, written, 2)
-    back = load(path)
+def test_comes_back(tmp_path):
+    path = save(tmp_path, state(7, pending={"loss": 0.1}, data="x"), 2)
     assert problem(path) == ""
-    assert back.step == 7
-    assert back.progress == {"pending": {"loss": 0.1}, "data": "x", "step": 7}
-    assert torch.equal(back.model["w"], transposed)
-    assert all(torch.equal(back.optimizer[k], v) for k, v in written.optimizer.items())
+    assert load(path) == checkpoint.State(7, {"pending": {"loss": 0.1}, "data": "x", "step": 7}, path)
+    assert torch.equal(weights(path)["a.weight"], state(7).model["a.weight"])
 
 
 def test_keeps_the_newest(tmp_path):
@@ -139,10 +157,9 @@ def test_the_only_checkpoint_survives_being_replaced(tmp_path, call, when):
     clean(tmp_path)
     assert names(tmp_path) == ["step-000005"]
     found = latest(tmp_path, refuse)
-    value = load(found).model["b"].sum() if found else None
-    assert value == state(5).model["b"].sum()
+    assert found is not None
     new = call == 2 and when == "after"
-    assert torch.equal(load(found).model["a.weight"], state(5, value=float(new)).model["a.weight"])
+    assert torch.equal(weights(found)["a.weight"], state(5, value=float(new)).model["a.weight"])
     save(tmp_path, state(5, value=2.0), 1)
     assert names(tmp_path) == ["step-000005"]
 
@@ -178,20 +195,4 @@ def test_a_failed_second_rename_puts_the_old_back(tmp_path, monkeypatch):
     with pytest.raises(WriteFailed, match="quota"):
         save(tmp_path, state(3, value=1.0), 1)
     assert names(tmp_path) == ["step-000003"]
-    assert torch.equal(load(tmp_path / "step-000003").model["b"], state(3).model["b"])
-
-
-def test_pickles_are_not_read(tmp_path):
-    path = save(tmp_path, state(1), 1)
-    canary = tmp_path / "canary"
-
-    class Evil:
-        def __reduce__(self):
-            return (os.system, (f"touch {canary}",))
-
-    torch.save(Evil(), path / "model.safetensors")
-    shutil.copy(path / "model.safetensors", path / "optimizer.safetensors")
-    assert problem(path)
-    with pytest.raises(Exception, match=r".*"):  # noqa: PT011
-        load(path)
-    assert not canary.exists()
+    assert torch.equal(weights(tmp_path / "step-000003")["b"], state(3).model["b"])

@@ -89,8 +89,8 @@ def test_check_ok():
     done = align("check", "recipe=wpo", "model=tiny")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (
-        "ok: data=everyday, launch=local, log=default, model=tiny, objective=wpo, objective/loss=sigmoid, "
-        "optimizer=adamw, recipe=wpo, rollout=hf, trainer=offline\n"
+        "ok: data=everyday, engine=local, launch=local, log=default, model=tiny, objective=wpo, "
+        "objective/loss=sigmoid, optimizer=adamw, recipe=wpo, rollout=hf, trainer=offline\n"
     )
 
 

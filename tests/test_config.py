@@ -15,16 +15,18 @@ from omegaconf import OmegaConf
 
 from align import build, config
 from align.config import ConfigError, compose, differences, keys_with_help, leaves, options, recipes
+from align.engine import settings as engine_settings
 from align.rundir import RunDirectory
 
 CONFIGS = Path(config.__file__).parent.parent / "configs"
 OPTION_FILES = sorted(CONFIGS.rglob("*.yaml"))
-TRAINERS = config._TRAINERS
+KINDS = config._KINDS  # groups whose options have sections of their own, by their kind
 SECTIONS = {
     "optimizer": config.OptimizerConfig,
     "data": config.DataConfig,
     "trainer": config.TrainerConfig,
     "log": config.LogConfig,
+    "engine": config.EngineConfig,
     "launch": config.LaunchConfig,
 }
 
@@ -71,7 +73,8 @@ def test_recipe_composes_with_model(recipe, model):
 )
 def test_fields_are_keys_of_option(path):
     keys = own_keys(path)
-    cls = TRAINERS[keys["kind"]] if path.parent.name == "trainer" else SECTIONS[path.parent.name]
+    group = path.parent.name
+    cls = KINDS[group][keys["kind"]] if group in KINDS else SECTIONS[group]
     assert [f.name for f in dataclasses.fields(cls)] == list(keys)
 
 
@@ -183,6 +186,7 @@ def test_value_of_hydras_syntax_is_told_how_to_quote(value):
         ("advantage", "remaxx", "remax"),
         ("reward", "verifyer", "verifier"),
         ("objective/correction", "truncat", "truncate"),
+        ("engine", "zer3", "zero3"),
         ("launch", "locl", "local"),
         ("recipe", "paper/wpo_zephyr", "paper/wpo_zephyr_7b"),
     ],
@@ -300,7 +304,7 @@ def test_own_file_switches_to_files():
 
 
 def test_differences_allow_exactly_the_resumable_keys():
-    """Each setting of a run is changed alone; eleven of them may differ."""
+    """Each setting of a run is changed alone; those below may differ."""
     here = compose(["recipe=wpo"]).tree
     free = set()
     for key, _ in leaves(here):
@@ -311,7 +315,9 @@ def test_differences_allow_exactly_the_resumable_keys():
         else:
             assert list(differences(here, other)) == [key]
     assert free == {
-        "trainer.max_steps", "trainer.save_every", "trainer.keep_checkpoints", "merge", "run.dir", "launch.threads",
+        "trainer.max_steps", "trainer.save_every", "trainer.keep_checkpoints", "merge", "run.dir",
+        "engine.stage", "engine.offload_optimizer", "engine.offload_parameters", "engine.timeout_s",
+        "launch.kind", "launch.processes", "launch.threads", "launch.port",
         "log.console_every", "log.tensorboard", "log.wandb", "log.wandb_project",
     }  # fmt: skip
 
@@ -341,8 +347,10 @@ def test_dangerous_targets_are_refused(tmp_path, key, target):
     assert not canary.exists()
 
 
-def test_config_imports_nothing_heavy():
-    tree = ast.parse(Path(config.__file__).read_text())
-    top = {n.names[0].name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import)}
-    top |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert not top & {"torch", "numpy", "transformers", "datasets", "align"}
+@pytest.mark.parametrize("module, of_ours", [(config, {"align.engine.settings"}), (engine_settings, set())])
+def test_config_imports_nothing_heavy(module, of_ours):
+    tree = ast.parse(Path(module.__file__).read_text())
+    names = {n.names[0].name for n in ast.walk(tree) if isinstance(n, ast.Import)}
+    names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    top = {name.split(".")[0] for name in names - of_ours}
+    assert not top & {"torch", "numpy", "transformers", "datasets", "deepspeed", "align"}

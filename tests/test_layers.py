@@ -48,7 +48,7 @@ def below(folder: str) -> list[str]:
         ("packing.py", {"align.types"}),
         ("attention.py", {"align.types"}),
         ("stats.py", {"align.types"}),
-        ("config.py", set()),
+        ("config.py", {"align.engine.settings"}),
         ("files.py", set()),
         *((file, {"align.types", "align.stats", "align.objectives"}) for file in below("objectives")),
         *((file, {"align.types", "align.advantages"}) for file in below("advantages")),

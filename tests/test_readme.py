@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from align.config import compose
+from align.launch.sweep import elements
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -41,7 +42,11 @@ def test_command_composes(command):
     own = ("scored=", "trees=", "out=", "max_per_prompt=", "n=", "greedy=")  # not the settings'
     words = [w for w in shlex.split(command) if not w.startswith(own)]
     placed = [w.replace("model=PATH", "model=some/model") for w in words]
-    compose(placed[3 if words[1] == "data" else 2 :])
+    settings = placed[3 if words[1] == "data" else 2 :]
+    if "-m" in settings:
+        assert len(elements([w for w in settings if w != "-m"], None)) > 1
+    else:
+        compose(settings)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

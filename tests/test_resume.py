@@ -22,9 +22,9 @@ CHECKPOINT_FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors
 
 # Every one dies inside checkpoint.save: a file half of a set, flushed or not, hashed or not, renamed or not.
 INSIDE_SAVE = [
-    Hook(SAVE + "save_file", 1),
-    Hook(SAVE + "save_file", 1, when="after"),
-    Hook(SAVE + "save_file", 6),
+    Hook("align.engine.local:save_file", 1),
+    Hook("align.engine.local:save_file", 1, when="after"),
+    Hook("align.engine.local:save_file", 6),
     Hook(SAVE + "_flush", 2),
     Hook(SAVE + "_flush", 16, when="after"),
     Hook(SAVE + "_sha256", 8),
@@ -45,8 +45,8 @@ def _elsewhere() -> list[Hook]:
     hooks += [Hook("os:fsync", seeded.randint(5, 80)) for _ in range(2)]
     hooks += [
         Hook("align.reference:ReferenceCache._write", 1, when="after"),
-        Hook("align.trainers.offline:write_final", 1),
-        Hook("align.trainers.offline:write_final", 1, when="after"),
+        Hook("align.trainers.run:write_final", 1),
+        Hook("align.trainers.run:write_final", 1, when="after"),
     ]
     return hooks
 
@@ -121,9 +121,9 @@ DEATHS = [
     Hook("align.reference:ReferenceCache._write", 1, when="after"),
     Hook("align.models:Policy.forward", 9),
     Hook(ENGINE + "step", 5, when="after"),
-    Hook(SAVE + "save_file", 4),
+    Hook("align.engine.local:save_file", 4),
     Hook("align.trainers.offline:evaluate", 2),
-    Hook("align.trainers.offline:write_final", 1, when="after"),
+    Hook("align.trainers.run:write_final", 1, when="after"),
 ]
 CACHED = ("kto", "aot", "inpo", "mix")
 

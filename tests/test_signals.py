@@ -21,7 +21,7 @@ STAGES = {
     "step": (Hook(STEP, 7), "step-000007"),
     "evaluation": (Hook("align.trainers.offline:evaluate", 2), "step-000010"),
     "last evaluation": (Hook("align.trainers.offline:evaluate", 6), "step-000030"),
-    "save": (Hook("align.checkpoint:save_file", 4), "step-000007"),
+    "save": (Hook("align.engine.local:save_file", 4), "step-000007"),
     "samples after": (Hook("align.rollout.hf:HFRollout.generate", 2), "step-000030"),
 }
 CODES = {signal.SIGTERM: 85, signal.SIGUSR1: 85, signal.SIGINT: 130}
@@ -95,7 +95,7 @@ def test_second_interrupt_stops_at_once(base, tmp_path, first):
 
 def test_interrupt_in_a_save_leaves_nothing_unfinished(base, tmp_path):
     run = tmp_path / "run"
-    hooks = [Hook(STEP, 6, int(signal.SIGINT)), Hook("align.checkpoint:save_file", 4, int(signal.SIGINT))]
+    hooks = [Hook(STEP, 6, int(signal.SIGINT)), Hook("align.engine.local:save_file", 4, int(signal.SIGINT))]
     assert shared().run(settings(base, f"run.dir={run}"), hooks).code == 130
     assert leftovers(run) == []
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000003"]

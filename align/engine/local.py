@@ -3,37 +3,44 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from align.config import OptimizerConfig
+from align.engine.base import parameter_groups, seed_generators
+from align.engine.files import TensorFiles, file_name, saved_files
+from align.engine.world import World
 from align.models import Network
 from align.types import PackedBatch, Stats
 
 
 class LocalEngine:
-    """Holds a policy and its optimiser. value_lr_scale: learning rate of the value head over that of the rest."""
+    """Holds a policy and its optimiser. value_lr_scale: learning rate of the value head over that of the rest.
 
-    def __init__(self, policy: Network, config: OptimizerConfig, precision: torch.dtype, value_lr_scale: float = 1.0):
+    seed: of the generators after a checkpoint of several processes, whose states this one cannot take over.
+    """
+
+    def __init__(
+        self,
+        policy: Network,
+        config: OptimizerConfig,
+        precision: torch.dtype,
+        value_lr_scale: float = 1.0,
+        seed: int = 0,
+    ):
         self.policy = policy
         self.config = config
         self.precision = precision
+        self.seed = seed
+        self.world = World()
+        self.sharded = False
         self.parameters = {n: p for n, p in policy.named_parameters() if p.requires_grad}
-        value = [p for n, p in self.parameters.items() if n.startswith("value_head.")]
-        policy_only = [p for n, p in self.parameters.items() if not n.startswith("value_head.")]
-        decay = [p for p in policy_only if p.ndim > 1]
-        rest = [p for p in policy_only if p.ndim <= 1]  # norms and biases are not decayed
-        groups = [
-            {"params": params, "weight_decay": weight_decay, "scale": scale}
-            for params, weight_decay, scale in (
-                (decay, config.weight_decay, 1.0),
-                (rest, 0.0, 1.0),
-                (value, 0.0, value_lr_scale),
-            )
-            if params
-        ]
+        groups = parameter_groups(self.parameters, config, value_lr_scale)
         self.optimizer = torch.optim.AdamW(
             groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True
         )
@@ -48,7 +55,7 @@ class LocalEngine:
         device = self.policy.device.type
         return torch.autocast(device, dtype=self.precision, enabled=self.precision != torch.float32)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool = True) -> None:  # noqa: ARG002
         """Add the gradient of `loss`."""
         loss.backward()
 
@@ -68,6 +75,31 @@ class LocalEngine:
             group["lr"] = lr * group["scale"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def frozen(self, network: Network) -> Network:
+        """The network as it is."""
+        return network
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The model's state, tensor by tensor."""
+        yield from self.policy.state_dict().items()
+
+    def write(self, directory: Path) -> None:
+        """model.safetensors and optimizer.safetensors."""
+        for stem, state in (("model", self.model_state()), ("optimizer", self.optimizer_state())):
+            save_file({k: v.contiguous() for k, v in state.items()}, directory / file_name(stem, 0, 1))
+
+    def read(self, directory: Path) -> None:
+        """Set weights, moments and generators. Raises ValueError when the checkpoint is of another model."""
+        model, optimizer = (TensorFiles(saved_files(directory, stem)) for stem in ("model", "optimizer"))
+        states = {name: optimizer.read(name) for name in optimizer.names()}
+        if "rng|cpu" not in states:  # several processes wrote it
+            before = torch.get_rng_state()
+            states["rng|cpu"] = before
+        self.restore({name: model.read(name) for name in model.names()}, states)
+        if "rng|cpu" not in optimizer:
+            counts = [int(v) for k, v in states.items() if k.endswith("|step")]
+            seed_generators(self.seed, max(counts, default=0), 0)
 
     def model_state(self) -> dict[str, Tensor]:
         """Trainable weights by name."""

@@ -24,6 +24,7 @@ class Sampling:
     top_k: int = 0  # the k likeliest tokens; 0: all
     stop: tuple[str, ...] = ()  # texts that end a completion; see Completion
     seed: int = 0  # >= 0
+    first: int = 0  # place of a call's first prompt among those of the whole draw, of which it has a part
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -41,6 +42,10 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether the likeliest token is taken each time."""
         return self.temperature == 0
+
+    def seed_at(self, prompt: int, sample: int) -> int:
+        """The seed of a sample of a call's prompt, by its place: whichever call, process or batch draws it."""
+        return seed_of(self.seed, self.first + prompt, sample)
 
     def at(self, *keys: int) -> Sampling:
         """The same with a seed of its own for e.g. a chunk and a turn: independent draws, the same ones each time."""

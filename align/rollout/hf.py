@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from align.data import chat
 from align.models import Policy, stock_attention
-from align.rollout.base import GREEDY, Completion, Host, Sampling, Stop, check_request, seed_of
+from align.rollout.base import GREEDY, Completion, Host, Sampling, Stop, check_request
 
 # Tokens after which rows that ended leave the batch: most programs are shorter than the longest of their batch.
 _SEGMENT = 16
@@ -228,7 +228,7 @@ class _Picker(LogitsProcessor):
 def _uniform(sampling: Sampling, keys: Sequence[tuple[int, int]]) -> Tensor:
     """Numbers in [0, 1) for each row and token, [B, max_new_tokens] float64: a row's own, whatever shares its batch."""
     # a greedy twin draws nothing; any seed serves
-    seeds = [seed_of(sampling.seed, i, max(k, 0)) for i, k in keys]
+    seeds = [sampling.seed_at(i, max(k, 0)) for i, k in keys]
     return torch.from_numpy(np.stack([np.random.default_rng(seed).random(sampling.max_new_tokens) for seed in seeds]))
 
 

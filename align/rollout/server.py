@@ -28,7 +28,7 @@ import torch
 
 from align.data import chat
 from align.models import Policy, is_peft
-from align.rollout.base import GREEDY, Completion, EngineFailed, Host, Sampling, Stop, seed_of
+from align.rollout.base import GREEDY, Completion, EngineFailed, Host, Sampling, Stop
 from align.rollout.transfer import write_adapter, write_model
 from align.rollout.vllm import TESTED, check_draws
 
@@ -70,6 +70,8 @@ class VLLMServerRollout:
     given the weights again. counts: requests sent again ("resent"), servers "lost", servers that had to be given the
     weights once more ("resynced"), "syncs".
     """
+
+    serves_all = True  # one client for all processes of a run: servers take weights from one, and divide prompts
 
     def __init__(
         self,
@@ -182,7 +184,7 @@ class VLLMServerRollout:
         how: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
         if k != GREEDY and not sampling.greedy:
             how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-            how["seed"] = seed_of(sampling.seed, i, k)
+            how["seed"] = sampling.seed_at(i, k)
         return how | {
             "prompt": prompt,
             "max_tokens": sampling.max_new_tokens,

@@ -26,7 +26,7 @@ import torch
 from align.data import chat
 from align.models import Policy, is_peft
 from align.rollout import transfer as files
-from align.rollout.base import GREEDY, Completion, EngineFailed, Host, Sampling, check_request, seed_of
+from align.rollout.base import GREEDY, Completion, EngineFailed, Host, Sampling, check_request
 
 TESTED = "0.32"  # the releases that align was tested with: this one and its patches
 
@@ -144,9 +144,7 @@ class VLLMRollout:
         samples = [*range(n), *([GREEDY] if greedy else [])]
         self._check_tokens(prompts, sampling.max_new_tokens, "prompt")
         draws = [
-            [i, 0.0, None]
-            if k == GREEDY or sampling.greedy
-            else [i, sampling.temperature, seed_of(sampling.seed, i, k)]
+            [i, 0.0, None] if k == GREEDY or sampling.greedy else [i, sampling.temperature, sampling.seed_at(i, k)]
             for i in range(len(prompts))
             for k in samples
         ]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from align.config import Config, cache_root
-from align.engine.local import LocalEngine
+from align.engine.base import Engine
 from align.log import Log
 from align.models import Policy, weights_hash
 from align.pretrained import Pretrained, from_hub
@@ -31,7 +31,7 @@ class Anchors:
     def __init__(
         self,
         config: Config,
-        engine: LocalEngine,
+        engine: Engine,
         pretrained: Pretrained,
         model_hash: str,
         examples: Sequence[Example],
@@ -107,6 +107,7 @@ class Anchors:
     def _frozen(self, model: Any) -> Forward:
         policy = self.engine.policy
         twin = Policy(model.to(policy.device).float(), policy.layout).eval().requires_grad_(False)
+        twin = self.engine.frozen(twin)
         return torch.no_grad()(self._in_precision(twin))
 
     def _adapter_off(self) -> Forward:
@@ -146,6 +147,7 @@ class Anchors:
             self.config.trainer.micro_batch_tokens,
             network.device,
             checked,
+            self.engine.world,
         )
         seconds = time.perf_counter() - start
         self.log.say(f"reference {done.found} examples from the cache, {done.computed} computed in {seconds:.1f} s")

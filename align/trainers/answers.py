@@ -6,10 +6,10 @@ import json
 from collections.abc import Callable
 
 from align import build
-from align.engine.local import LocalEngine
+from align.engine.base import Engine
 from align.evaluate.samples import Sample, sequence_kl
-from align.files import write_whole
 from align.rollout.base import Completion, Sampling
+from align.trainers.drawing import drawn
 from align.trainers.run import Run
 from align.types import Example, PackedBatch, Stats
 
@@ -20,7 +20,7 @@ MAX_KL_PROMPTS = 32
 class Answers:
     """Asks the policy the first trainer.num_samples distinct held-out prompts."""
 
-    def __init__(self, run: Run, engine: LocalEngine, heldout: list[Example]):
+    def __init__(self, run: Run, engine: Engine, heldout: list[Example]):
         self.run = run
         self.config = run.config
         self.engine = engine
@@ -32,7 +32,7 @@ class Answers:
 
     def before(self) -> None:
         """Greedy answers of the untrained policy; a resumed run already has them."""
-        if self.prompts and not self.path.exists():
+        if self.prompts and self.run.out.read(self.path.name) is None:
             self._write(self._answer("before", 0))
 
     def after(self, step: int) -> list[Sample]:
@@ -71,11 +71,11 @@ class Answers:
         sampling = Sampling(limit, temperature=0.0) if seed is None else Sampling(limit, seed=seed)
         # before the first step there is nothing to save, after the last one it is saved: stopping is safe
         with self.run.showing(what):
-            return [row[0] for row in self.run.rollout(self.engine.policy).generate(prompts, sampling)]
+            rollout = self.run.rollout(self.run.whole(self.engine))
+            return [row[0] for row in drawn(self.run.world, rollout, prompts, sampling)]
 
     def _read(self) -> list[Sample]:
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return [Sample(**json.loads(line)) for line in lines]
+        return [Sample(**json.loads(line)) for line in (self.run.out.read(self.path.name) or "").splitlines()]
 
     def _write(self, samples: list[Sample]) -> None:
-        write_whole(self.path, "".join(json.dumps(s.as_dict()) + "\n" for s in samples))
+        self.run.out.write(self.path.name, "".join(json.dumps(s.as_dict()) + "\n" for s in samples))

@@ -68,6 +68,14 @@ class Composing:
         """The prompts as the composer wants them. Raises ValueError for one without the direction that it needs."""
         return directed(rows, self.composer, tokenizer, seed) if "direction" in self.composer.needs else rows
 
+    def check_processes(self, processes: int) -> None:
+        """Raises ValueError for what the composer cannot know with so many."""
+        if processes > 1 and "influence" in self.composer.needs:
+            raise ValueError(
+                f"the composer's influences are of the gradients of one process, here are {processes}; use "
+                "launch.processes=1, or a composer without gradients"
+            )
+
     def check_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         """Raises ValueError if the composer wants gradients of weights that are not trained."""
         if "influence" in self.composer.needs:

@@ -16,10 +16,12 @@ import torch
 
 from align.data.prompts import PromptRow
 from align.data.reasoning import final_answer
+from align.engine.world import World, divided
 from align.packing import num_tokens
 from align.rewards.base import Conversation
 from align.rewards.build import Rewards
 from align.rollout.base import Completion, Rollout, Sampling
+from align.trainers.drawing import drawn
 from align.types import Episodes, Estimate, Example, Layout, Prompt, Row
 
 
@@ -63,28 +65,45 @@ class Group:
 class Experience:
     """Draws from a rollout and scores what comes. seconds: of generating and of scoring since they were last taken.
 
-    steps: rewards of steps are needed; a completion without them has no score. scorer: what makes scores of rewards
-    instead of their weighted sum: align.trainers.directions.
+    steps: rewards of steps are needed; a completion without them has no score. world: the processes that divide the
+    prompts among them. scorer: what makes scores of rewards instead of their weighted sum: align.trainers.directions.
     """
 
-    def __init__(self, rollout: Rollout, rewards: Rewards, tokenizer: Any, steps: bool = False, scorer: Any = None):
+    def __init__(
+        self,
+        rollout: Rollout,
+        rewards: Rewards,
+        tokenizer: Any,
+        steps: bool = False,
+        world: World | None = None,
+        scorer: Any = None,
+    ):
         self.rollout = rollout
         self.rewards = rewards
         self.tokenizer = tokenizer
         self.steps = steps
+        self.world = world or World()
         self.scorer = scorer
         self.generate_seconds = 0.0
         self.score_seconds = 0.0
 
     def draw(self, prompts: Sequence[PromptRow], sampling: Sampling, n: int, greedy: bool) -> list[Group]:
-        """n completions of each prompt, and its greedy one where asked for; all of them scored in one call."""
+        """n completions of each prompt, and its greedy one where asked for; a process's are scored in one call."""
         start = time.perf_counter()
-        drawn = self.rollout.generate([p.token_ids for p in prompts], sampling, n, greedy)
+        completions = drawn(self.world, self.rollout, [p.token_ids for p in prompts], sampling, n, greedy)
         middle = time.perf_counter()
-        texts = [[self.text(c) for c in group] for group in drawn]
+        asked = list(zip(prompts, completions, strict=True))
+        groups = divided(self.world, asked, lambda part, _: self._scored(part, n, greedy))
+        self.generate_seconds += middle - start
+        self.score_seconds += time.perf_counter() - middle
+        return groups
+
+    def _scored(self, answered: Sequence[tuple[PromptRow, Sequence[Completion]]], n: int, greedy: bool) -> list[Group]:
+        prompts, completions = zip(*answered, strict=True)
+        texts = [[self.text(c) for c in group] for group in completions]
         asked = [
             conversation(prompt, c, text)
-            for prompt, group, written in zip(prompts, drawn, texts, strict=True)
+            for prompt, group, written in zip(prompts, completions, texts, strict=True)
             for c, text in zip(group, written, strict=True)
         ]
         size = n + greedy
@@ -98,8 +117,6 @@ class Experience:
         if self.steps:
             assert rows is not None
             scores[np.array([np.isnan(row).all() for row in rows]).reshape(scores.shape)] = math.nan
-        self.generate_seconds += middle - start
-        self.score_seconds += time.perf_counter() - middle
         return [
             Group(
                 prompt,
@@ -110,7 +127,9 @@ class Experience:
                 *((group[n], written[n], r[n], float(s[n])) if greedy else ()),
                 steps=tuple(rows[i * size : i * size + n]) if self.steps and rows is not None else None,
             )
-            for i, (prompt, group, written, r, s) in enumerate(zip(prompts, drawn, texts, rewards, scores, strict=True))
+            for i, (prompt, group, written, r, s) in enumerate(
+                zip(prompts, completions, texts, rewards, scores, strict=True)
+            )
         ]
 
     def text(self, completion: Completion) -> str:

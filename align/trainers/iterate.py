@@ -526,7 +526,7 @@ class Iteration(Run):
         """A round is done: a checkpoint without weights, which are in its final/."""
         self.log.flush()
         progress = {"data": self.data_hash, "model": self.start_hash}
-        checkpoint.save(self.out.checkpoints, checkpoint.State(number, {}, {}, progress), 2)
+        checkpoint.save(self.out.checkpoints, number, progress, lambda _: None, 2)
 
     def _finish(self) -> None:
         number = self.trainer.rounds

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from align.config import TrainerConfig
-from align.engine.local import LocalEngine
-from align.packing import micro_batches, num_tokens, pack, pack_groups, to_device, token_column
+from align.engine.base import Engine
+from align.engine.world import World
+from align.packing import micro_batches, num_tokens, pack, pack_groups, shares, to_device, token_column
 from align.stats import cached_stats, positive
 from align.types import Example, Layout, Losses, PackedBatch, Row, Stats, Term, Unit
 
@@ -85,7 +86,7 @@ class Anchor:
 class Trainee:
     """What the loop works with."""
 
-    engine: LocalEngine
+    engine: Engine
     objective: Any
     layout: Layout
     max_tokens: int  # of a micro-batch
@@ -103,13 +104,16 @@ def train_step(trainee: Trainee, examples: Sequence[Example], lr: float) -> dict
     engine.policy.train()
     totals = _Totals(examples)
     blamed = []
-    for part in _parts(trainee, examples):
+    parts = _parts(trainee, examples)
+    for number, (part, own) in enumerate(parts, 1):
         batch, out = _losses(trainee, examples, part, values)
-        loss = totals.add(batch, out)
+        loss = totals.add(batch, out) if own else totals.nothing(out)
         if not torch.isfinite(loss.detach()):
             blamed += _blame(batch, out)
-            continue
-        engine.backward(loss)
+            if engine.world.size == 1:
+                continue
+        engine.backward(loss, last=number == len(parts))
+    blamed = [source for found in engine.world.gather(blamed) for source in found]
     if blamed:
         raise NonFinite(f"the loss is not a number for {', '.join(blamed[:8])}")
     norm = engine.gradient_norm()
@@ -117,7 +121,7 @@ def train_step(trainee: Trainee, examples: Sequence[Example], lr: float) -> dict
         rows = ", ".join(e.source for e in examples[:8])
         raise NonFinite(f"the gradient is not a number; its batch holds {rows}")
     engine.step(lr)
-    return totals.metrics("train") | {"optimizer/gradient_norm": norm, "optimizer/lr": lr}
+    return totals.metrics("train", engine.world) | {"optimizer/gradient_norm": norm, "optimizer/lr": lr}
 
 
 @torch.no_grad()
@@ -128,10 +132,13 @@ def evaluate(
     trainee.engine.policy.eval()
     values = _step_values(trainee, examples, check)
     totals = _Totals(examples)
-    for part in _parts(trainee, examples):
+    for part, own in _parts(trainee, examples):
         check()
-        totals.add(*_losses(trainee, examples, part, values))
-    return {k: v for k, v in totals.metrics("heldout").items() if not k.startswith("tokens/")}
+        found = _losses(trainee, examples, part, values)
+        if own:
+            totals.add(*found)
+    metrics = totals.metrics("heldout", trainee.engine.world)
+    return {k: v for k, v in metrics.items() if not k.startswith("tokens/")}
 
 
 @torch.no_grad()
@@ -139,14 +146,14 @@ def reference_gap(trainee: Trainee, examples: Sequence[Example]) -> float:
     """Largest difference between policy and reference over the rows of the examples, nats per target token."""
     trainee.engine.policy.eval()
     gap = 0.0
-    for part in _parts(trainee, examples):
+    for part, _ in _parts(trainee, examples):
         chosen = [examples[i] for i in part]
         packed = to_device(pack(chosen, trainee.layout), trainee.engine.policy.device)
         batch = _with_anchors(trainee, packed, [row for e in chosen for row in e.rows])
         policy, reference = trainee.engine.forward(batch, frozenset()), _reference(trainee, batch)
         assert reference is not None
         gap = max(gap, float(((policy.logps - reference.logps).abs() / positive(policy.lengths)).max()))
-    return gap
+    return max(trainee.engine.world.gather(gap))
 
 
 @torch.no_grad()
@@ -158,20 +165,28 @@ def token_values(
     device: torch.device,
     names: Sequence[str] = ("token_logps",),
     check: Callable[[], None] = lambda: None,
+    world: World | None = None,
 ) -> dict[str, list[list[np.ndarray]]]:
-    """Token statistics of a network by name: for each example, for each of its rows, an array [targets of the row]."""
-    out: dict[str, list[list[np.ndarray]]] = {name: [[] for _ in examples] for name in names}
+    """Token statistics of a network by name: for each example, for each of its rows, an array [targets of the row].
+
+    world: the processes that share the work; all of them get all values.
+    """
+    world = world or World()
     sources = [e.source for e in examples]
-    for part in micro_batches([e.rows for e in examples], sources, layout, max_tokens):
+    found: dict[int, dict[str, list[np.ndarray]]] = {}
+    parts = micro_batches([e.rows for e in examples], sources, layout, max_tokens, world.size)
+    for part, own in shares(parts, world.rank, world.size):
         check()
         batch = to_device(pack_groups([examples[i].rows for i in part], layout, [sources[i] for i in part]), device)
         stats = network(batch)
+        if not own:
+            continue
         borders = np.cumsum([int(row.targets.sum()) for i in part for row in examples[i].rows])[:-1]
-        for name in names:
-            pieces = iter(np.split(getattr(stats, name).float().cpu().numpy(), borders))
-            for i in part:
-                out[name][i] = [next(pieces) for _ in examples[i].rows]
-    return out
+        pieces = {name: iter(np.split(getattr(stats, name).float().cpu().numpy(), borders)) for name in names}
+        for i in part:
+            found[i] = {name: [next(pieces[name]) for _ in examples[i].rows] for name in names}
+    everything = {i: values for part in world.gather(found) for i, values in part.items()}
+    return {name: [everything[i][name] for i in range(len(examples))] for name in names}
 
 
 @torch.no_grad()
@@ -179,17 +194,26 @@ def score_rows(trainee: Trainee, examples: Sequence[Example], check: Callable[[]
     """A reward model's outputs [N, D] float64 of all rows of the examples; None without examples."""
     trainee.engine.policy.eval()
     out = []
-    for part in _parts(trainee, examples):
+    for part, own in _parts(trainee, examples):
         check()
         batch = to_device(pack([examples[i] for i in part], trainee.layout), trainee.engine.policy.device)
         scores = trainee.engine.forward(batch, frozenset()).scores
         assert scores is not None
-        out.append(scores.double().cpu().numpy())
+        if own:
+            out.append(scores.double().cpu().numpy())
+    out = [scores for found in trainee.engine.world.gather(out) for scores in found]
     return np.concatenate(out) if out else None
 
 
-def _parts(trainee: Trainee, examples: Sequence[Example]) -> list[list[int]]:
-    return micro_batches([e.rows for e in examples], [e.source for e in examples], trainee.layout, trainee.max_tokens)
+def _parts(trainee: Trainee, examples: Sequence[Example]) -> list[tuple[list[int], bool]]:
+    """This process's micro-batches, see packing.shares."""
+    return _shared(trainee, [e.rows for e in examples], [e.source for e in examples])
+
+
+def _shared(trainee: Trainee, groups: Sequence[Sequence[Row]], sources: Sequence[str]) -> list[tuple[list[int], bool]]:
+    world = trainee.engine.world
+    parts = micro_batches(groups, sources, trainee.layout, trainee.max_tokens, world.size)
+    return shares(parts, world.rank, world.size)
 
 
 @torch.no_grad()
@@ -210,8 +234,8 @@ def _step_values(
     sources = [e.source for e in examples]
     engine = trainee.engine
     engine.policy.eval()
-    out: torch.Tensor | None = None
-    for part in micro_batches(groups, sources, trainee.layout, trainee.max_tokens):
+    found: list[tuple[list[int], torch.Tensor]] = []
+    for part, mine in _shared(trainee, groups, sources):
         check()
         rows = [row for i in part for row in groups[i]]
         if own:
@@ -221,9 +245,12 @@ def _step_values(
         batch = _with_anchors(trainee, to_device(packed, engine.policy.device), rows)
         policy = engine.forward(batch, objective.needs)
         values = objective.step_values(policy, _reference(trainee, batch), batch)
-        if out is None:
-            out = values.new_zeros((len(examples), values.shape[1]))
-        out[torch.tensor(part, device=out.device)] = values
+        if mine:
+            found.append((part, values if engine.world.size == 1 else values.cpu()))
+    found = [piece for part in engine.world.gather(found) for piece in part]
+    out = found[0][1].new_zeros((len(examples), found[0][1].shape[1]), device=engine.policy.device)
+    for part, values in found:
+        out[torch.tensor(part, device=out.device)] = values.to(out.device)
     return out
 
 
@@ -300,6 +327,12 @@ class _Totals:
                     self._mean(f"{name}_{origin or 'unnamed'}", [value])
         return loss
 
+    def nothing(self, out: Losses) -> torch.Tensor:
+        """The loss of a micro-batch that is another process's: 0, with a graph, as every process must have one."""
+        loss = sum(torch.nan_to_num(term.losses).sum() * 0.0 for term in out.terms)
+        assert isinstance(loss, torch.Tensor)
+        return loss
+
     def _mean(self, name: str, values: Sequence[float]) -> None:
         total, count = self.means.get(name, (0.0, 0))
         given = [v for v in values if not math.isnan(v)]
@@ -318,9 +351,10 @@ class _Totals:
             self.counts[key] = count or 1.0
         return self.counts[key]
 
-    def metrics(self, split: str) -> dict[str, float]:
-        """Means over the examples they apply to; left out where they apply to none. A name without a group gets the
-        split as its second part; in held-out metrics the other names go into the group heldout."""
+    def metrics(self, split: str, world: World) -> dict[str, float]:
+        """Means over the examples they apply to, of all processes; left out where they apply to none. A name without a
+        group gets the split as its second part; in held-out metrics the other names go into the group heldout."""
+        self._join(world)
         means = {name: total / count for name, (total, count) in self.means.items() if count}
         out = {"loss/total" if split == "train" else "loss/heldout": self.loss}
         for name, value in sorted(means.items()):
@@ -337,6 +371,18 @@ class _Totals:
             "tokens/micro_batches": self.num_parts,
         }
         return out
+
+    def _join(self, world: World) -> None:
+        """Add up the processes' sums."""
+        if world.size == 1:
+            return
+        everyone = world.gather((self.loss, self.processed, self.num_parts, self.means))
+        self.loss, self.processed, self.num_parts = (sum(part[k] for part in everyone) for k in range(3))
+        self.means = {}
+        for *_, means in everyone:
+            for name, (total, count) in means.items():
+                before, number = self.means.get(name, (0.0, 0))
+                self.means[name] = (before + total, number + count)
 
 
 def _column_of(rows: Sequence[Row], column: int | None) -> Sequence[Row]:
@@ -383,7 +429,7 @@ def cotangents(
     trainee.engine.policy.eval()
     values = _step_values(trainee, examples, check)
     totals = _Totals(examples)
-    for part in _parts(trainee, examples):
+    for part, _ in _parts(trainee, examples):
         check()
         chosen = [examples[i] for i in part]
         rows = [row for e in chosen for row in e.rows]

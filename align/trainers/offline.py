@@ -12,7 +12,9 @@ from align import build, checkpoint
 from align.config import Config
 from align.data.examples import Wanted
 from align.data.load import fingerprint, load
-from align.engine.local import LocalEngine, learning_rate
+from align.engine.build import make_engine
+from align.engine.local import learning_rate
+from align.engine.world import together
 from align.evaluate.samples import paired_bootstrap
 from align.models import Network, Policy, Scorer, choose_layout, is_peft, weights_hash
 from align.pretrained import Pretrained
@@ -20,7 +22,7 @@ from align.rewards import network
 from align.trainers.anchors import Anchors
 from align.trainers.answers import Answers
 from align.trainers.collect import Collector
-from align.trainers.final import final_table, summarise, write_final
+from align.trainers.final import final_table, summarise
 from align.trainers.loop import Plan, Trainee, evaluate, reference_gap, score_rows, token_plan, train_step
 from align.trainers.run import SELF_CHECK_TOLERANCE, Run, SelfCheckError, start
 from align.trainers.signals import Stopped
@@ -94,10 +96,10 @@ class Training(Run):
             return 0
 
         policy = self._policy()
-        self.model_hash = weights_hash(policy.model)
+        self.engine = make_engine(config, policy, self.precision, self.world)
+        self.model_hash = self.start_hash(self.engine)
         self.check_weights(state, self.model_hash)
-        trainee = self._trainee(policy)
-        self.trainee = trainee
+        self.trainee = self._trainee(policy.layout)
         self._self_check()
         self.answers = Answers(self, self.engine, self.heldout)
         self.answers.before()
@@ -133,7 +135,7 @@ class Training(Run):
         budget = config.trainer.micro_batch_tokens
         stream, plain = token_plan(self.train, layout, budget)
         token_plan(self.heldout, layout, budget)
-        policy, lines = self.policy(stream, self._network)
+        policy, lines = self.policy(stream, self._trained)
         p, noun = self.plan, _NOUNS[Wanted.by(self.objective).kind]
         lines.insert(
             1,
@@ -145,7 +147,7 @@ class Training(Run):
             self.log.say(line)
         return policy
 
-    def _network(self, model: Any, layout: Layout) -> Network:
+    def _trained(self, model: Any, layout: Layout) -> Network:
         """What the objective trains: a policy, or a reward model."""
         if not self.scores:
             return Policy(model, layout, "values" in self.objective.needs)
@@ -156,9 +158,8 @@ class Training(Run):
         width = causal_lm.config.get_text_config().hidden_size
         return Scorer(model, layout, network.new_head(self.objective, width, self.config.head, self.config.seed))
 
-    def _trainee(self, policy: Network) -> Trainee:
+    def _trainee(self, layout: Layout) -> Trainee:
         config = self.config
-        self.engine = engine = LocalEngine(policy, config.optimizer, self.precision)
         # A run of few steps over many rows pays for the rows it will see; the first two are the self-check's.
         visited = {0, min(1, len(self.train) - 1)}
         for step in range(1, self.plan.num_steps + 1):
@@ -167,7 +168,7 @@ class Training(Run):
                 break
         self.anchors = Anchors(
             config,
-            engine,
+            self.engine,
             self.pretrained,
             self.model_hash,
             [self.train[i] for i in sorted(visited)] + self.heldout,
@@ -177,7 +178,7 @@ class Training(Run):
         if self.foreign is not None:
             self.anchors.foreign = self.foreign
         reference, start = self.anchors.of(self.objective)
-        return Trainee(engine, self.objective, policy.layout, config.trainer.micro_batch_tokens, reference, start)
+        return Trainee(self.engine, self.objective, layout, config.trainer.micro_batch_tokens, reference, start)
 
     # ------------------------------------------------------------------ checks before the first step
 
@@ -224,7 +225,7 @@ class Training(Run):
             step += 1
             row["data/epoch"] = min(step * config.batch_size, self.plan.limit) / self.plan.num_examples
             row["time/step_s"] = time.perf_counter() - start
-            self._or_save(step, row, self.signals.check)
+            self._or_save(step, row, self.signals.agree)
             self._or_save(step, row, lambda step=step, row=row: self._row(step, row))
             if step % config.save_every == 0 or step == self.plan.num_steps:
                 self._save(step, None)
@@ -252,15 +253,13 @@ class Training(Run):
             self.log.say(_console_line(step, self.plan, row))
 
     def _save(self, step: int, pending: dict[str, float] | None) -> None:
-        self.log.flush()
         progress = {
             "schedule_steps": self.plan.schedule_steps,
             "data": self.data_hash,
             "model": self.model_hash,
             "pending": pending,
         }
-        state = checkpoint.State(step, self.engine.model_state(), self.engine.optimizer_state(), progress)
-        checkpoint.save(self.out.checkpoints, state, self.config.trainer.keep_checkpoints)
+        self.save(self.engine, step, progress)
 
     # ------------------------------------------------------------------ the end
 
@@ -272,13 +271,14 @@ class Training(Run):
     def _finish(self, command: str) -> None:
         step = self.plan.num_steps
         if self.answers.prompts or self.collector is not None:
-            rollout = self.rollout(self.engine.policy)
-            rollout.sync(self.engine.policy)
+            whole = self.whole(self.engine)
+            rollout = self.rollout(whole)
+            together(self.world, lambda: rollout.sync(whole))
             if self.collector is not None:
                 self.collector.loop.rollout = rollout
         samples = self.answers.after(step)
         kl = self.answers.kl(self.anchors.network(self.trainee.reference)) if samples else None
-        last = json.loads((self.out.path / "metrics.jsonl").read_text().splitlines()[-1])
+        last = json.loads((self.out.read("metrics.jsonl") or "").splitlines()[-1])
         summary = {
             "step": step,
             "merged": self.config.merge,
@@ -291,24 +291,14 @@ class Training(Run):
             summary["before"] = before
         if self.collector is not None:
             summary["problems"] = self._solved()
-        write_final(
-            self.out.final,
-            self.engine.policy,
-            self.tokenizer,
-            self.generation_config,
-            self.config,
-            self.pretrained.name,
-            command,
-            summary,
-            self._form() if self.scores else None,
-        )
+        self.write_final(self.engine, command, summary, self._saved_form() if self.scores else None)
         self.out.write_json("summary.json", summary)
         table = final_table(summary)
         if table.row_count:  # nothing held out, nothing to tell
             self.log.console.print(table)
         self.log.say(f"model {self.out.final}, evidence {self.out.path}")
 
-    def _form(self) -> dict[str, Any]:
+    def _saved_form(self) -> dict[str, Any]:
         """What reward_model.json says. Mean and deviation are of raw scores of held-out answers, for information."""
         objective = self.objective
         form = {"kind": objective.reward_kind, "outputs": list(objective.outputs), "ends": "end_of_turn"}

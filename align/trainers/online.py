@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,12 @@ import numpy as np
 from align import build, checkpoint
 from align.config import Config, OnlineConfig
 from align.data.prompts import PromptRow, load_prompts, prompts_fingerprint
-from align.engine.local import LocalEngine, learning_rate
+from align.engine.build import make_engine
+from align.engine.local import learning_rate
+from align.engine.world import together
 from align.evaluate.heldout import changes, heldout_metrics
 from align.files import write_whole
-from align.models import Policy, weights_hash
+from align.models import Policy
 from align.rewards.build import RewardHost, components
 from align.rollout.base import EngineFailed, Sampling
 from align.trainers import composing, influence
@@ -37,7 +39,7 @@ from align.trainers.experience import (
     reward_metrics,
     with_columns,
 )
-from align.trainers.final import final_table, write_final
+from align.trainers.final import final_table
 from align.trainers.loop import Anchor, Plan, Trainee, token_values, train_step
 from align.trainers.run import SELF_CHECK_TOLERANCE, Run, SelfCheckError, start
 from align.trainers.signals import Stopped
@@ -125,6 +127,8 @@ class OnlineTraining(Run):
             engine = self.single_step and self.trainer.kl_in_reward > 0
             self.old_logps = "engine" if engine else "none" if self.single_step else "trainer"
         self.composing = composing.composing(config, advantage, self.log.say)
+        if self.composing is not None:
+            self.composing.check_processes(self.world.size)
         self.rewards: Any = None
         self.failures: Counter[str] = Counter()  # since step 0, by metric
         self._tallied: Counter[str] = Counter()  # of this process
@@ -147,18 +151,21 @@ class OnlineTraining(Run):
         if self.planned(state, len(self.train)):
             return 0
         policy = self._policy()
-        self.model_hash = weights_hash(policy.model)
+        self.engine = make_engine(config, policy, self.precision, self.world, self.trainer.value_lr_scale)
+        self.model_hash = self.start_hash(self.engine)
         self.check_weights(state, self.model_hash)
         self._trainee(policy)
         if self.composing is not None:
             self.composing.check_parameters(self.engine.parameters)
         self._self_check()
         self.restore(self.engine, state)
-        self.rewards = components(self._reward_node(), self._reward_host())
+        self.rewards = together(self.world, lambda: components(self._reward_node(), self._reward_host()))
         self._check_rewards()
         steps = "steps" in self.advantage.needs
-        self.experience = Experience(self.rollout(policy), self.rewards, self.tokenizer, steps)
-        limit = self.rollout(policy).max_tokens
+        whole = self.whole(self.engine)
+        rollout = together(self.world, lambda: self.rollout(whole))
+        self.experience = Experience(rollout, self.rewards, self.tokenizer, steps, self.world)
+        limit = rollout.max_tokens
         longest = max(len(p.token_ids) for p in (*self.train, *self.heldout)) + self.sampling.max_new_tokens
         if limit is not None and longest > limit:
             raise ValueError(
@@ -215,7 +222,6 @@ class OnlineTraining(Run):
 
     def _trainee(self, policy: Policy) -> None:
         config = self.config
-        self.engine = LocalEngine(policy, config.optimizer, self.precision, self.trainer.value_lr_scale)
         self.reference: Callable[..., Any] | None = None
         if "reference" in self.objective.needs or self.trainer.kl_in_reward > 0:
             anchors = Anchors(config, self.engine, self.pretrained, self.model_hash, [], self.log, self.signals.check)
@@ -252,7 +258,7 @@ class OnlineTraining(Run):
             raise ValueError("reward: no component has a weight, so nothing can be learnt; set reward.NAME.weight")
 
     def _reward_host(self) -> RewardHost:
-        policy = self.engine.policy
+        policy = self.whole(self.engine)
         return RewardHost(
             policy,
             self.tokenizer,
@@ -291,7 +297,7 @@ class OnlineTraining(Run):
         )
         said = f"self-check passed: layouts agree to {gap:.1e} nats"
         if self.reference is not None and self.config.reference.path is None:
-            ours, theirs = (self._values(network, probe)["token_logps"] for network in (self._network, self.reference))
+            ours, theirs = (self._values(network, probe)["token_logps"] for network in (self._stats, self.reference))
             ratio = max(float(np.abs(a - b).max()) for (a,), (b,) in zip(ours, theirs, strict=True))
             if not ratio <= SELF_CHECK_TOLERANCE[self.precision]:
                 raise SelfCheckError(
@@ -306,10 +312,11 @@ class OnlineTraining(Run):
         probe = self._probe()
         if not probe:
             return {}
-        there = self.rollout(self.engine.policy).logps([e.prompt.token_ids for e in probe], [1] * len(probe))
-        here = self._values(self._network, probe)["token_logps"]
+        sequences = [e.prompt.token_ids for e in probe]
+        there = together(self.world, lambda: self.experience.rollout.logps(sequences, [1] * len(probe)))
+        here = self._values(self._stats, probe)["token_logps"]
         differences = np.concatenate([np.abs(np.array(a) - b) for a, (b,) in zip(there, here, strict=True)])
-        largest = float(differences.max())
+        largest = max(self.world.gather(float(differences.max())))
         tolerance = self.trainer.engine_tolerance or ENGINE_TOLERANCE[self.precision_name]
         if not largest <= tolerance:
             cause = (
@@ -326,7 +333,7 @@ class OnlineTraining(Run):
             "rollout/engine_logp_diff_mean": float(differences.mean()),
         }
 
-    def _network(self, batch: Any, needs: frozenset[str] = frozenset()) -> Any:
+    def _stats(self, batch: Any, needs: frozenset[str] = frozenset()) -> Any:
         return self.engine.forward(batch, needs)
 
     def _values(
@@ -341,6 +348,7 @@ class OnlineTraining(Run):
             self.engine.policy.device,
             names,
             self.signals.check,
+            self.world,
         )
 
     # ------------------------------------------------------------------ a step
@@ -357,7 +365,7 @@ class OnlineTraining(Run):
             raise RewardsMissing(
                 f"step {step}: {row['reward/missing']} of {total} completions have no reward "
                 f"(trainer.max_missing_fraction={t.max_missing_fraction:g}); failures since this start: "
-                f"{', '.join(f'{n} {name}' for name, n in self.rewards.counts.items()) or 'none told'}"
+                f"{', '.join(f'{n} {name}' for name, n in self._everyone(self.rewards.counts).items()) or 'none told'}"
             )
         if t.extra_draws > 0:
             row |= {"rollout/drawn_prompts": len(drawn), "rollout/kept_prompts": len(groups)}
@@ -418,7 +426,7 @@ class OnlineTraining(Run):
         if self.old_logps == "trainer" or values:
             needs = frozenset({"values"} if values else ())
             names = ("token_logps", "values") if values else ("token_logps",)
-            found = self._values(partial(self._network, needs=needs), parts, names)
+            found = self._values(partial(self._stats, needs=needs), parts, names)
             if self.old_logps == "trainer":
                 columns["old_logps"] = _flat(found["token_logps"])
         engine = [row.columns["rollout_logps"] for row in rows] if "rollout_logps" in rows[0].columns else None
@@ -464,7 +472,7 @@ class OnlineTraining(Run):
         """One optimiser step for each inner batch; metrics are their means. The examples of a prompt, as many as its
         completions need, stay together: what an inner batch holds does not depend on the size of micro-batches."""
         t = self.trainer
-        self.rollout(self.engine.policy).sleep()
+        self.experience.rollout.sleep()
         lr = learning_rate(self.config.optimizer, step, self.plan.schedule_steps)
         each = len(parts) // num_prompts
         rows = []
@@ -494,6 +502,7 @@ class OnlineTraining(Run):
         while step < self.plan.num_steps:
             position = self.position
             try:
+                self.signals.agree()
                 row = self._step(step + 1)
             except (Stopped, EngineFailed, RewardsMissing) as stop:
                 self.position = position  # the step is done again as a whole
@@ -505,7 +514,7 @@ class OnlineTraining(Run):
             self._tally()
             row["data/epoch"] = self.position / len(self.train)
             try:
-                self.signals.check()
+                self.signals.agree()
                 self._close_step(step, row)
             except (Stopped, EngineFailed):
                 self._save(step, row)
@@ -517,8 +526,8 @@ class OnlineTraining(Run):
     def _close_step(self, step: int, row: dict[str, float]) -> None:
         """Give the new weights to the engine, prove it, evaluate if it is time, write the row."""
         start = time.perf_counter()
-        rollout = self.rollout(self.engine.policy)
-        rollout.sync(self.engine.policy)
+        whole = self.whole(self.engine)
+        together(self.world, lambda: self.experience.rollout.sync(whole))
         row = row | self._prove(step)
         synced = time.perf_counter() - start
         parts = ("generate", "score", "reference", "update")
@@ -544,7 +553,6 @@ class OnlineTraining(Run):
             self.log.say(_console_line(step, self.plan, row, self.rewards.names))
 
     def _save(self, step: int, pending: dict[str, float] | None) -> None:
-        self.log.flush()
         progress = {
             "schedule_steps": self.plan.schedule_steps,
             "data": self.data_hash,
@@ -554,20 +562,28 @@ class OnlineTraining(Run):
             "pending": pending,
             "composer": None if self.composing is None else self.composing.state_dict(),
         }
-        state = checkpoint.State(step, self.engine.model_state(), self.engine.optimizer_state(), progress)
-        checkpoint.save(self.out.checkpoints, state, self.trainer.keep_checkpoints)
+        self.save(self.engine, step, progress)
 
     def _tally(self) -> None:
         """Count what failed since the last tally. What a stop makes undone was not tallied: it is counted when it is
         done again."""
-        now = Counter({f"rollout/{name}": n for name, n in self.rollout(self.engine.policy).counts.items()})
-        now.update({f"reward/failed_{name}": n for name, n in self.rewards.counts.items()})
+        now = Counter({f"rollout/{name}": n for name, n in self._everyone(self.experience.rollout.counts).items()})
+        now.update({f"reward/failed_{name}": n for name, n in self._everyone(self.rewards.counts).items()})
         for name, n in now.items():
             self.failures[name] += n - self._tallied[name]
         self._tallied = now
 
+    def _everyone(self, counts: Mapping[str, int]) -> Counter[str]:
+        """Counts of all processes together."""
+        total: Counter[str] = Counter()
+        for own in self.world.gather(dict(counts)):
+            total.update(own)
+        return total
+
     def _forget(self, step: int) -> None:
         """Remove what was written after `step`, from which the run goes on; metrics.jsonl is the log's."""
+        if not self.world.lead:
+            return
         for path in (self.out.path / "samples").glob("step-*.jsonl"):
             if int(path.stem.removeprefix("step-")) > step:
                 path.unlink()
@@ -591,7 +607,8 @@ class OnlineTraining(Run):
 
     def _before(self) -> None:
         """Answers of the untrained policy; a start that was killed before its first checkpoint writes them anew."""
-        (self.out.path / "heldout-before.jsonl").unlink(missing_ok=True)
+        if self.world.lead:
+            (self.out.path / "heldout-before.jsonl").unlink(missing_ok=True)
         if self.heldout:
             groups = self._answers()
             self._write_heldout("before", 0, groups)
@@ -615,10 +632,13 @@ class OnlineTraining(Run):
         if self.trainer.samples_every == 0 or step % self.trainer.samples_every:
             return
         folder = self.out.path / "samples"
-        folder.mkdir(exist_ok=True)
+        if self.world.lead:
+            folder.mkdir(exist_ok=True)
         self._write_groups(folder / f"step-{step:06d}.jsonl", step, groups)
 
     def _write_groups(self, path: Path, step: int, groups: list[Group]) -> None:
+        if not self.world.lead:
+            return
         text = "".join(json.dumps(_line(step, g, self.rewards.names)) + "\n" for g in groups)
         try:
             write_whole(path, text)
@@ -629,12 +649,12 @@ class OnlineTraining(Run):
 
     def _finish(self, command: str) -> None:
         step = self.plan.num_steps
-        last = json.loads((self.out.path / "metrics.jsonl").read_text().splitlines()[-1])
+        last = json.loads((self.out.read("metrics.jsonl") or "").splitlines()[-1])
         if self.heldout and self._heldout_step("after") != step:  # trainer.max_steps was lowered to where the run is
             groups = self._answers()
             last |= self._heldout_metrics(groups)
             self._write_heldout("after", step, groups)
-        if self.composing is not None:
+        if self.composing is not None and self.world.lead:
             self.composing.draw(self.out.path)
         # what a component put into the policy's model is not the policy's
         self.rewards.close()
@@ -648,27 +668,18 @@ class OnlineTraining(Run):
         }
         if self.heldout:
             summary["rewards"] = self._changes()
-        write_final(
-            self.out.final,
-            self.engine.policy,
-            self.tokenizer,
-            self.generation_config,
-            self.config,
-            self.pretrained.name,
-            command,
-            summary,
-        )
+        self.write_final(self.engine, command, summary)
         self.out.write_json("summary.json", summary)
         self.log.console.print(final_table(summary))
         self.log.say(f"model {self.out.final}, evidence {self.out.path}")
 
     def _heldout_step(self, phase: str) -> int | None:
-        path = self.out.path / f"heldout-{phase}.jsonl"
-        return json.loads(path.read_text().partition("\n")[0])["step"] if path.exists() else None
+        text = self.out.read(f"heldout-{phase}.jsonl")
+        return None if text is None else json.loads(text.partition("\n")[0])["step"]
 
     def _changes(self) -> dict[str, Any]:
-        paths = (self.out.path / f"heldout-{phase}.jsonl" for phase in ("before", "after"))
-        before, after = ([json.loads(line)["greedy"] for line in path.read_text().splitlines()] for path in paths)
+        texts = (self.out.read(f"heldout-{phase}.jsonl") or "" for phase in ("before", "after"))
+        before, after = ([json.loads(line)["greedy"] for line in text.splitlines()] for text in texts)
         return changes(before, after, self.rewards.names)
 
 

@@ -6,6 +6,7 @@ A trainer is a Run with a loop of its own; `start` opens the directory and turns
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,12 +18,25 @@ from align import build, checkpoint
 from align.config import Config
 from align.data.audit import Audit
 from align.device import available_bytes, memory_plan, pick_device, pick_precision, pick_recompute
-from align.engine.local import LocalEngine
+from align.engine.base import Engine, shape_of
+from align.engine.loading import load_model
+from align.engine.world import World, join, leave, together
 from align.log import Log
-from align.models import Network, Policy, choose_layout, enable_recompute, is_peft, lora, probe_layout
+from align.models import (
+    Network,
+    Policy,
+    choose_layout,
+    enable_recompute,
+    is_peft,
+    lora,
+    probe_layout,
+    weights_hash,
+)
 from align.pretrained import Pretrained
-from align.rollout.base import EngineFailed, Host, Rollout
+from align.rollout.base import EngineFailed, Host, Rollout, seed_of
 from align.rundir import RunDirectory, environment
+from align.trainers.drawing import Led
+from align.trainers.final import write_final
 from align.trainers.loop import NonFinite, plan
 from align.trainers.signals import Signals, Stopped
 from align.types import Example
@@ -42,6 +56,7 @@ class Run:
         self.config = config
         self.objective = objective
         self.out = out
+        self.world = out.world
         self.log = log
         self.signals = signals
         self.started = time.perf_counter()
@@ -49,6 +64,7 @@ class Run:
         self.tokenizer = self.pretrained.tokenizer()
         self._loaded: Any = None
         self._rollout: Rollout | None = None
+        self._whole: Network | None = None
         self._label = ""
         self._adapted = False
 
@@ -66,7 +82,9 @@ class Run:
     def model(self) -> Any:
         """The model as it is before training; loaded once."""
         if self._loaded is None:
-            self._loaded = self.pretrained.model().to(pick_device())
+            whole = self.config.lora.rank == 0 and not self.config.head.only
+            c = self.config
+            self._loaded = load_model(self.pretrained, c.engine, c.optimizer, self.world, whole, self.log.say)
             self.generation_config = self._loaded.generation_config
         return self._loaded
 
@@ -75,7 +93,7 @@ class Run:
         measurement may come out otherwise."""
         wanted = self.config.trainer.precision
         found = self._resolved().get("precision", wanted) if wanted == "auto" else wanted
-        self.precision, why = pick_precision(found, pick_device())
+        self.precision, why = self.world.share(pick_precision(found, pick_device()))
         self._resolve(precision=self.precision_name)
         return why
 
@@ -92,30 +110,19 @@ class Run:
         resolved = self._resolved()
         why = self.pick_precision()
         layout, layout_why = choose_layout(model, config.trainer.layout, config.lora.dropout)
-        if config.lora.rank > 0:
-            model = lora(
-                model,
-                rank=config.lora.rank,
-                alpha=config.lora.alpha,
-                dropout=config.lora.dropout,
-                targets=config.lora.targets,
-                seed=config.seed,
-            )
-        else:
-            model = model.float()
-        policy = make(model, layout)
-        for name, module in policy.named_modules():  # LoRA's and the head's are the only ones that were asked for
-            asked = ".lora_dropout." in name or name.startswith("head.")
-            if isinstance(module, torch.nn.Dropout) and not asked:
-                module.p = 0.0
-        trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in policy.parameters())
+        self._shape = (make, layout)
+        policy = self._network(model)
+        trained = sum(math.prod(shape_of(p)) for p in policy.parameters() if p.requires_grad)
+        total = sum(math.prod(shape_of(p)) for p in policy.parameters())
         tokens = min(config.trainer.micro_batch_tokens, stream_tokens)
-        memory = memory_plan(policy.causal_lm.config, trained, tokens, self.precision)
+        held = round(trained * _held(config.engine.stage, self.world.size))
+        memory = memory_plan(policy.causal_lm.config, held, tokens, self.precision)
         wanted = config.trainer.recompute
         wanted = resolved.get("recompute", wanted) if wanted == "auto" else wanted
         device = pick_device()
-        recompute, recompute_why = pick_recompute(wanted, memory, available_bytes(device))
+        # on one node processes on the host share its memory
+        free = available_bytes(device) // (self.world.size if device.type == "cpu" else 1)
+        recompute, recompute_why = self.world.share(pick_recompute(wanted, memory, free))
         enable_recompute(policy, recompute)
         self._resolve(recompute=recompute, layout=layout)
         return policy, [
@@ -123,6 +130,28 @@ class Run:
             f"layout {layout} ({layout_why})",
             f"precision {self.precision_name} ({why}); recompute {recompute} ({recompute_why})",
         ]
+
+    def _network(self, model: Any) -> Network:
+        """What is trained of a model: with its adapters and heads, without dropout that nobody asked for."""
+        settings = self.config.lora
+        make, layout = self._shape
+        if settings.rank > 0:
+            model = lora(
+                model,
+                rank=settings.rank,
+                alpha=settings.alpha,
+                dropout=settings.dropout,
+                targets=settings.targets,
+                seed=self.config.seed,
+            )
+        else:
+            model = model.float()
+        network = make(model, layout)
+        for name, module in network.named_modules():  # LoRA's and the head's are the only ones that were asked for
+            asked = ".lora_dropout." in name or name.startswith("head.")
+            if isinstance(module, torch.nn.Dropout) and not asked:
+                module.p = 0.0
+        return network
 
     def autocast(self) -> torch.autocast:
         """Context in which matrix products run in the run's precision."""
@@ -132,7 +161,7 @@ class Run:
     def check_layout(self, policy: Network, examples: list[Example]) -> float:
         """Largest difference of the layout's log-probs from the model's own attention. Raises SelfCheckError."""
         with self.autocast():
-            gap = probe_layout(policy, examples)
+            gap = max(self.world.gather(probe_layout(policy, examples)))
         if gap > SELF_CHECK_TOLERANCE[self.precision]:
             raise SelfCheckError(
                 f"self-check: {policy.layout} log-probs differ from the model's own attention by "
@@ -153,14 +182,18 @@ class Run:
             host = Host(
                 policy,
                 self.tokenizer,
-                self.out.path / "rollout",
+                self.out.path / ("rollout" if self.world.size == 1 else f"rollout-{self.world.rank}"),
                 self.precision_name,
                 self.autocast,
                 self.signals.check,
                 self._progress,
                 self.log.say,
             )
-            self._rollout = build.rollout(self.config, host)
+            if self.world.size > 1 and build.serves_all(self.config):
+                one = together(self.world, lambda: build.rollout(self.config, host) if self.world.lead else None)
+                self._rollout = Led(one, self.world)
+            else:
+                self._rollout = build.rollout(self.config, host)
         return self._rollout
 
     @contextlib.contextmanager
@@ -185,6 +218,43 @@ class Run:
 
         return wrap
 
+    def whole(self, engine: Engine) -> Any:
+        """The policy with all its weights in this process, as they are now: the engine's own, or a copy on the device
+        where that one is sharded. All processes must ask."""
+        if not engine.sharded:
+            return engine.policy
+        if self._whole is None:
+            self._whole = self._copy(pick_device())
+        _fill(self._whole, engine)
+        return self._whole
+
+    def _copy(self, device: torch.device) -> Network:
+        return self._network(self.pretrained.model().to(device)).eval().requires_grad_(False)
+
+    def write_final(
+        self, engine: Engine, command: str, summary: dict[str, Any], form: dict[str, Any] | None = None
+    ) -> None:
+        """final/, by the lead; see align.trainers.final."""
+        whole = engine.policy
+        if engine.sharded:  # in the lead's memory alone
+            whole = together(self.world, lambda: self._copy(torch.device("cpu")) if self.world.lead else None)
+            _fill(whole, engine)
+
+        def write() -> None:
+            write_final(
+                self.out.final,
+                whole,
+                self.tokenizer,
+                self.generation_config,
+                self.config,
+                self.pretrained.name,
+                command,
+                summary,
+                form,
+            )
+
+        together(self.world, write if self.world.lead else lambda: None)
+
     # ------------------------------------------------------------------ the directory
 
     def restore_point(self, data: dict[str, str]) -> checkpoint.State | None:
@@ -192,7 +262,8 @@ class Run:
 
         Raises ValueError if it was made with other data.
         """
-        saved = checkpoint.latest(self.out.checkpoints, self.log.say)
+        self._check_same(data)
+        saved = checkpoint.latest(self.out.checkpoints, self.log.say, self.world)
         state = checkpoint.load(saved) if saved is not None else None
         for key, digest in data.items():
             if state is not None and state.progress["data"][key] != digest:
@@ -200,6 +271,16 @@ class Run:
                     f"{key} has other rows than when {self.out.path} was started; give another run.dir or the same data"
                 )
         return state
+
+    def _check_same(self, data: dict[str, str]) -> None:
+        """Raises ValueError if the processes of the run do not read the same rows."""
+        for rank, other in enumerate(self.world.gather(data)):
+            odd = [key for key in data if other[key] != data[key]]
+            if odd:
+                raise ValueError(
+                    f"{odd[0]} has other rows in process {rank} than in process {self.world.rank}; all nodes must see "
+                    "the same files"
+                )
 
     def account(self, audit: Audit, command: str) -> None:
         """What the run reads and where it runs, for people and on disk."""
@@ -222,15 +303,33 @@ class Run:
             self.log.say(f"{self.out.path} is complete at step {state.step}; a larger trainer.max_steps goes on")
         return done
 
-    def restore(self, engine: LocalEngine, state: checkpoint.State | None) -> None:
+    def save(self, engine: Engine, step: int, progress: dict[str, Any]) -> None:
+        """A checkpoint of the engine and of what the loop says of itself."""
+        self.log.flush()
+        write = engine.write
+        checkpoint.save(
+            self.out.checkpoints, step, progress, write, self.config.trainer.keep_checkpoints, None, self.world
+        )
+
+    def restore(self, engine: Engine, state: checkpoint.State | None) -> None:
         """The engine as it was at the checkpoint, and torch's generator; at the start, the generator seeded."""
-        torch.manual_seed(self.config.seed)
+        # dropout draws from it: each process another mask
+        torch.manual_seed(self.config.seed if self.world.size == 1 else seed_of(self.config.seed, self.world.rank))
         if state is None:
             return
-        engine.restore(state.model, state.optimizer)
+        together(self.world, lambda: engine.read(state.path))
         self.log.say(f"resumed {self.out.path} at step {state.step}")
         if self.plan.num_steps > self.plan.schedule_steps:
             self.log.say(f"steps after {self.plan.schedule_steps} keep the schedule's last learning rate")
+
+    def start_hash(self, engine: Engine) -> str:
+        """What the model's weights are, see align.models.weights_hash; before anything is restored."""
+        own = ((name.removeprefix("model."), w) for name, w in engine.weights() if name.startswith("model."))
+        if self.world.lead:
+            return self.world.share(weights_hash(engine.policy.model, own))
+        for _ in own:  # the others take part in gathering
+            pass
+        return self.world.share("")
 
     def check_weights(self, state: checkpoint.State | None, model_hash: str) -> None:
         """Raises ValueError if the run was started from other weights."""
@@ -245,13 +344,20 @@ class Run:
         summary = self.out.read_json("summary.json")
         if summary is None or summary["step"] != step or summary["merged"] != self.config.merge:
             return False
-        return not checkpoint.problem(self.out.final)
+        return self.world.share(not checkpoint.problem(self.out.final))
 
     def _resolved(self) -> dict[str, Any]:
         return self.out.read_json("resolved.json") or {}
 
     def _resolve(self, **found: str) -> None:
         self.out.write_json("resolved.json", self._resolved() | found)
+
+
+def _held(stage: int | None, processes: int) -> float:
+    """Share of gradients (4 bytes a weight) and moments (8) that a process of a ZeRO stage holds."""
+    if not stage:
+        return 1.0
+    return (4 + 8 / processes) / 12 if stage == 1 else 1 / processes
 
 
 def start(config: Config, command: str, objective: Any, make: Callable[..., Run]) -> int:
@@ -265,10 +371,47 @@ def start(config: Config, command: str, objective: Any, make: Callable[..., Run]
         torch.set_num_threads(config.launch.threads)
     if not torch.cuda.is_available():  # DeepSpeed, which PEFT imports, warns of what everyone here knows
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    out = RunDirectory(config)
-    log = Log(out.path, config.log, {"recipe": config.choices.get("recipe")})
+    world = join(config.engine.timeout_s)
     try:
-        with Signals() as signals:
+        _check_processes(config, world)
+        return _in_directory(config, command, objective, make, world)
+    finally:
+        leave()
+
+
+def _fill(network: Network | None, engine: Engine) -> None:
+    """Give a network the weights of the engine's policy; without one only take part in gathering them."""
+    own = {} if network is None else network.state_dict()
+    with torch.no_grad():
+        for name, weight in engine.weights():
+            if own:
+                own[name].copy_(weight)
+
+
+def _check_processes(config: Config, world: World) -> None:
+    """Raises ValueError for what several processes cannot do together."""
+    if world.size == 1:
+        return
+    if config.engine.stage is None:
+        raise ValueError(
+            f"engine=local is one process and {world.size} were started; use engine=zero2, or launch.processes=1"
+        )
+    if config.trainer.kind not in ("offline", "online"):
+        raise ValueError(
+            f"trainer={config.trainer.kind} runs in one process, here are {world.size}: set launch.processes=1"
+        )
+    if config.collect is not None:
+        raise ValueError(
+            f"collect runs in one process, here are {world.size}: collect first with launch.processes=1 and "
+            "trainer.max_steps=1, then give its pairs as data.train"
+        )
+
+
+def _in_directory(config: Config, command: str, objective: Any, make: Callable[..., Run], world: World) -> int:
+    out = RunDirectory(config, world)
+    log = Log(out.path, config.log, {"recipe": config.choices.get("recipe")}, mute=not world.lead)
+    try:
+        with Signals(world) as signals:
             run = None
             try:
                 run = make(config, objective, out, log, signals)

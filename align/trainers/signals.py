@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
+from align.engine.world import World
+
 # By what a scheduler should do: 85 start me again, 130 the user's own wish.
 EXIT_CODES = {signal.SIGTERM: 85, signal.SIGUSR1: 85, signal.SIGINT: 130}
 
@@ -18,9 +20,13 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Remembers the first signal while inside; asks nothing of the code that runs."""
+    """Remembers the first signal while inside; asks nothing of the code that runs.
 
-    def __init__(self) -> None:
+    world: the processes of the run. Where they are several none may stop alone: they stop where all of them `agree`.
+    """
+
+    def __init__(self, world: World | None = None) -> None:
+        self.world = world or World()
         self.received: int | None = None
         self.interrupts = 0
         self.before: dict[signal.Signals, object] = {}
@@ -35,9 +41,15 @@ class Signals:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def check(self) -> None:
-        """Raises Stopped if a signal has come: call where stopping loses nothing."""
-        if self.received is not None:
+        """Raises Stopped if a signal has come: call where stopping loses nothing. No effect with several processes."""
+        if self.received is not None and self.world.size == 1:
             raise Stopped(self.received)
+
+    def agree(self) -> None:
+        """Raises Stopped on all processes if a signal has come to one: call where all of them come by."""
+        found = next((number for number in self.world.gather(self.received) if number is not None), None)
+        if found is not None:
+            raise Stopped(found)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.interrupts += number == signal.SIGINT

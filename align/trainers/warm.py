@@ -139,7 +139,7 @@ class Warm(Run):
                 self._part(settings_of(config, number, self.precision_name), what, command)
             if number > done:
                 progress = {"data": hashes, "schedule_steps": None}
-                checkpoint.save(self.out.checkpoints, checkpoint.State(number, {}, {}, progress), 2)
+                checkpoint.save(self.out.checkpoints, number, progress, lambda _: None, 2)
         members = [directory_of(config, k) / "final" for k in range(1, t.members + 1)]
         if checkpoint.problem(self.out.final):
             log.say(f"average of {t.members} members")

@@ -131,10 +131,10 @@ DEATHS = {
     "between pairs and labelled rows": Hook(COLLECT + "_write_rows", 1 + CHUNKS + 2),
     "before the first step": Hook("align.engine.local:LocalEngine.step", 1),
     "in training": Hook("align.engine.local:LocalEngine.step", 4, when="after"),
-    "in a save": Hook("align.checkpoint:save_file", 4),
+    "in a save": Hook("align.engine.local:save_file", 4),
     "in the evaluation after": Hook(LOOP + "run", 1 + CHUNKS + 1, when="after"),
     "after the evaluation after": Hook(COLLECT + "Collector.after", 1, when="after"),
-    "before the summary": Hook("align.trainers.offline:write_final", 1, when="after"),
+    "before the summary": Hook("align.trainers.run:write_final", 1, when="after"),
 }
 
 

@@ -32,13 +32,13 @@ DEATHS = [
     Hook(f"{TRAINING}_answers", 2),
     Hook(f"{TRAINING}_heldout_metrics", 2, when="after"),
     Hook(f"{ONLINE}write_whole", 3, when="after"),
-    Hook("align.checkpoint:save_file", 3),
+    Hook("align.engine.local:save_file", 3),
     Hook("os:rename", 2, when="after"),
     Hook("align.log:Log.row", 3),
     Hook("align.log:Log.row", 3, when="after"),
     Hook("align.log:Log.row", 5, when="after"),
-    Hook(f"{ONLINE}write_final", 1),
-    Hook(f"{ONLINE}write_final", 1, when="after"),
+    Hook("align.trainers.run:write_final", 1),
+    Hook("align.trainers.run:write_final", 1, when="after"),
 ]
 
 
@@ -119,7 +119,7 @@ STAGES = {
     "sync": (Hook(f"{ROLLOUT}sync", 3), "step-000003"),
     "evaluation": (Hook(f"{TRAINING}_answers", 2), "step-000002"),
     "last evaluation": (Hook(f"{TRAINING}_answers", 4), "step-000005"),
-    "save": (Hook("align.checkpoint:save_file", 3), "step-000004"),
+    "save": (Hook("align.engine.local:save_file", 3), "step-000004"),
 }
 CODES = {signal.SIGTERM: 85, signal.SIGINT: 130}
 

@@ -1,0 +1,116 @@
+"""What a loop needs of an engine, and what engines share: groups of weights, seeds of generators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from align.config import OptimizerConfig
+from align.engine.world import World
+from align.models import Network
+from align.types import PackedBatch, Stats
+
+
+class Engine(Protocol):
+    """Holds a policy and its optimiser, alone or with other processes.
+
+    In a run of several processes every process makes the same calls in the same order; only what the batches hold
+    may differ. A process that does not come is a PeerLost in the others.
+    """
+
+    policy: Network
+    parameters: dict[str, nn.Parameter]  # the trained weights, by their names in the policy
+    world: World
+    precision: torch.dtype  # of matrix products: float32 or bfloat16
+    sharded: bool  # whether this process holds shards of the weights between calls
+
+    def forward(self, batch: PackedBatch, needs: frozenset[str]) -> Stats:
+        """The policy's stats in the run's precision. Every process calls it equally often."""
+        ...
+
+    def autocast(self) -> torch.autocast:
+        """Context in which matrix products run in the run's precision."""
+        ...
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Add the gradient of this process's share of the step's loss, divided by the counts of the whole step.
+
+        Gradients sum over micro-batches and over processes; nothing is averaged. last: it is the step's last
+        micro-batch. Every process calls it equally often, with a loss of zero weight where it has no rows left.
+        """
+        ...
+
+    def gradient_norm(self) -> float:
+        """Global norm of the step's gradient, the same number on every process; inf or nan if it is not finite.
+
+        Called once between the last backward and step. No weight has been touched. What step uses is clipped to
+        optimizer.max_grad_norm; the number is that before clipping.
+        """
+        ...
+
+    def step(self, lr: float) -> None:
+        """One optimiser step at this learning rate; gradients are forgotten."""
+        ...
+
+    def frozen(self, network: Network) -> Network:
+        """A network that is not trained, such as a reference, to be asked beside the policy: in shards where the policy
+        is. Every process calls it equally often."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of policy.state_dict(), heads among them, whole, on the policy's device.
+
+        By its names, in its order; only some live at a time. Every process iterates to the end and drops what it does
+        not want.
+        """
+        ...
+
+    def write(self, directory: Path) -> None:
+        """This process's part of the checkpoint into a directory that all processes see; returns when it is written.
+
+        Trained weights, moments and counts as whole float32 tensors, whatever the number of processes and the stage;
+        and the state of this process's generators.
+        """
+        ...
+
+    def read(self, directory: Path) -> None:
+        """Set weights, moments and generators from what any engine with any number of processes wrote.
+
+        The same engine with as many processes goes on bit for bit; with another number, generators are seeded anew.
+        Raises ValueError when the checkpoint is of another model; nothing is changed then.
+        """
+        ...
+
+
+def parameter_groups(
+    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, value_lr_scale: float
+) -> list[dict[str, Any]]:
+    """Groups of an AdamW: matrices, which decay, the rest, and a value head with a learning rate of its own."""
+    value = [p for n, p in parameters.items() if n.startswith("value_head.")]
+    policy_only = [p for n, p in parameters.items() if not n.startswith("value_head.")]
+    decay = [p for p in policy_only if len(shape_of(p)) > 1]
+    rest = [p for p in policy_only if len(shape_of(p)) <= 1]  # norms and biases are not decayed
+    return [
+        {"params": params, "weight_decay": weight_decay, "scale": scale}
+        for params, weight_decay, scale in (
+            (decay, config.weight_decay, 1.0),
+            (rest, 0.0, 1.0),
+            (value, 0.0, value_lr_scale),
+        )
+        if params
+    ]
+
+
+def shape_of(p: nn.Parameter) -> torch.Size:
+    """The shape of a whole weight, also while this process holds only its shard."""
+    return p.ds_shape if hasattr(p, "ds_shape") else p.shape  # DeepSpeed leaves an empty tensor in its place
+
+
+def seed_generators(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators for a process that finds no state of its own in a checkpoint."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))

@@ -1,0 +1,72 @@
+"""Completions for several processes: each draws its part, or the lead asks servers that are there for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from align.engine.world import World, divided, together
+from align.rollout.base import Completion, Rollout, Sampling
+
+
+def drawn(
+    world: World,
+    rollout: Rollout,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    n: int = 1,
+    greedy: bool = False,
+) -> list[list[Completion]]:
+    """Rollout.generate for all processes, which all ask: what one process would draw."""
+    if isinstance(rollout, Led):
+        return rollout.generate(prompts, sampling, n, greedy)
+
+    def own(part: Sequence[Sequence[int]], first: int) -> list[list[Completion]]:
+        return rollout.generate(part, replace(sampling, first=sampling.first + first), n, greedy)
+
+    return divided(world, prompts, own)
+
+
+class Led:
+    """The rollout of the lead, whose answers all processes get; each call is made by all of them.
+
+    For servers: they take weights from one client, and divide the prompts themselves. inner: None but for the lead.
+    """
+
+    def __init__(self, inner: Rollout | None, world: World):
+        self.inner = inner
+        self.world = world
+        self.max_tokens = world.share(inner.max_tokens if inner else None)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The lead's; elsewhere nothing is counted."""
+        return self.inner.counts if self.inner else {}
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int = 1, greedy: bool = False
+    ) -> list[list[Completion]]:
+        """See Rollout."""
+        return self._by_the_lead("generate", prompts, sampling, n, greedy)
+
+    def logps(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[float]]:
+        """See Rollout."""
+        return self._by_the_lead("logps", sequences, starts)
+
+    def sync(self, policy: Any) -> None:
+        """See Rollout."""
+        self._by_the_lead("sync", policy)
+
+    def sleep(self) -> None:
+        """See Rollout."""
+        self._by_the_lead("sleep")
+
+    def close(self) -> None:
+        """See Rollout; the lead closes alone, also after an error."""
+        if self.inner:
+            self.inner.close()
+
+    def _by_the_lead(self, name: str, *arguments: Any) -> Any:
+        done = together(self.world, lambda: getattr(self.inner, name)(*arguments) if self.inner else None)
+        return self.world.share(done)
