@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,20 @@ class WriteFailed(OSError):
 
     def __init__(self, target: Path, error: Exception, needed: int | None = None):
         want = "" if needed is None else f"{needed} bytes needed, "
+        place = next(path for path in target.parents if path.exists())
         super().__init__(
-            f"{target} cannot be written: {want}{shutil.disk_usage(target.parent).free} bytes free ({error}); what was "
+            f"{target} cannot be written: {want}{shutil.disk_usage(place).free} bytes free ({error}); what was "
             "saved before is intact: make room and give the same command again"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:  # other processes of the run raise it too
+        return (_write_failed, (str(self),))
+
+
+def _write_failed(message: str) -> WriteFailed:
+    error = WriteFailed.__new__(WriteFailed, message)
+    OSError.__init__(error, message)
+    return error
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,9 @@ def atomic_directory(
     try:
         together(world, lambda: _make(scratch) if world.lead else None)
         together(world, lambda: write(scratch))
-        entries = together(world, lambda: _flushed(scratch, world.rank, world.size))
+        # one process lists: on a network's file system two may see different files for a while
+        names = world.share(together(world, lambda: _files(scratch) if world.lead else None))
+        entries = together(world, lambda: _flushed(scratch, names[world.rank :: world.size]))
         manifest = {name: entry for part in world.gather(entries) for name, entry in part.items()}
         together(world, lambda: _put(scratch, target, old, manifest) if world.lead else None)
     except BaseException as error:
@@ -110,12 +122,16 @@ def _make(scratch: Path) -> None:
     scratch.mkdir(parents=True)
 
 
-def _flushed(scratch: Path, part: int, parts: int) -> dict[str, Any]:
-    """Every parts-th file on the disk, and what the manifest says of it."""
+def _files(scratch: Path) -> list[str]:
+    return sorted(p.relative_to(scratch).as_posix() for p in scratch.rglob("*") if p.is_file())
+
+
+def _flushed(scratch: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Files on the disk, and what the manifest says of them."""
     out = {}
-    for path in sorted(p for p in scratch.rglob("*") if p.is_file())[part::parts]:
-        _flush(path)
-        out[path.relative_to(scratch).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    for name in names:
+        _flush(scratch / name)
+        out[name] = {"bytes": (scratch / name).stat().st_size, "sha256": _sha256(scratch / name)}
     return out
 
 

@@ -502,6 +502,9 @@ def compose_run(overrides: Sequence[str]) -> Config:
         raise ConfigError("run.dir=DIR is needed: the directory of a run")
     tree = OmegaConf.load(path)
     assert isinstance(tree, DictConfig)
+    for group in ("engine", "launch"):  # an older run has none, or fewer of their keys
+        shipped = OmegaConf.load(shipped_root() / "configs" / group / "local.yaml")
+        tree[group] = OmegaConf.merge(shipped, tree.get(group) or {})
     allowed = {key for key, _ in leaves(tree) if key.split(".")[0] in ("data", "launch") or key in _EVALUATION}
     for key, value in given.items():
         if key not in allowed:

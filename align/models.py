@@ -322,19 +322,17 @@ def with_adapters(lm: Any, directories: Sequence[Path], names: Sequence[str]) ->
 
 def weights_hash(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]] | None = None) -> str:
     """blake2b over names, dtypes, shapes and bytes of all weights that LoRA did not add: what a cached
-    reference log-prob depends on. weights: the model's, in any order, where it does not hold them itself."""
-    found = []
-    for name, tensor in model.state_dict().items() if weights is None else weights:
+    reference log-prob depends on. weights: the model's, in the order of names, where it does not hold them itself."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()) if weights is None else weights:
         if "lora_" in name:
             continue
         name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-        digest = hashlib.blake2b(digest_size=16)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
         for part in flat.split(1 << 28):  # on the host a piece at a time
             digest.update(memoryview(part.cpu().numpy()))
-        found.append((name, digest.digest()))
-    return hashlib.blake2b(b"".join(digest for _, digest in sorted(found)), digest_size=16).hexdigest()
+    return digest.hexdigest()
 
 
 @torch.no_grad()

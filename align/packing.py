@@ -100,7 +100,7 @@ def shares(parts: Sequence[list[int]], rank: int, size: int) -> list[tuple[list[
     """
     own = [(part, True) for part in parts[rank::size]]
     missing = -(-len(parts) // size) - len(own)
-    return own + [(min(parts, key=len), False)] * missing
+    return own + [(min(parts, key=len), False)] * missing if missing else own
 
 
 def pack(examples: Sequence[Example], layout: Layout) -> PackedBatch:

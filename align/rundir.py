@@ -11,6 +11,7 @@ import os
 import platform
 import socket
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,6 +23,7 @@ from align.config import Config, differences
 from align.engine.world import World, together
 from align.files import write_whole
 
+_ATTEMPTS = 50
 _PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "hydra-core", "numpy", "vllm", "deepspeed")
 _OF_A_START = ("resolved.json", "before.json", "samples.jsonl", "nonfinite.json", "metrics.jsonl")
 
@@ -39,6 +41,7 @@ class RunDirectory:
         self.final = self.path / "final"
         self._lock: TextIO | None = None
         self.resumed = self.world.share(together(self.world, lambda: self._open(config) if self.world.lead else None))
+        together(self.world, lambda: None if self.world.lead else self._see_it())
 
     def _open(self, config: Config) -> bool:
         try:
@@ -51,6 +54,17 @@ class RunDirectory:
         except BaseException:
             self.close()
             raise
+
+    def _see_it(self) -> None:
+        """Raises ValueError if this process does not see what the lead has made."""
+        for _ in range(_ATTEMPTS):
+            if (self.path / "config.yaml").is_file():
+                return
+            time.sleep(0.2)  # a network's file system may tell of it later
+        raise ValueError(
+            f"run.dir={self.path.absolute()}: {socket.gethostname()} does not see what process 0 has written there; "
+            "give a directory that all nodes share"
+        )
 
     def _prepared(self, config: Config) -> bool:
         """The directory clean and its settings written; whether there are checkpoints to go on from."""

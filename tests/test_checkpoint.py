@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,3 +197,11 @@ def test_a_failed_second_rename_puts_the_old_back(tmp_path, monkeypatch):
         save(tmp_path, state(3, value=1.0), 1)
     assert names(tmp_path) == ["step-000003"]
     assert torch.equal(weights(tmp_path / "step-000003")["b"], state(3).model["b"])
+
+
+def test_a_full_disk_is_told_to_other_processes(tmp_path):
+    error = WriteFailed(tmp_path / "not" / "there", OSError(errno.ENOSPC, "No space left on device"), 5)
+    again = pickle.loads(pickle.dumps(error))
+    assert isinstance(again, WriteFailed)
+    assert str(again) == str(error)
+    assert "5 bytes needed" in str(again)

@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from align import build, config
-from align.config import ConfigError, compose, differences, keys_with_help, leaves, options, recipes
+from align.config import ConfigError, compose, compose_run, differences, keys_with_help, leaves, options, recipes
 from align.engine import settings as engine_settings
 from align.rundir import RunDirectory
 
@@ -354,3 +354,13 @@ def test_config_imports_nothing_heavy(module, of_ours):
     names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     top = {name.split(".")[0] for name in names - of_ours}
     assert not top & {"torch", "numpy", "transformers", "datasets", "deepspeed", "align"}
+
+
+def test_the_settings_of_an_older_run_are_read(tmp_path):
+    """It has no engine, and a launch of fewer keys."""
+    config = compose(["recipe=wpo", "model=tiny", "launch.threads=1"])
+    del config.tree.engine
+    config.tree.launch = {"threads": 1}
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(config.tree))
+    read = compose_run([f"run.dir={tmp_path}"])
+    assert (read.engine.stage, read.launch.kind, read.launch.threads) == (None, "local", 1)

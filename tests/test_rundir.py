@@ -150,3 +150,13 @@ def test_secrets_of_the_environment_are_not_resolved(tmp_path, monkeypatch):
     run = open_run(tmp_path, "log.wandb_project=${oc.env:TOKEN_OF_SOMEBODY}")
     run.close()
     assert "hunter2" not in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_process_that_does_not_see_the_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr("align.rundir._ATTEMPTS", 1)
+    run = open_run(tmp_path / "run")
+    run._see_it()
+    run.path = tmp_path / "elsewhere"
+    with pytest.raises(ValueError, match="does not see what process 0 has written there; give a directory that all"):
+        run._see_it()
+    run.close()

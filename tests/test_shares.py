@@ -35,3 +35,7 @@ def test_processes_share_the_work_evenly(layout, size):
 def test_fewer_examples_than_processes():
     parts = micro_batches([(row(9), row(7, 1))], ["a"], "shared", 100, 4)
     assert [shares(parts, rank, 4) for rank in range(4)] == [[([0], True)], *[[([0], False)]] * 3]
+
+
+def test_no_examples_are_no_work():
+    assert [shares([], rank, 2) for rank in range(2)] == [[], []]

@@ -65,7 +65,7 @@ class Engine(Protocol):
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of policy.state_dict(), heads among them, whole, on the policy's device.
 
-        By its names, in its order; only some live at a time. Every process iterates to the end and drops what it does
+        By its names, in their order; only some live at a time. Every process iterates to the end and drops what it does
         not want.
         """
         ...

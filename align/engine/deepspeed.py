@@ -170,7 +170,7 @@ class DeepSpeedEngine:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The model's state; under stage 3 gathered in buckets, each let go before the next."""
-        state = self.policy.state_dict(keep_vars=True)
+        state = dict(sorted(self.policy.state_dict(keep_vars=True).items()))
         if self.stage < 3:
             yield from ((name, value.detach()) for name, value in state.items())
             return

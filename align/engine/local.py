@@ -82,7 +82,7 @@ class LocalEngine:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The model's state, tensor by tensor."""
-        yield from self.policy.state_dict().items()
+        yield from sorted(self.policy.state_dict().items())
 
     def write(self, directory: Path) -> None:
         """model.safetensors and optimizer.safetensors."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def _one_after_the_other(
             code = _start(element.words, element.config, config_dir, held, tell)
             ended.append((element.name, code))
             if code in (85, 130) or held.received:
-                worst = code
+                worst = worst or code or local.CODES[signal.Signals(held.received[0])]
                 break
             worst = worst or code
     for name, code in ended:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from align import build
 from align.engine.base import Engine
+from align.engine.world import together
 from align.evaluate.samples import Sample, sequence_kl
 from align.rollout.base import Completion, Sampling
 from align.trainers.drawing import drawn
@@ -59,6 +60,11 @@ class Answers:
 
     def _answer(self, phase: str, step: int) -> list[Sample]:
         completions = self._generate([ids for ids, _ in self.prompts], f"samples {phase}", None)
+        world = self.run.world
+        told = together(world, lambda: self._samples(phase, step, completions) if world.lead else None)
+        return world.share(told)
+
+    def _samples(self, phase: str, step: int, completions: Sequence[Completion]) -> list[Sample]:
         out = []
         for (_, prompt), completion in zip(self.prompts, completions, strict=True):
             text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)

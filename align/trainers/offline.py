@@ -97,7 +97,7 @@ class Training(Run):
 
         policy = self._policy()
         self.engine = make_engine(config, policy, self.precision, self.world)
-        self.model_hash = self.start_hash(self.engine)
+        self.model_hash = self.hash_of_start(self.engine)
         self.check_weights(state, self.model_hash)
         self.trainee = self._trainee(policy.layout)
         self._self_check()
@@ -173,7 +173,7 @@ class Training(Run):
             self.model_hash,
             [self.train[i] for i in sorted(visited)] + self.heldout,
             self.log,
-            self.signals.check,
+            self.signals.agree,
         )
         if self.foreign is not None:
             self.anchors.foreign = self.foreign
@@ -270,6 +270,7 @@ class Training(Run):
 
     def _finish(self, command: str) -> None:
         step = self.plan.num_steps
+        self.signals.agree_again()
         if self.answers.prompts or self.collector is not None:
             whole = self.whole(self.engine)
             rollout = self.rollout(whole)

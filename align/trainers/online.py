@@ -152,14 +152,15 @@ class OnlineTraining(Run):
             return 0
         policy = self._policy()
         self.engine = make_engine(config, policy, self.precision, self.world, self.trainer.value_lr_scale)
-        self.model_hash = self.start_hash(self.engine)
+        self.model_hash = self.hash_of_start(self.engine)
         self.check_weights(state, self.model_hash)
         self._trainee(policy)
         if self.composing is not None:
             self.composing.check_parameters(self.engine.parameters)
         self._self_check()
         self.restore(self.engine, state)
-        self.rewards = together(self.world, lambda: components(self._reward_node(), self._reward_host()))
+        host = self._reward_host()
+        self.rewards = together(self.world, lambda: components(self._reward_node(), host))
         self._check_rewards()
         steps = "steps" in self.advantage.needs
         whole = self.whole(self.engine)
@@ -224,7 +225,7 @@ class OnlineTraining(Run):
         config = self.config
         self.reference: Callable[..., Any] | None = None
         if "reference" in self.objective.needs or self.trainer.kl_in_reward > 0:
-            anchors = Anchors(config, self.engine, self.pretrained, self.model_hash, [], self.log, self.signals.check)
+            anchors = Anchors(config, self.engine, self.pretrained, self.model_hash, [], self.log, self.signals.agree)
             self.reference = anchors.fresh()
         cached = None
         if "reference" in self.objective.needs:
@@ -461,7 +462,7 @@ class OnlineTraining(Run):
         self, parts: list[Example], columns: dict[str, Any], streams: Any, composer: Any
     ) -> influence.Influences:
         """What the gradients of the composer's objectives have to do with each other, before the update."""
-        self.rollout(self.engine.policy).sleep()
+        together(self.world, self.experience.rollout.sleep)
         prepared = with_columns(parts, Estimate({}), columns)
         c, check = composer, self.signals.check
         return influence.measure(
@@ -472,7 +473,7 @@ class OnlineTraining(Run):
         """One optimiser step for each inner batch; metrics are their means. The examples of a prompt, as many as its
         completions need, stay together: what an inner batch holds does not depend on the size of micro-batches."""
         t = self.trainer
-        self.experience.rollout.sleep()
+        together(self.world, self.experience.rollout.sleep)
         lr = learning_rate(self.config.optimizer, step, self.plan.schedule_steps)
         each = len(parts) // num_prompts
         rows = []

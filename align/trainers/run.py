@@ -224,7 +224,7 @@ class Run:
         if not engine.sharded:
             return engine.policy
         if self._whole is None:
-            self._whole = self._copy(pick_device())
+            self._whole = together(self.world, lambda: self._copy(pick_device()))
         _fill(self._whole, engine)
         return self._whole
 
@@ -306,10 +306,9 @@ class Run:
     def save(self, engine: Engine, step: int, progress: dict[str, Any]) -> None:
         """A checkpoint of the engine and of what the loop says of itself."""
         self.log.flush()
-        write = engine.write
-        checkpoint.save(
-            self.out.checkpoints, step, progress, write, self.config.trainer.keep_checkpoints, None, self.world
-        )
+        keep = self.config.trainer.keep_checkpoints
+        needed = 12 * sum(math.prod(shape_of(p)) for p in engine.parameters.values())  # weights and two moments
+        checkpoint.save(self.out.checkpoints, step, progress, engine.write, keep, needed, self.world)
 
     def restore(self, engine: Engine, state: checkpoint.State | None) -> None:
         """The engine as it was at the checkpoint, and torch's generator; at the start, the generator seeded."""
@@ -322,7 +321,7 @@ class Run:
         if self.plan.num_steps > self.plan.schedule_steps:
             self.log.say(f"steps after {self.plan.schedule_steps} keep the schedule's last learning rate")
 
-    def start_hash(self, engine: Engine) -> str:
+    def hash_of_start(self, engine: Engine) -> str:
         """What the model's weights are, see align.models.weights_hash; before anything is restored."""
         own = ((name.removeprefix("model."), w) for name, w in engine.weights() if name.startswith("model."))
         if self.world.lead:
@@ -389,21 +388,19 @@ def _fill(network: Network | None, engine: Engine) -> None:
 
 
 def _check_processes(config: Config, world: World) -> None:
-    """Raises ValueError for what several processes cannot do together."""
-    if world.size == 1:
-        return
+    """Raises ValueError for what an engine of several processes cannot do."""
     if config.engine.stage is None:
-        raise ValueError(
-            f"engine=local is one process and {world.size} were started; use engine=zero2, or launch.processes=1"
-        )
+        if world.size > 1:
+            raise ValueError(
+                f"engine=local is one process and {world.size} were started; use engine=zero2, or launch.processes=1"
+            )
+        return
     if config.trainer.kind not in ("offline", "online"):
-        raise ValueError(
-            f"trainer={config.trainer.kind} runs in one process, here are {world.size}: set launch.processes=1"
-        )
+        raise ValueError(f"trainer={config.trainer.kind} runs in one process: use engine=local")
     if config.collect is not None:
         raise ValueError(
-            f"collect runs in one process, here are {world.size}: collect first with launch.processes=1 and "
-            "trainer.max_steps=1, then give its pairs as data.train"
+            "collect runs in one process: use engine=local; with trainer.max_steps=1 it collects, and its pairs are "
+            "data.train of another run"
         )
 
 

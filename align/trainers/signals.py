@@ -51,6 +51,11 @@ class Signals:
         if found is not None:
             raise Stopped(found)
 
+    def agree_again(self) -> None:
+        """As agree, where a process alone looks by itself, with check, in what follows."""
+        if self.world.size > 1:
+            self.agree()
+
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.interrupts += number == signal.SIGINT
         if self.interrupts > 1:

@@ -204,9 +204,10 @@ def test_weights_move_with_influences(straight):
 
 
 def test_a_value_for_each_stream(straight):
-    rows = straight("ppo")[1]["rows"]
+    told = straight("ppo")[1]
+    rows = told["rows"]
     assert {"advantage/explained_variance_mixed", "advantage/explained_variance_kl"} <= rows[-1].keys()
-    assert straight("ppo")[1]["model.safetensors"]
+    assert told[f"{told['last']}/model.safetensors"]
 
 
 def test_pictures_are_in_the_run(straight):

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from tests.killer import Ended, Hook, evidence, leftovers, rows_file, settings, shared
 from tests.trainers.online_runs import FAMILY, words_of
+from tests.trainers.test_composing import FAMILY as COMPOSED
 
 pytestmark = pytest.mark.distributed
 
@@ -40,8 +41,9 @@ def base(tmp_path_factory) -> Path:
 
 
 def words(base: Path, run: Path, name: str, *more: str) -> list[str]:
-    if name in FAMILY:
-        changes = [*FAMILY[name], "trainer.save_every=2", "engine.timeout_s=60", "sampling.max_new_tokens=6"]
+    online = FAMILY | {f"composed {key}": value for key, value in COMPOSED.items()}
+    if name in online:
+        changes = [*online[name], "trainer.save_every=2", "engine.timeout_s=60", "sampling.max_new_tokens=6"]
         return ["train", *words_of(base, *changes, *more, f"run.dir={run}")]
     data = []
     if name == "kto":
@@ -107,7 +109,7 @@ def test_wpo_at_every_stage(base, tmp_path, stage):
         ("whole weights", "zero1"), ("whole weights", "zero3"), ("frozen reference", "zero3"),
         ("kto", "zero2"), ("reward model", "zero2"),
         ("reward model", "zero3"), ("remax", "zero1"), ("remax", "zero3"), ("grpo", "zero3"), ("ppo", "zero2"),
-        ("dynamic", "zero2"),
+        ("dynamic", "zero2"), ("composed ppo", "zero3"), ("composed hypervolume", "zero2"),
     ],
 )  # fmt: skip
 def test_every_trainer(base, tmp_path, name, stage):
@@ -213,4 +215,5 @@ def test_refusals(base, tmp_path):
 
     assert "engine=local is one process" in said()
     assert "the example has" in said("engine=zero2", "trainer.micro_batch_tokens=20")
+    assert "are of the gradients of one process" in said("engine=zero2", name="composed gradient")
     assert "trainer=warm runs in one process" in said("engine=zero2", "trainer=warm", name="reward model")
