@@ -42,7 +42,8 @@ experiments: $(STAMP)
 	$(PY) -m tests.experiments.warm --seeds 5 --unprobed 0
 	$(PY) -m tests.experiments.overoptimisation --seeds 5
 
-# DPO and the online update against TRL side by side; writes docs/benchmarks.md and docs/benchmarks_online.md.
+# DPO and the online update against TRL side by side; writes docs/benchmarks.md and docs/benchmarks_online.md. Others, by
+# themselves: $(PY) -m tests.bench.zero_stages (docs/benchmarks_scale.md); on a GPU $(PY) -m tests.bench.gpu_vs_trl.
 bench: $(STAMP)
 	$(VENV)/bin/uv pip install -q --python $(PY) --no-deps -r requirements/bench.txt
 	OMP_NUM_THREADS=1 $(PY) -m tests.bench.dpo_vs_trl

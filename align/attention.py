@@ -98,6 +98,9 @@ def packed_attention(
         )
     if dropout:
         raise ValueError("attention dropout is not supported in packed layouts; use trainer.layout=padded")
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave queries and keys in float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, segments, scaling, sliding_window), None
     grouped = query.shape[1] != key.shape[1]

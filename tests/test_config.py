@@ -49,8 +49,15 @@ def refusal(words, config_dir=None) -> str:
     return message
 
 
-@pytest.mark.parametrize("model", options("model"))
-@pytest.mark.parametrize("recipe", sorted(recipes()))
+# each recipe with two models, each model with several recipes
+@pytest.mark.parametrize(
+    ("recipe", "model"),
+    [
+        (recipe, options("model")[(i + shift) % len(options("model"))])
+        for i, recipe in enumerate(sorted(recipes()))
+        for shift in (0, 7)
+    ],
+)
 def test_recipe_composes_with_model(recipe, model):
     """A recipe's choice of objective and its numbers survive the exchange of its model."""
     words = [f"recipe={recipe}", f"model={model}"] + (["model.path=x"] if model == "hub" else [])
