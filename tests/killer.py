@@ -139,7 +139,9 @@ def evidence(run: Path) -> dict[str, Any]:
             out[path.relative_to(run).as_posix()] = path.read_bytes()
     for path in [*sorted(last.glob("*.safetensors")), *sorted((run / "final").glob("*.safetensors"))]:
         with safe_open(path, "np") as file:
-            out[f"{path.parent.name}/{path.name}"] = {k: file.get_tensor(k).tobytes() for k in sorted(file.keys())}
+            out[path.name if path.parent == last else f"final/{path.name}"] = {
+                k: file.get_tensor(k).tobytes() for k in sorted(file.keys())
+            }
     return out
 
 

@@ -16,7 +16,7 @@ from align.packing import micro_batches
 from align.rollout.base import Completion, EngineFailed
 from align.rollout.hf import HFRollout
 from align.trainers.experience import Group, examples, reward_metrics
-from align.trainers.online import OnlineTraining, _check
+from align.trainers.online import _check
 from tests.killer import Hook, evidence, shared
 from tests.trainers.online_runs import FAMILY, REMAX, REWARDS, left, prompts_file, ready, rows_of, samples_of, words_of
 
@@ -475,11 +475,12 @@ def test_engine_that_fails_loses_no_step(tmp_path, monkeypatch):
 def test_rewards_are_closed_before_the_model_is_saved(tmp_path, monkeypatch):
     """An adapter of a reward lives in the policy's model until then."""
     from align.rewards.build import Rewards
+    from align.trainers.run import Run
 
     order = []
-    close, write = Rewards.close, OnlineTraining._finish.__globals__["write_final"]
+    close, write = Rewards.close, Run.write_final.__globals__["write_final"]
     monkeypatch.setattr(Rewards, "close", lambda self: (order.append("close"), close(self))[1])
-    monkeypatch.setattr("align.trainers.online.write_final", lambda *a: (order.append("final"), write(*a))[1])
+    monkeypatch.setattr("align.trainers.run.write_final", lambda *a: (order.append("final"), write(*a))[1])
     assert main(["train", *words_of(tmp_path, *REMAX, *SHORT, f"run.dir={tmp_path / 'run'}")]) == 0
     assert order[:2] == ["close", "final"]
 

@@ -14,7 +14,7 @@ from tests.killer import Ended, Hook, evidence, leftovers, rows_file, settings, 
 from tests.trainers.online_runs import FAMILY, words_of
 from tests.trainers.test_composing import FAMILY as COMPOSED
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes")]
 
 STAGES = ["zero0", "zero1", "zero2", "zero3"]
 STEP = "align.engine.deepspeed:DeepSpeedEngine.step"
@@ -35,6 +35,7 @@ RUNS: dict[str, tuple[str, ...]] = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("processes")
+    (out / "online").mkdir()
     rows_file(out / "labelled.jsonl", 0, 30, "labelled")
     rows_file(out / "labelled_heldout.jsonl", 1, 6, "labelled")
     return out
@@ -44,7 +45,7 @@ def words(base: Path, run: Path, name: str, *more: str) -> list[str]:
     online = FAMILY | {f"composed {key}": value for key, value in COMPOSED.items()}
     if name in online:
         changes = [*online[name], "trainer.save_every=2", "engine.timeout_s=60", "sampling.max_new_tokens=6"]
-        return ["train", *words_of(base, *changes, *more, f"run.dir={run}")]
+        return ["train", *words_of(base / "online", *changes, *more, f"run.dir={run}")]
     data = []
     if name == "kto":
         data = [f"data.train={base}/labelled.jsonl", f"data.heldout={base}/labelled_heldout.jsonl"]
@@ -106,9 +107,9 @@ def test_wpo_at_every_stage(base, tmp_path, stage):
 @pytest.mark.parametrize(
     ("name", "stage"),
     [
-        ("whole weights", "zero1"), ("whole weights", "zero3"), ("frozen reference", "zero3"),
-        ("kto", "zero2"), ("reward model", "zero2"),
-        ("reward model", "zero3"), ("remax", "zero1"), ("remax", "zero3"), ("grpo", "zero3"), ("ppo", "zero2"),
+        ("whole weights", "zero3"), ("frozen reference", "zero3"),
+        ("kto", "zero2"), 
+        ("reward model", "zero3"), ("remax", "zero3"), ("grpo", "zero3"), ("ppo", "zero2"),
         ("dynamic", "zero2"), ("composed ppo", "zero3"), ("composed hypervolume", "zero2"),
     ],
 )  # fmt: skip
@@ -155,9 +156,7 @@ def test_killed_processes(base, pair, tmp_path, hook):
     assert leftovers(tmp_path / "run") == []
 
 
-@pytest.mark.parametrize(
-    ("first", "then"), [("zero2 2", "local 1"), ("zero3 2", "zero1 1"), ("local 1", "zero3 2"), ("zero1 2", "zero3 2")]
-)
+@pytest.mark.parametrize(("first", "then"), [("zero2 2", "local 1"), ("local 1", "zero3 2"), ("zero1 2", "zero3 2")])
 def test_goes_on_with_others(base, tmp_path, first, then):
     """Another number of processes, another stage: the same numbers."""
     for what, steps in ((first, 2), (then, 4)):
