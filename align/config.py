@@ -39,6 +39,7 @@ RESUMABLE = (
     "log.",
     "engine.",
     "launch.",
+    "rollout.urls",
 )
 
 
@@ -252,6 +253,9 @@ class SlurmConfig(LaunchConfig):
     """configs/launch/slurm.yaml"""
 
     nodes: int
+    server_nodes: int
+    server_port: int
+    server_words: list[str]
     gpus: int
     cpus: int
     time: str
@@ -406,6 +410,8 @@ _RANGES: dict[str, tuple[float | None, float | None, bool, bool]] = {
     "launch.threads": (1, None, True, True),
     "launch.port": (1024, 65535, True, True),
     "launch.nodes": (1, None, True, True),
+    "launch.server_nodes": (0, None, True, True),
+    "launch.server_port": (1024, 65535, True, True),
     "launch.gpus": (0, None, True, True),
     "launch.cpus": (1, None, True, True),
     "launch.save_before_s": (1, None, True, True),

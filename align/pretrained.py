@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,14 @@ def from_hub(
     allow_pickle: bool,
     chat_template: str | None,
     dtype: str,
+    four_bit: bool = False,
 ) -> Pretrained:
     """A causal language model by its name on the hub or a local directory; see configs/model/hub.yaml.
 
-    Raises ValueError for a dtype or a template file that cannot be.
+    Raises ValueError for a dtype or a template file that cannot be, and for four_bit without bitsandbytes.
     """
+    if four_bit and find_spec("bitsandbytes") is None:
+        raise ValueError('model.four_bit=true needs the package bitsandbytes: pip install "align[four_bit]"')
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"model.dtype={dtype}: must be one of auto, float32, bfloat16")
     if chat_template is not None and not Path(chat_template).is_file():
@@ -71,7 +75,7 @@ def from_hub(
     return Pretrained(
         path,
         lambda: _tokenizer(path, common, chat_template),
-        lambda: _model(path, common | {"use_safetensors": None if allow_pickle else True}, dtype),
+        lambda: _model(path, common | {"use_safetensors": None if allow_pickle else True}, dtype, four_bit),
         lambda: _files(path, revision),
         lambda directory, wanted: _skeleton(directory, trust_remote_code, wanted or dtype),
     )
@@ -136,15 +140,29 @@ def _tokenizer(path: str, common: dict[str, Any], chat_template: str | None) -> 
     return tokenizer
 
 
-def _model(path: str, common: dict[str, Any], dtype: str) -> Any:
+def _model(path: str, common: dict[str, Any], dtype: str, four_bit: bool = False) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a run tells its own progress
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    if four_bit:
+        common = common | {"quantization_config": _four_bits(wanted)}
     with _named(path):
         return AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **common)
+
+
+def _four_bits(dtype: Any) -> Any:
+    """QLoRA's form, arXiv 2305.14314: normal floats with quantised constants; products in the type of the rest."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    on_gpu = torch.cuda.is_available()
+    products = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16 if on_gpu else torch.float32
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=products
+    )
 
 
 def _files(path: str, revision: str | None) -> Path:

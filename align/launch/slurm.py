@@ -49,6 +49,10 @@ def submit(found: Sequence[Element], config_dir: Path | None, dry: bool, show: C
     """Submit the runs, or with `dry` show what would be; returns the exit code. Raises ConfigError if it cannot be."""
     settings = _checked(found[0].config)
     jobs = _jobs(found)
+    if settings.server_nodes and any(job.array for job in jobs):
+        raise ConfigError(
+            f"launch.server_nodes={settings.server_nodes} is for one run; name servers of another job as rollout.urls"
+        )
     lines = [[_command(settings, _node_words(settings, run), config_dir) for run in job.runs] for job in jobs]
     for element in found:  # errors are told here, not in a log after hours in a queue
         check_engine(element.config, processes(settings), settings.nodes)
@@ -90,13 +94,15 @@ def render(settings: SlurmConfig, job: Job, commands: Sequence[str], directory: 
     if job.array:
         chosen = f'sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {_shell(str(directory / f"{job.name}.commands"))}'
         command = f'bash -c "exec $({chosen})"'
+    served = ['"rollout.urls=[$urls]"'] if settings.server_nodes else []
     values = {
         "OPTIONS": "\n".join(f"#SBATCH {option}" for option in _options(settings, job)),
         "DIRECTORY": _shell(str(Path.cwd())),
         "SETUP": "\n".join(settings.setup),
         "PORT": str(settings.port) if settings.port else "$((12000 + SLURM_JOB_ID % 20000))",
+        "SERVERS": _servers(settings),
         "PREFLIGHT": _preflight(settings, directory),
-        "COMMAND": " ".join([*map(_shell, settings.srun_options), command]),
+        "COMMAND": " ".join([*_step(settings), command, *served]),
         "MAX_RESTARTS": str(settings.max_restarts),
     }
 
@@ -142,6 +148,15 @@ def _checked(config: Config) -> SlurmConfig:
             f"launch.time={s.time} is no longer than launch.save_before_s={s.save_before_s}: the run would be asked to "
             "stop before it begins"
         )
+    if s.server_nodes and config.choices.get("rollout") != "vllm_server":
+        raise ConfigError(f"launch.server_nodes={s.server_nodes} has no effect without rollout=vllm_server")
+    if s.server_words and not s.server_nodes:
+        raise ConfigError("launch.server_words has no effect without launch.server_nodes")
+    if s.server_nodes and "--model" not in s.server_words:
+        raise ConfigError("launch.server_words: say which model is served, as [--model,DIR]")
+    for word in s.server_words:
+        if word.partition("=")[0] in ("--host", "--port"):
+            raise ConfigError(f"launch.server_words: {word} is set here; use launch.server_port")
     for option in s.options:
         name = option.split("=")[0].split()[0] if option.strip() else ""
         if not name.startswith("-") or not option.isprintable() or "'" in option:
@@ -192,12 +207,35 @@ def _preflight(settings: SlurmConfig, directory: Path) -> str:
     if settings.nodes == 1 or not settings.preflight:
         return ""
     check = " ".join(map(_shell, [*_python(settings), "-m", "align.cli", "launch", "check", f"dir={directory}"]))
-    options = " ".join(["--kill-on-bad-exit=0", *map(_shell, settings.srun_options)])
+    options = " ".join(["--kill-on-bad-exit=0", *_step(settings)])
     return f"srun {options} {check} || return"
 
 
+def _step(settings: SlurmConfig) -> list[str]:
+    """Options of srun for the nodes that train."""
+    own = [f"--nodes={settings.nodes}", f"--ntasks={settings.nodes}", "--relative=0"] if settings.server_nodes else []
+    return [*own, *map(_shell, settings.srun_options)]
+
+
+def _servers(settings: SlurmConfig) -> str:
+    """The last nodes serve, the others train; `urls` says where."""
+    number, port = settings.server_nodes, settings.server_port
+    if number == 0:
+        return ""
+    serve = [*_python(settings), "-m", "align.rollout.serve", "--host", "0.0.0.0", "--port", str(port)]
+    command = " ".join([*map(_shell, settings.srun_options), *map(_shell, [*serve, *settings.server_words])])
+    place = f"--overlap --nodes={number} --ntasks={number} --relative={settings.nodes} --kill-on-bad-exit=0"
+    return f"""\
+# The last {number} of the nodes serve completions until the run ends.
+ALIGN_NODES={settings.nodes}
+urls=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n {number} | sed 's|.*|http://&:{port}|' | paste -sd , -)
+srun {place} --cpus-per-task="$SLURM_CPUS_PER_TASK" {command} &
+servers=$!
+trap 'kill "$servers" 2>/dev/null' EXIT"""
+
+
 def _options(settings: SlurmConfig, job: Job) -> list[str]:
-    out = [f"--job-name={settings.name}", f"--nodes={settings.nodes}"]
+    out = [f"--job-name={settings.name}", f"--nodes={settings.nodes + settings.server_nodes}"]
     out += [f"--cpus-per-task={settings.cpus * processes(settings)}", f"--time={settings.time}"]
     out += [f"--signal=USR1@{settings.save_before_s}"]
     # relative to the directory of the submission: no path has to pass sbatch's reader

@@ -359,6 +359,20 @@ def _held(stage: int | None, processes: int) -> float:
     return (4 + 8 / processes) / 12 if stage == 1 else 1 / processes
 
 
+def _check_four_bit(config: Config) -> None:
+    """Raises ValueError for what weights of 4 bits cannot do."""
+    if config.lora.rank == 0:
+        raise ValueError("model.four_bit=true: weights of 4 bits cannot be trained; set lora.rank=16")
+    if config.merge:
+        raise ValueError("model.four_bit=true: merge=true would round the adapter to 4 bits; leave merge out")
+    if config.engine.stage == 3:
+        raise ValueError("model.four_bit=true: engine=zero3 cannot shard weights of 4 bits; use engine=zero2")
+    if config.reference.mode == "model":
+        raise ValueError("model.four_bit=true: reference.mode=model would hold the model twice; use adapter")
+    if "vllm" in str(config.rollout.get("_target_")) and config.trainer.kind != "offline":
+        raise ValueError("model.four_bit=true: vLLM would draw from weights that are not these; use rollout=hf")
+
+
 def start(config: Config, command: str, objective: Any, make: Callable[..., Run]) -> int:
     """Run or resume; returns the exit code. Raises ValueError for what the user can cure."""
     head = config.head
@@ -366,6 +380,8 @@ def start(config: Config, command: str, objective: Any, make: Callable[..., Run]
         raise ValueError(
             f"head has no effect: objective={config.choices['objective']} trains no reward model; leave it"
         )
+    if config.model.get("four_bit"):
+        _check_four_bit(config)
     if config.launch.threads is not None:
         torch.set_num_threads(config.launch.threads)
     if not torch.cuda.is_available():  # DeepSpeed, which PEFT imports, warns of what everyone here knows

@@ -171,6 +171,42 @@ def test_a_job_of_two_nodes(programs, tmp_path):
     assert calls(programs, "scontrol") == []
 
 
+SERVED = ("recipe=remax", "rollout=vllm_server")
+
+
+def test_nodes_that_serve(programs, tmp_path):
+    """Of the job's two nodes the first trains and the second serves, until the run ends."""
+    more = [*SERVED, "launch.server_nodes=1", "launch.server_port=8123",
+            "launch.server_words=[--model,'/models/a b']", f"launch.container=[{programs / 'recorder'}]"]  # fmt: skip
+    assert main([*WORDS, *more]) == 0
+    script = submitted(tmp_path).read_text()
+    assert "#SBATCH --nodes=2" in script
+    shellcheck(script)
+    done = run_script(submitted(tmp_path))
+    assert done.returncode == 0, done.stderr
+    steps = {"rollout.serve" in line: line for line in calls(programs, "srun")}
+    assert steps[True].startswith("--overlap --nodes=1 --ntasks=1 --relative=1 --kill-on-bad-exit=0 --cpus-per-task=1 ")
+    assert "--nodes=1 --ntasks=1 --relative=0" in steps[False]
+    words = {words[2]: words for words in (words_of(programs, number) for number in (0, 1))}
+    assert words["align.rollout.serve"][3:] == ["--host", "0.0.0.0", "--port", "8123", "--model", "/models/a b"]
+    assert words["align.cli"][-1] == "rollout.urls=[http://node08:8123]"
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("rollout=hf", "launch.server_nodes=1"), "launch.server_nodes=1 has no effect without rollout=vllm_server"),
+        (("launch.server_nodes=1",), "launch.server_words: say which model is served"),
+        (("launch.server_words=[--model,m]",), "launch.server_words has no effect without launch.server_nodes"),
+        (("launch.server_nodes=1", "launch.server_words=[--model,m,--port,1]"), "use launch.server_port"),
+        (("-m", "seed=1,2", "launch.server_nodes=1", "launch.server_words=[--model,m]"), "is for one run"),
+    ],
+)
+@pytest.mark.usefixtures("programs")
+def test_servers_that_cannot_be(capsys, words, text):
+    assert text in refusal(capsys, *SERVED, *words)
+
+
 def test_a_failed_check_keeps_the_run_from_starting(programs, tmp_path):
     assert main([*WORDS, *TWO, f"launch.container=[{programs / 'recorder'}]"]) == 0
     (programs.parent / "log" / "check").write_text("1")

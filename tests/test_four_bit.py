@@ -1,0 +1,62 @@
+"""A base in 4 bits under LoRA: through `align train`, alone and with two processes; what it cannot do is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from align.cli import main
+from align.pretrained import byte_tokenizer
+from tests.killer import settings, shared
+from tests.trainers.test_processes import assert_same_run, done
+
+SHORT = (
+    "model.hidden_size=", "model.num_layers=", "model=hub", "model.four_bit=true", "lora.dropout=0", "lora.rank=4",
+    "trainer.max_steps=3", "trainer.eval_every=0", "optimizer.lr=1e-2", "trainer.micro_batch_tokens=400",
+)  # fmt: skip
+
+
+@pytest.fixture
+def model(tmp_path) -> str:
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return f"model.path={tmp_path / 'model'}"
+
+
+def test_trains_alone_and_in_two_processes(tmp_path, model):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: align[four_bit]")
+    words = settings(tmp_path, *SHORT, model, "trainer.num_samples=2", "trainer.sample_tokens=4")
+    done(shared().run([*words, f"run.dir={tmp_path / 'one'}"]))
+    rows = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss/total"] < rows[0]["loss/total"]
+    assert rows[0]["optimizer/gradient_norm"] > 0
+    done(shared().run([*words, f"run.dir={tmp_path / 'two'}", "engine=zero2"], processes=2))
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("lora.rank=0", "weights of 4 bits cannot be trained; set lora.rank=16"),
+        ("merge=true", "merge=true would round the adapter to 4 bits"),
+        ("engine=zero3", "engine=zero3 cannot shard weights of 4 bits"),
+        ("reference.mode=model", "reference.mode=model would hold the model twice"),
+    ],
+)
+def test_what_it_cannot_do(tmp_path, model, capsys, monkeypatch, word, said):
+    monkeypatch.setattr("align.pretrained.find_spec", lambda _: True)
+    assert main(settings(tmp_path, *SHORT, model, f"run.dir={tmp_path / 'run'}", word)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_without_the_package(tmp_path, model, capsys, monkeypatch):
+    monkeypatch.setattr("align.pretrained.find_spec", lambda _: None)
+    assert main(settings(tmp_path, *SHORT, model, f"run.dir={tmp_path / 'run'}")) == 2
+    assert 'pip install "align[four_bit]"' in capsys.readouterr().err
