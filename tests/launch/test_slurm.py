@@ -175,9 +175,16 @@ SERVED = ("recipe=remax", "rollout=vllm_server")
 
 
 def test_nodes_that_serve(programs, tmp_path):
-    """Of the job's two nodes the first trains and the second serves, until the run ends."""
-    more = [*SERVED, "launch.server_nodes=1", "launch.server_port=8123",
-            "launch.server_words=[--model,'/models/a b']", f"launch.container=[{programs / 'recorder'}]"]  # fmt: skip
+    """Of the job's two nodes the first trains and the second serves."""
+    node = programs / "node"  # what trains goes on when what serves has been started
+    node.write_text("""#!/bin/bash
+case "$*" in *align.rollout.serve*) printf '%s\\0' "$@" > "$LOG/part"; mv "$LOG/part" "$LOG/serve"; exit;; esac
+for _ in {1..500}; do [ -s "$LOG/serve" ] && break; sleep 0.02; done
+printf '%s\\0' "$@" > "$LOG/train"
+""")
+    node.chmod(0o755)
+    more = [*SERVED, "launch.server_nodes=1", "launch.server_port=8123", f"launch.container=[{node}]",
+            "launch.server_words=[--model,'/models/a b']"]  # fmt: skip
     assert main([*WORDS, *more]) == 0
     script = submitted(tmp_path).read_text()
     assert "#SBATCH --nodes=2" in script
@@ -187,9 +194,10 @@ def test_nodes_that_serve(programs, tmp_path):
     steps = {"rollout.serve" in line: line for line in calls(programs, "srun")}
     assert steps[True].startswith("--overlap --nodes=1 --ntasks=1 --relative=1 --kill-on-bad-exit=0 --cpus-per-task=1 ")
     assert "--nodes=1 --ntasks=1 --relative=0" in steps[False]
-    words = {words[2]: words for words in (words_of(programs, number) for number in (0, 1))}
-    assert words["align.rollout.serve"][3:] == ["--host", "0.0.0.0", "--port", "8123", "--model", "/models/a b"]
-    assert words["align.cli"][-1] == "rollout.urls=[http://node08:8123]"
+    serve, train = ((tmp_path / "log" / name).read_text().split("\0")[:-1] for name in ("serve", "train"))
+    expected = ["python", "-m", "align.rollout.serve", "--host", "0.0.0.0", "--port", "8123", "--model", "/models/a b"]
+    assert serve == expected
+    assert train[-1] == "rollout.urls=[http://node08:8123]"
 
 
 @pytest.mark.parametrize(
