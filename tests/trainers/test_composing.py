@@ -321,7 +321,7 @@ DEATHS = [
     Hook("align.trainers.composing:Composing.evaluated", 1, when="after"),
     Hook(f"{ENGINE}step", 4),
     Hook(f"{TRAINING}_answers", 3, when="after"),
-    Hook("align.checkpoint:save_file", 3),
+    Hook("align.engine.local:save_file", 3),
     Hook("align.log:Log.row", 3, when="after"),
 ]
 CASES = [(name, h) for k, name in enumerate(FAMILY) for h in (DEATHS if name == "search" else DEATHS[k % 3 :: 3])]
