@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from align.cli import main
 from align.config import compose, recipes
 from align.data.sources import locate_all
 from align.objectives import imitation, losses, preference, unpaired
+from align.rewards.shape import Format
 from tests.conftest import plain_dpo
 
 ALL = sorted(recipes())
@@ -65,7 +67,7 @@ def test_paper_recipes_hold_the_papers_batch_and_beta(name):
     assert config.optimizer.lr == (1e-6 if "llama3" in name else 5e-7)
 
 
-COMPOSED = [name for name in ALL if compose([f"recipe={name}"]).composer is not None]
+COMPOSED = [name for name in ALL if not name.startswith("paper/") and compose([f"recipe={name}"]).composer is not None]
 SMALL = (
     "model=tiny", "lora.rank=4", "trainer.batch_size=2", "trainer.num_samples=2", "sampling.n=2",
     "sampling.max_new_tokens=8", "data.max_tokens=2048", "trainer.micro_batch_tokens=2048", "log.tensorboard=false",
@@ -103,6 +105,28 @@ def test_recipes_of_several_rewards_hold_the_authors_numbers():
     assert (gradient.composer.max_norm, gradient.composer.target, gradient.composer.apply) == (1.0, "reward", "now")
     assert list(volume.composer.weights.values()) == [0.5, 0.25, 0.25]
     assert (volume.composer.lowest, volume.composer.gain) == (0.5, 1.5)
+    whole, factor = (compose([f"recipe=paper/dynamic_{how}_qwen3_8b"]) for how in ("gradient", "hypervolume"))
+    assert (whole.optimizer.lr, whole.composer.mu, whole.composer.max_norm) == (1e-6, 1e-5, 1.0)
+    layers = [k for k in range(36) if re.search(whole.composer.parameters, f"model.layers.{k}.mlp.up_proj.weight")]
+    assert layers == list(range(10, 26))
+    assert (factor.trainer.eval_every, list(factor.composer.weights.values())) == (1, [0.5, 0.25, 0.25])
+
+
+@pytest.mark.parametrize("name", ["gradient", "hypervolume"])
+@pytest.mark.parametrize(
+    "completion, score",
+    [
+        ("1. Add.\n2. Divide: \\boxed{3}", 1.0),
+        ("First add, second divide: \\boxed{3}", 1.0),
+        ("1. Add.\n2. Divide: 3", 0.0),
+        ("1. Add: \\boxed{3}", 0.0),
+        ("First add: \\boxed{3.5}", 0.0),
+        ("add 1. and 2. \\boxed{3}", 0.0),
+    ],
+)
+def test_clarity_wants_a_box_and_two_enumerators_or_ordinals(name, completion, score):
+    pattern = compose([f"recipe=paper/dynamic_{name}_qwen3_8b"]).reward["clarity"].pattern
+    assert Format(pattern=pattern)(completion) == score
 
 
 def test_online_paper_recipes_hold_the_scripts_numbers():
