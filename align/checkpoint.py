@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from align.engine.world import World, together
+from align.engine.world import World, by_lead, together
 
 MANIFEST = "manifest.json"
 _SCRATCH = ".incomplete-"
@@ -98,13 +98,13 @@ def atomic_directory(
     scratch = target.parent / f"{_SCRATCH}{target.name}"
     old = target.parent / f"{_REPLACED}{target.name}"
     try:
-        together(world, lambda: _make(scratch) if world.lead else None)
+        by_lead(world, lambda: _make(scratch))
         together(world, lambda: write(scratch))
         # one process lists: on a network's file system two may see different files for a while
-        names = world.share(together(world, lambda: _files(scratch) if world.lead else None))
+        names = world.share(by_lead(world, lambda: _files(scratch)))
         entries = together(world, lambda: _flushed(scratch, names[world.rank :: world.size]))
         manifest = {name: entry for part in world.gather(entries) for name, entry in part.items()}
-        together(world, lambda: _put(scratch, target, old, manifest) if world.lead else None)
+        by_lead(world, lambda: _put(scratch, target, old, manifest))
     except BaseException as error:
         if world.lead:
             if old.exists() and not target.exists():

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from align.engine.world import World, together
+from align.engine.world import World, by_lead
 from align.packing import micro_batches, pack_groups, shares, to_device
 from align.types import Layout, PackedBatch, Row, Stats
 
@@ -68,7 +68,7 @@ class ReferenceCache:
         world = world or World()
         keys = [tuple(row_key(row) for row in rows) for rows in groups]
         wanted = {key for part in keys for key in part}
-        together(world, lambda: self._read(wanted) if world.lead else None)
+        by_lead(world, lambda: self._read(wanted))
         self.values = world.share(self.values)
         examples = set(keys)
         found = sum(all(key in self.values for key in part) for part in examples)
@@ -91,7 +91,7 @@ class ReferenceCache:
                 for row, column in zip(rows, np.split(values, np.cumsum(counts)[:-1]), strict=True):
                     new[row_key(row)] = column
             new = {k: v for part in world.gather(new) for k, v in part.items() if k not in self.values}
-            together(world, lambda new=new: self._write(new) if world.lead else None)
+            by_lead(world, lambda new=new: self._write(new))
             self.values |= new
         return CachePass(found, len(examples) - found)
 

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from align import checkpoint
 from align.config import Config, differences
-from align.engine.world import World, together
+from align.engine.world import World, by_lead, together
 from align.files import write_whole
 
 _ATTEMPTS = 50
@@ -40,7 +40,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
         self._lock: TextIO | None = None
-        self.resumed = self.world.share(together(self.world, lambda: self._open(config) if self.world.lead else None))
+        self.resumed = self.world.share(by_lead(self.world, lambda: self._open(config)))
         together(self.world, lambda: None if self.world.lead else self._see_it())
 
     def _open(self, config: Config) -> bool:

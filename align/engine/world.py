@@ -86,6 +86,11 @@ def together(world: World, work: Callable[[], Any]) -> Any:
     return out
 
 
+def by_lead(world: World, work: Callable[[], Any]) -> Any:
+    """Let the lead alone do its work; None on the others. When it fails, all raise."""
+    return together(world, work if world.lead else lambda: None)
+
+
 def divided(
     world: World, items: Sequence[Item], work: Callable[[Sequence[Item], int], Sequence[Result]]
 ) -> list[Result]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from align import build
 from align.engine.base import Engine
-from align.engine.world import together
+from align.engine.world import by_lead
 from align.evaluate.samples import Sample, sequence_kl
 from align.rollout.base import Completion, Sampling
 from align.trainers.drawing import drawn
@@ -61,7 +61,7 @@ class Answers:
     def _answer(self, phase: str, step: int) -> list[Sample]:
         completions = self._generate([ids for ids, _ in self.prompts], f"samples {phase}", None)
         world = self.run.world
-        told = together(world, lambda: self._samples(phase, step, completions) if world.lead else None)
+        told = by_lead(world, lambda: self._samples(phase, step, completions))
         return world.share(told)
 
     def _samples(self, phase: str, step: int, completions: Sequence[Completion]) -> list[Sample]:

@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from align.data.audit import Audit
 from align.device import available_bytes, memory_plan, pick_device, pick_precision, pick_recompute
 from align.engine.base import Engine, shape_of
 from align.engine.loading import load_model
-from align.engine.world import World, join, leave, together
+from align.engine.world import World, by_lead, join, leave, together
 from align.log import Log
 from align.models import (
     Network,
@@ -49,7 +50,7 @@ class SelfCheckError(RuntimeError):
     """Policy, reference, layout or engine do not fit together; training would be on wrong numbers."""
 
 
-class Run:
+class Run(ABC):
     """One process's work on a run directory: what trainers share."""
 
     def __init__(self, config: Config, objective: Any, out: RunDirectory, log: Log, signals: Signals):
@@ -68,9 +69,9 @@ class Run:
         self._label = ""
         self._adapted = False
 
+    @abstractmethod
     def run(self, command: str) -> int:
         """Everything; returns the exit code."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """End what was started: also after an error."""
@@ -190,7 +191,7 @@ class Run:
                 self.log.say,
             )
             if self.world.size > 1 and build.serves_all(self.config):
-                one = together(self.world, lambda: build.rollout(self.config, host) if self.world.lead else None)
+                one = by_lead(self.world, lambda: build.rollout(self.config, host))
                 self._rollout = Led(one, self.world)
             else:
                 self._rollout = build.rollout(self.config, host)
@@ -237,7 +238,7 @@ class Run:
         """final/, by the lead; see align.trainers.final."""
         whole = engine.policy
         if engine.sharded:  # in the lead's memory alone
-            whole = together(self.world, lambda: self._copy(torch.device("cpu")) if self.world.lead else None)
+            whole = by_lead(self.world, lambda: self._copy(torch.device("cpu")))
             _fill(whole, engine)
 
         def write() -> None:
@@ -253,7 +254,7 @@ class Run:
                 form,
             )
 
-        together(self.world, write if self.world.lead else lambda: None)
+        by_lead(self.world, write)
 
     # ------------------------------------------------------------------ the directory
 
@@ -388,7 +389,7 @@ def start(config: Config, command: str, objective: Any, make: Callable[..., Run]
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     world = join(config.engine.timeout_s)
     try:
-        _check_processes(config, world)
+        _check_trainer(config)
         return _in_directory(config, command, objective, make, world)
     finally:
         leave()
@@ -403,13 +404,9 @@ def _fill(network: Network | None, engine: Engine) -> None:
                 own[name].copy_(weight)
 
 
-def _check_processes(config: Config, world: World) -> None:
+def _check_trainer(config: Config) -> None:
     """Raises ValueError for what an engine of several processes cannot do."""
     if config.engine.stage is None:
-        if world.size > 1:
-            raise ValueError(
-                f"engine=local is one process and {world.size} were started; use engine=zero2, or launch.processes=1"
-            )
         return
     if config.trainer.kind not in ("offline", "online"):
         raise ValueError(f"trainer={config.trainer.kind} runs in one process: use engine=local")
