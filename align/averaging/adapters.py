@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from align.averaging.combine import Inputs, average_of, by_weights
-from align.averaging.files import CODES, EMBEDDINGS, Model
+from align.averaging.files import EMBEDDINGS, Model
 from align.averaging.methods import concatenated_factors
 from align.averaging.output import Planned
+from align.tensor_files import CODES
 
 STEM = "adapter_model"
 _PREFIX = "base_model.model."

@@ -1,7 +1,6 @@
 """Weights on disk: which tensors a directory holds, and any span of any of them without loading the rest.
 
-Spans are read with plain reads, not through safetensors' memory map: pages of a map count as memory of the process
-for as long as its file is open, and here a bound on that memory is promised.
+Spans are read with plain reads, not through safetensors' memory map: a bound on memory is promised.
 """
 
 from __future__ import annotations
@@ -16,17 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_INTEGERS = {
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64,
-    "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-_TYPES = FLOATS | _INTEGERS
-CODES = {dtype: code for code, dtype in _TYPES.items()}
+from align.tensor_files import DTYPES, read_header, read_into
+
+_INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
+FLOATS = {code: DTYPES[code] for code in ("F64", "F32", "F16", "BF16")}
+_TYPES = FLOATS | {code: DTYPES[code] for code in _INTEGERS}
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 INDEX = "model.safetensors.index.json"
-# A header is JSON of at most this many bytes, as in the safetensors library.
-_MAX_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -50,22 +45,14 @@ class Entry:
 
     def read(self, start: int, stop: int) -> Tensor:
         """Elements start to stop, flat, as stored. Raises ValueError if the file ends before."""
-        raw = torch.empty((stop - start) * self.torch_dtype.itemsize, dtype=torch.uint8)
-        if raw.numel() == 0:
-            return raw.view(self.torch_dtype)
-        view = memoryview(raw.numpy())
+        out = torch.empty(stop - start, dtype=self.torch_dtype)
         try:
-            with self.file.open("rb", buffering=0) as stream:
-                stream.seek(self.begin + start * self.torch_dtype.itemsize)
-                done = 0
-                while done < len(view):
-                    count = stream.readinto(view[done:])
-                    if not count:
-                        raise ValueError(f"{self.file} has become shorter while it was read; average again")
-                    done += count
+            whole = read_into(self.file, self.begin + start * self.torch_dtype.itemsize, out)
         except OSError as error:
             raise ValueError(f"{self.file} cannot be read ({error.strerror})") from error
-        return raw.view(self.torch_dtype)
+        if not whole:
+            raise ValueError(f"{self.file} has become shorter while it was read; average again")
+        return out
 
 
 Tensors = dict[str, Entry]
@@ -170,27 +157,21 @@ def _tensors(path: Path) -> Tensors:
     """The header of a safetensors file, checked against its length."""
     if not path.exists():
         raise ValueError(f"{path} is missing; copy it again")
-    size = path.stat().st_size
     try:
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER):
-                raise ValueError(f"{path} is truncated or no safetensors file: {size} bytes; copy it again")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
+        header, first, size = read_header(path)
         found = {
-            key: (Entry(path, str(at["dtype"]), tuple(at["shape"]), 8 + length + at["data_offsets"][0]), at)
+            key: (Entry(path, str(at["dtype"]), tuple(at["shape"]), first + at["data_offsets"][0]), at)
             for key, at in header.items()
         }
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, IndexError, TypeError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{path} has no safetensors header; copy it again") from error
-    end = 8 + length
+    end = first
     for key, (entry, at) in sorted(found.items(), key=lambda item: item[1][0].begin):
         if entry.dtype not in _TYPES:
             raise ValueError(f"{path}: {key} is quantised or of an unknown dtype ({entry.dtype}); dequantise it first")
-        stop = 8 + length + at["data_offsets"][1]
+        stop = first + at["data_offsets"][1]
         if entry.begin != end or stop - entry.begin != entry.size * entry.torch_dtype.itemsize:
             raise ValueError(f"{path}: the place of {key} does not fit its shape; copy the file again")
         end = stop

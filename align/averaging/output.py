@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from align import __version__
-from align.averaging.files import CODES, INDEX, Model
+from align.averaging.files import INDEX, Model
 from align.averaging.words import Request
+from align.tensor_files import raw, written_header
 
 _COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -150,19 +151,11 @@ def _shards(planned: Sequence[Planned], limit: float | None) -> list[list[Planne
 def _write_file(path: Path, tensors: Sequence[Planned], produce: Callable[[str], Iterator[Tensor]]) -> None:
     # wide types first, as the safetensors library does: every tensor is aligned to its element
     ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.key))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in ordered:
-        at = [end, end + tensor.bytes]
-        header[tensor.key] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": at}
-        end = at[1]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    start, header = written_header(((t.key, t.dtype, t.shape) for t in ordered), {"format": "pt"})
     with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        start = stream.tell()
+        stream.write(start)
         for tensor in ordered:
             for span in produce(tensor.key):
                 assert span.dtype == tensor.dtype
-                stream.write(span.contiguous().view(torch.uint8).numpy().data if span.numel() else b"")
-            assert stream.tell() - start == header[tensor.key]["data_offsets"][1]
+                stream.write(raw(span.contiguous()))
+            assert stream.tell() - len(start) == header[tensor.key]["data_offsets"][1]

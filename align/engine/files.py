@@ -1,61 +1,37 @@
 """Files of whole tensors in safetensors' format, written and read one tensor at a time.
 
-The format is safetensors' own: eight bytes of length, a JSON header, the bytes. Neither side maps a file into memory,
-so that what a process holds is what it asked for.
+Neither side maps a file into memory, so that what a process holds is what it asked for.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+from align.tensor_files import CODES, DTYPES, raw, read_header, read_into, written_header
 
 
 class TensorWriter:
     """A file whose tensors are known by dtype and shape before the first is there."""
 
     def __init__(self, path: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
-        header, end = {}, 0
-        for name, (dtype, shape) in entries.items():
-            start, end = end, end + dtype.itemsize * math.prod(shape)
-            header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # readers map the data aligned
-        self._header = header
-        self._missing = set(header)
-        self._first = 8 + len(text)
+        start, self._header = written_header((name, dtype, shape) for name, (dtype, shape) in entries.items())
+        self._missing = set(self._header)
+        self._first = len(start)
         self._stream = path.open("wb")
-        self._stream.write(len(text).to_bytes(8, "little") + text)
+        self._stream.write(start)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put one tensor in its place."""
         entry = self._header[name]
-        if [*tensor.shape] != entry["shape"] or _CODES[tensor.dtype] != entry["dtype"]:
+        if [*tensor.shape] != entry["shape"] or CODES[tensor.dtype] != entry["dtype"]:
             raise ValueError(f"{name} is {tensor.dtype} {[*tensor.shape]}, announced {entry['dtype']} {entry['shape']}")
         self._stream.seek(self._first + entry["data_offsets"][0])
-        self._stream.write(_bytes(tensor.detach().cpu().contiguous()))
+        self._stream.write(raw(tensor.detach().cpu().contiguous()))
         self._missing.discard(name)
 
     def close(self, complete: bool = True) -> None:
@@ -70,19 +46,8 @@ class TensorFile:
 
     def __init__(self, path: Path):
         self.path = path
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > size - 8:
-                raise ValueError(f"{path}: is not a safetensors file")
-            self._first = 8 + length
-            try:
-                header = json.loads(stream.read(length))
-            except ValueError as error:
-                raise ValueError(f"{path}: is not a safetensors file") from error
-        header.pop("__metadata__", None)
-        self._header = header
-        ends = [entry["data_offsets"][1] for entry in header.values()]
+        self._header, self._first, size = read_header(path)
+        ends = [entry["data_offsets"][1] for entry in self._header.values()]
         if self._first + max(ends, default=0) > size:
             raise ValueError(f"{path}: is cut off: {size} bytes, {self._first + max(ends)} announced")
 
@@ -97,17 +62,11 @@ class TensorFile:
     def read(self, name: str) -> Tensor:
         """One of them, in memory of its own."""
         entry = self._header[name]
-        if entry["dtype"] not in _DTYPES:
+        if entry["dtype"] not in DTYPES:
             raise ValueError(f"{self.path}: {name} has dtype {entry['dtype']}, which is not read here")
-        out = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
-        with self.path.open("rb", buffering=0) as stream:
-            stream.seek(self._first + entry["data_offsets"][0])
-            view = memoryview(_bytes(out))
-            while len(view):
-                count = stream.readinto(view)
-                if not count:
-                    raise ValueError(f"{self.path}: ends inside {name}")
-                view = view[count:]
+        out = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+        if not read_into(self.path, self._first + entry["data_offsets"][0], out):
+            raise ValueError(f"{self.path}: ends inside {name}")
         return out
 
 
@@ -163,7 +122,3 @@ def deal(sizes: Mapping[str, int], parts: int) -> dict[str, int]:
         loads[k] += sizes[name]
         out[name] = k
     return out
-
-
-def _bytes(tensor: Tensor) -> np.ndarray:
-    return tensor.reshape(-1).view(torch.uint8).numpy()
