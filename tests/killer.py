@@ -1,8 +1,8 @@
 """Runs `align` many times, each in a process of its own that may be made to die or be signalled at a chosen moment.
 
-python -m tests.killer is a server: it imports everything once, reads one JSON request a line from stdin, forks a
-child that runs align.cli.main on its words, and answers with one JSON line. Nothing of align is replaced: a hook
-counts the calls of a function and sends the signal before or after the n-th.
+python -m tests.killer is a server: it imports everything and composes settings once, reads one JSON request a line
+from stdin, forks a child that runs align.cli.main on its words, and answers with one JSON line. Nothing of align is
+replaced: a hook counts the calls of a function and sends the signal before or after the n-th.
 """
 
 from __future__ import annotations
@@ -218,10 +218,12 @@ def _serve() -> None:
 
     import align.trainers.iterate
     import align.trainers.online  # noqa: F401
+    from align.config import compose
 
     with contextlib.suppress(ImportError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import reasoning_gym  # noqa: F401
+    compose(["recipe=wpo"])  # Hydra reads its plugins, and each recipe is parsed, here and not in every child
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what packages print is no answer

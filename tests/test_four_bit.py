@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from align.cli import main
 from align.pretrained import byte_tokenizer
 from tests.killer import settings, shared
+from tests.trainers.online_runs import words_of
 from tests.trainers.test_processes import assert_same_run, done
 
 SHORT = (
@@ -50,10 +51,15 @@ def test_trains_alone_and_in_two_processes(tmp_path, model):
         ("reference.mode=model", "reference.mode=model would hold the model twice"),
     ],
 )
-def test_what_it_cannot_do(tmp_path, model, capsys, monkeypatch, word, said):
-    monkeypatch.setattr("align.pretrained.find_spec", lambda _: True)
+def test_what_it_cannot_do(tmp_path, model, capsys, word, said):
     assert main(settings(tmp_path, *SHORT, model, f"run.dir={tmp_path / 'run'}", word)) == 2
     assert said in capsys.readouterr().err
+
+
+def test_vllm_would_draw_from_other_weights(tmp_path, capsys):
+    words = words_of(tmp_path, "recipe=remax", *SHORT[:4], "model.path=nosuch", "lora.rank=4", "rollout=vllm")
+    assert main(["train", *words, f"run.dir={tmp_path / 'run'}"]) == 2
+    assert "vLLM would draw from weights that are not these; use rollout=hf" in capsys.readouterr().err
 
 
 def test_without_the_package(tmp_path, model, capsys, monkeypatch):

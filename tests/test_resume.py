@@ -16,6 +16,8 @@ from align.config import compose
 from align.rundir import RunDirectory
 from tests.killer import Hook, evidence, leftovers, rows_file, settings, shared
 
+pytestmark = pytest.mark.xdist_group("resume")  # all are compared with the same undisturbed runs
+
 SAVE = "align.checkpoint:"
 ENGINE = "align.engine.local:LocalEngine."
 CHECKPOINT_FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")

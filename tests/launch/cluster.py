@@ -21,7 +21,7 @@ SECOND = f"{FIRST}-other"  # sorts after the first, and resolves nowhere: only t
 
 
 class NotHere(Exception):
-    """Why no Slurm can be started on this machine."""
+    """What this machine lacks for a Slurm."""
 
 
 def free_ports(number: int) -> list[int]:
@@ -47,7 +47,7 @@ def wait_for(what: Callable[[], bool], seconds: float) -> bool:
 
 
 class Cluster:
-    """Slurm of two nodes that are both this machine. Raises NotHere."""
+    """Slurm of two nodes that are both this machine. Raises NotHere; RuntimeError if what is here does not start."""
 
     def __init__(self, directory: Path):
         missing = [name for name in PROGRAMS if shutil.which(name, path=SEARCH) is None]
@@ -85,7 +85,7 @@ class Cluster:
             self._daemon("slurmd", "-N", node)
         if not wait_for(lambda: self.say("sinfo", "-h", "-o", "%T").split() == ["idle"], 20):
             logs = "\n".join(p.read_text()[-1500:] for p in sorted((root / "log").glob("*.log")))
-            raise NotHere(f"Slurm did not come up within 20 s:\n{logs}")
+            raise RuntimeError(f"Slurm did not come up within 20 s:\n{logs}")
 
     def _conf(self) -> str:
         root, ports = self.directory, free_ports(3)
@@ -135,7 +135,7 @@ PartitionName=debug Nodes={FIRST},{SECOND} Default=YES MaxTime=INFINITE State=UP
             command, env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30
         )
         if done.returncode != 0:
-            raise NotHere(f"{command[0]} does not start: {(done.stderr or done.stdout).strip()[-500:]}")
+            raise RuntimeError(f"{command[0]} does not start: {(done.stderr or done.stdout).strip()[-500:]}")
 
     def say(self, *command: str) -> str:
         """The output of one of Slurm's commands, with what it complains of."""

@@ -11,7 +11,7 @@ from tests.launch.cluster import Cluster, NotHere
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory) -> Iterator[Cluster]:
-    """A controller and two nodes on loopback; skips where they cannot be started, and says why."""
+    """A controller and two nodes on loopback; skips where packages or rights are missing, and says which."""
     try:
         cluster = Cluster(tmp_path_factory.mktemp("slurm"))
     except NotHere as why:

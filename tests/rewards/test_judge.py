@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from itertools import combinations
 
 import numpy as np
@@ -20,6 +20,7 @@ from align.pretrained import byte_tokenizer
 from align.rewards.base import Conversation
 from align.rewards.build import RewardHost, components
 from align.rewards.judge import rounds
+from tests.rewards.http_server import serving
 
 TEMPLATE = "{prompt}|{answer_a}|{answer_b}"
 TOKENIZER = byte_tokenizer()
@@ -66,16 +67,11 @@ def server():
             pass
 
     lock = threading.Lock()
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    http.seen, http.now, http.most = [], 0, 0
-    http.rule = longer
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    yield http
-    done.set()
-    http.shutdown()
-    http.server_close()
+    with serving(Handler) as http:
+        http.seen, http.now, http.most = [], 0, 0
+        http.rule = longer
+        yield http
+        done.set()
 
 
 def make(server, check=lambda: None, lines=None, **keys):

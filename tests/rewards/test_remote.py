@@ -7,13 +7,14 @@ import math
 import socket
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import numpy as np
 import pytest
 
 from align.rewards.base import Conversation
 from align.rewards.build import RewardHost, components
+from tests.rewards.http_server import serving
 
 
 @pytest.fixture
@@ -43,16 +44,11 @@ def server():
         def log_message(self, *_):
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    http.seen = []
-    http.replies = [lambda c: (200, {"scores": [len(x["completion"]) for x in c]})]
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    yield http
-    done.set()
-    http.shutdown()
-    http.server_close()
+    with serving(Handler) as http:
+        http.seen = []
+        http.replies = [lambda c: (200, {"scores": [len(x["completion"]) for x in c]})]
+        yield http
+        done.set()
 
 
 def make(server, check=lambda: None, lines=None, **keys):

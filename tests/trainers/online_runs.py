@@ -12,7 +12,7 @@ from align.log import Log
 from align.rundir import RunDirectory
 from align.trainers.online import OnlineTraining
 from align.trainers.signals import Signals
-from tests.killer import evidence
+from tests.killer import Hook, evidence, leftovers, shared
 
 REWARDS = "tests.trainers.online_rewards."
 
@@ -65,6 +65,16 @@ def left(run: Path) -> dict[str, Any]:
     """evidence, with the samples of the steps."""
     samples = {path.name: path.read_bytes() for path in sorted((run / "samples").glob("*"))}
     return evidence(run) | {"samples": samples}
+
+
+def assert_survives(hook: Hook, words: list[str], run: Path, whole: dict[str, Any]) -> None:
+    """Killed at the hook, the same words lead to what the undisturbed run left."""
+    killed = shared().run(words, [hook])
+    assert killed.code == -9, killed.said
+    done = shared().run(words)
+    assert done.code == 0, done.said
+    assert left(run) == whole
+    assert leftovers(run) == []
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:

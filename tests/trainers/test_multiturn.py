@@ -11,6 +11,8 @@ import pytest
 
 from tests.killer import Hook, evidence, leftovers, settings, shared
 
+pytestmark = pytest.mark.xdist_group("multiturn")  # all are compared with the same undisturbed runs
+
 CHUNKS = 3
 COLLECT = "align.trainers.collect:"
 LOOP = "align.rollout.toolloop:ToolLoop."
@@ -218,22 +220,23 @@ def test_the_recipes_in_small(tmp_path):
             shutil.copytree(tmp_path / "dpo" / "collect", run / "collect")
             shutil.copy(tmp_path / "dpo" / "problems-before.jsonl", run)
         small = [
-            "collect.num_problems=4", "collect.samples_per_problem=6", "collect.num_heldout=2", "trainer.max_steps=2",
-            "trainer.batch_size=2", "trainer.precision=float32", "data.heldout_fraction=0.3", "launch.threads=2",
-            f"run.dir={run}", f"reference.cache_dir={tmp_path / 'cache'}", "log.tensorboard=false",
+            "collect.num_problems=4", "collect.samples_per_problem=4", "collect.num_heldout=2", "trainer.max_steps=1",
+            "collect.max_pairs_per_problem=2", "collect.max_labelled_per_problem=2", "trainer.batch_size=2",
+            "trainer.precision=float32", "data.heldout_fraction=0.3", f"run.dir={run}", "log.tensorboard=false",
+            f"reference.cache_dir={tmp_path / 'cache'}",
         ]  # fmt: skip
         hooks = [Hook(COLLECT + "Collector._chunk", 1)] if name == "kto" else []  # nothing is drawn anew
         done = shared().run(["train", f"recipe=multiturn_{name}", *small], hooks)
         assert done.code == 0, done.said
         report = check_account(run)
-        assert report["trajectories"] == 24
+        assert report["trajectories"] == 16
         assert report["pairs"] >= 2
         assert report["re_encoded_differently"] < report["trajectories"]
         check_summary(run, 2)
         for line in ("2 held-out problems solved", "change, 95 % paired bootstrap"):
             assert line in done.said
             assert line in (run / "final" / "README.md").read_text()
-        assert [row["step"] for row in rows(run / "metrics.jsonl")] == [1, 2]
+        assert [row["step"] for row in rows(run / "metrics.jsonl")] == [1]
     printed = 0
     for row in rows(run / "collect" / "labelled.jsonl"):
         for role, a, b, target in row["spans"]:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.killer import Hook, leftovers, shared
-from tests.trainers.online_runs import FAMILY, left, words_of
+from tests.trainers.online_runs import FAMILY, assert_survives, left, words_of
+
+pytestmark = pytest.mark.xdist_group("online_kills")  # all are compared with the same undisturbed runs
 
 ROLLOUT = "align.rollout.hf:HFRollout."
 ENGINE = "align.engine.local:LocalEngine."
@@ -77,12 +79,7 @@ CASES = [(name, h) for name, every in (("remax", 1), ("grpo", 6), ("ppo", 7), ("
 def test_killed_anywhere(base, straight, tmp_path, name, hook):
     whole = straight(name)
     words = ["train", *words_of(base, f"run.dir={tmp_path / 'run'}", *FAMILY[name])]
-    killed = shared().run(words, [hook])
-    assert killed.code == -9, killed.said
-    done = shared().run(words)
-    assert done.code == 0, done.said
-    assert left(tmp_path / "run") == whole
-    assert leftovers(tmp_path / "run") == []
+    assert_survives(hook, words, tmp_path / "run", whole)
 
 
 def test_runs_of_the_family_differ_and_learn(straight):

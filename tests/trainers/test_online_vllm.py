@@ -15,7 +15,7 @@ from tests.killer import Ended, Hook, leftovers, shared
 from tests.trainers.online_runs import left, rows_of, words_of
 from tests.trainers.vllm_rollouts import engines_of
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("online_vllm")]
 
 ROLLOUTS = "tests.trainers.vllm_rollouts"
 WATCHED = f"{ROLLOUTS}:Watched."
