@@ -6,6 +6,10 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from align.config import Config
 
 USAGE = """\
 align: align language models to human preferences
@@ -14,6 +18,9 @@ align: align language models to human preferences
   align train -m recipe=NAME key=A,B ...     a run for each combination of values, one after the other
   align train [-m] ... launch=slurm [--dry-run]
                                              submit to Slurm, several runs as a job array, or show what would be
+  align front recipe=NAME composers=A,B points=N out=DIR [seeds=S] [key=value ...]
+                                             runs over weights (thresholds.NAME=A,B: thresholds) of several composers,
+                                             their Pareto fronts and hypervolume per compute; out=DIR report_only=true
   align launch check [dir=DIR] [seconds=N]   on each node of a job, by srun: can they run together?
   align check recipe=NAME [key=value ...]    compose and validate settings, without a model
   align check --keys                         every setting with its default and meaning
@@ -114,10 +121,18 @@ def _check(words: list[str], config_dir: Path | None) -> int:
         print("\n".join(keys_with_help()))
         return 0
     config = compose(words, config_dir)
-    from align.build import function, objective, pretrained
+    _validate(config)
+    choices = ", ".join(f"{g}={o}" for g, o in sorted(config.choices.items()))
+    print(f"ok: {choices}")
+    return 0
+
+
+def _validate(config: Config) -> None:
+    """Raises ValueError for what can be known to be wrong without a model."""
+    from align.build import check_margins, function, objective, pretrained
     from align.data.sources import locate_all
 
-    objective(config)
+    check_margins(config, objective(config))
     pretrained(config)
     locate_all(config.data.train, "data.train")
     if config.data.heldout is not None:
@@ -129,9 +144,12 @@ def _check(words: list[str], config_dir: Path | None) -> int:
         from align.trainers import composing
 
         composing.check(config, advantage(config))
-    choices = ", ".join(f"{g}={o}" for g, o in sorted(config.choices.items()))
-    print(f"ok: {choices}")
-    return 0
+
+
+def _front(words: list[str], config_dir: Path | None) -> int:
+    from align.front.command import run
+
+    return run(words, config_dir, _validate, print, _tell)
 
 
 def _recipes(words: list[str], config_dir: Path | None) -> int:
@@ -341,6 +359,7 @@ def _own_word(words: list[str], key: str) -> tuple[str, list[str]]:
 _COMMANDS = {
     "train": _train,
     "check": _check,
+    "front": _front,
     "recipes": _recipes,
     "data": _data,
     "generate": _generate,

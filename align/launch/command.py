@@ -34,7 +34,7 @@ def train(
     if dry:
         raise ConfigError("--dry-run shows what launch=slurm would submit; without it `align check` is what to use")
     if many:
-        return _one_after_the_other(found, config_dir, show, tell)
+        return one_after_the_other(found, config_dir, show, tell)
     if local.processes(config) == 1:
         if config.launch.port is not None:
             raise ConfigError("launch.port has no effect on one process; leave it out")
@@ -74,7 +74,7 @@ def _start(
     return local.launch(own, local.processes(config), local.place(config), config.launch.threads, held, tell)
 
 
-def _one_after_the_other(
+def one_after_the_other(
     found: Sequence[sweep.Element], config_dir: Path | None, show: Callable[[str], None], tell: Callable[[str], None]
 ) -> int:
     """Each run in processes of its own; a failed one does not keep the others from running, a signal does."""

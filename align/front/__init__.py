@@ -1,0 +1,1 @@
+"""`align front`: runs over weights or thresholds for several composers, and their Pareto fronts side by side."""
