@@ -112,6 +112,7 @@ class DataConfig:
     on_bad_row: str
     max_bad_fraction: float
     gold: str | None
+    margins: Any  # name of a component -> dotted path of a function
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ class OnlineConfig(TrainerConfig):
     inner_batches: int
     old_logps: str
     kl_in_reward: float
+    kl_target: float | None
     truncated: str
     extra_draws: int
     max_missing_fraction: float
@@ -367,6 +369,7 @@ _RANGES: dict[str, tuple[float | None, float | None, bool, bool]] = {
     "trainer.inner_epochs": (1, None, True, True),
     "trainer.inner_batches": (1, None, True, True),
     "trainer.kl_in_reward": (0, None, True, True),
+    "trainer.kl_target": (0, None, False, True),
     "trainer.extra_draws": (0, None, True, True),
     "trainer.max_missing_fraction": (0, 1, True, True),
     "trainer.value_lr_scale": (0, None, False, True),
@@ -471,6 +474,8 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
             break
     # A composer has numbers by component of the reward: new keys.
     words = [f"++{word}" if word.startswith("composer.") else word for word in words]
+    # So have the weights of an objective over several, and the functions of data.margins.
+    words = [f"++{word}" if word.startswith(("objective.weights.", "data.margins.")) else word for word in words]
     # Your own reward replaces the recipe's; reward=OPTION beside it keeps that one as well.
     if any(w.startswith("reward.") and "._target_=" in w for w in words) and not any(
         w.startswith("reward=") for w in words
@@ -490,7 +495,8 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
             raise ConfigError(_explain(words, error, config_dir)) from None
         choices = {g: o for g, o in full.hydra.runtime.choices.items() if o and not g.startswith("hydra")}
         groups = [f"{g}={o}" for g, o in choices.items() if g != "recipe"]
-        known = hydra_compose("config", groups + [w for w in words if w.startswith("hydra.")])
+        own = [w for w in words if w.startswith("hydra.")]
+        known = hydra_compose("config", groups + own) if own else _shipped(tuple(groups))
     OmegaConf.set_struct(full, False)
     del full["hydra"]
     _refuse_unknown(full, known, choices)
@@ -508,8 +514,9 @@ def compose_run(overrides: Sequence[str]) -> Config:
         raise ConfigError("run.dir=DIR is needed: the directory of a run")
     tree = OmegaConf.load(path)
     assert isinstance(tree, DictConfig)
-    for group in ("engine", "launch"):  # an older run has none, or fewer of their keys
-        shipped = OmegaConf.load(shipped_root() / "configs" / group / "local.yaml")
+    # an older run has none, or fewer of their keys
+    for group, option in (("engine", "local"), ("launch", "local"), ("data", "files")):
+        shipped = OmegaConf.load(shipped_root() / "configs" / group / f"{option}.yaml")
         tree[group] = OmegaConf.merge(shipped, tree.get(group) or {})
     allowed = {key for key, _ in leaves(tree) if key.split(".")[0] in ("data", "launch") or key in _EVALUATION}
     for key, value in given.items():
@@ -542,6 +549,12 @@ def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield name, OmegaConf.to_container(raw, resolve=False)
         else:
             yield name, None if raw is None else raw._value()
+
+
+@lru_cache
+def _shipped(groups: tuple[str, ...]) -> DictConfig:
+    """What these options of the shipped groups hold, for reading; a sweep, a plan or a test asks for them again."""
+    return hydra_compose("config", list(groups))
 
 
 def _register_recipes(config_dir: Path | None) -> None:
@@ -789,6 +802,12 @@ def _check_values(config: Config) -> None:
     repeat, roles = config.data.repeat, config.data.target_roles
     if repeat is not None and not (isinstance(repeat, list) and all(_number(r) and 0 <= r <= 1000 for r in repeat)):
         raise ConfigError(f"data.repeat={_written(repeat)}: must be a list of numbers from 0 to 1000, or null")
+    margins = config.data.margins
+    if margins is not None and not (isinstance(margins, dict) and all(isinstance(v, str) for v in margins.values())):
+        raise ConfigError(
+            f"data.margins={_written(margins)}: must be names of components, each with the dotted path of a function, "
+            "or null"
+        )
     if not roles or any(role not in ("system", "user", "assistant", "tool") for role in roles):
         raise ConfigError(f"data.target_roles={roles}: must be a list of system, user, assistant, tool")
     if lora.dropout > 0 and config.trainer.layout == "shared":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.simplex import by_name as numbers_by_name
+from align.simplex import simplex as weights_of
+from align.simplex import summing_to_one as all_in_one
+
 KL = "kl"  # the name of the KL's own stream
 NEEDS = ("kl_stream", "influence", "validation", "gold", "uncertainty", "direction")
 TARGETS = ("reward", "advantage")
 MOMENTS = ("now", "next")
-SUM_TOLERANCE = 1e-6  # of weights that are to sum to 1
+_COMPONENT = "component with a weight"  # what composers see of the reward
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Observed:
     gold: float | None = None  # the held-out metric that `gold_metric` names, after an evaluation; higher is better
 
 
-class Composer:
+class Composer(ABC):
     """Streams of K components to one stream, with a state that learns from what it is told.
 
     names: components whose reward.NAME.weight is not 0, in the order of the settings. Streams are columns in this
@@ -73,15 +78,15 @@ class Composer:
         """Whether an evaluation is wanted now: before the first step, and after each update."""
         return False
 
-    def check(self, advantage: Any, choice: str, penalties: bool) -> None:
+    def check(self, advantage: Any, choice: str, penalties: bool) -> None:  # noqa: B027
         """Raises ValueError if it cannot act through this estimator, called `choice`; penalties: a KL in the reward."""
 
+    @abstractmethod
     def __call__(self, streams: Tensor, keep: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """One number for each row [M] of streams [M, K]. Advantages: 0 where the mask keep [M] is not True. Rewards:
         without keep; NaN where a component that counts is NaN. context: as the needs say."""
-        raise NotImplementedError
 
-    def update(self, observed: Observed) -> None:
+    def update(self, observed: Observed) -> None:  # noqa: B027
         """Learn from an optimiser step, or from an evaluation."""
 
     def metrics(self) -> dict[str, float]:
@@ -155,39 +160,18 @@ def whitened(streams: Tensor, keep: Tensor | None, epsilon: float) -> Tensor:
 
 
 def by_name(values: Mapping[str, Any], names: Sequence[str], key: str, complete: bool = True) -> dict[str, float]:
-    """Numbers by name in the order of names. Raises ValueError for a name that is none of them, a missing one with
-    complete, and for what is no finite number."""
-    unknown = [name for name in values if name not in names]
-    if unknown:
-        raise ValueError(
-            f"composer.{key}.{unknown[0]}: no component with a weight has this name; there are {', '.join(names)}"
-        )
-    missing = [name for name in names if name not in values]
-    if complete and missing:
-        raise ValueError(f"composer.{key}.{missing[0]} is missing: each of {', '.join(names)} needs one")
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"composer.{key}.{name}={value}: must be a finite number")
-    return {name: float(values[name]) for name in names if name in values}
+    """align.simplex.by_name of composer.KEY."""
+    return numbers_by_name(values, names, f"composer.{key}", complete, _COMPONENT)
 
 
 def simplex(values: Mapping[str, Any] | None, names: Sequence[str], key: str, zeros: bool = True) -> Tensor:
-    """Weights [K] float64, >= 0, that sum to 1; null: all equal. zeros: whether a weight may be 0."""
-    if not values:
-        return torch.full((len(names),), 1 / len(names), dtype=torch.float64)
-    known = by_name(values, names, key)
-    for name, value in known.items():
-        if value < 0 or (value == 0 and not zeros):
-            raise ValueError(f"composer.{key}.{name}={value:g}: must be {'at least' if zeros else 'greater than'} 0")
-    return summing_to_one(list(known.values()), key)
+    """align.simplex.simplex of composer.KEY [K] float64."""
+    return tensor(weights_of(values, names, f"composer.{key}", zeros, _COMPONENT))
 
 
 def summing_to_one(values: Sequence[float], key: str) -> Tensor:
-    """Weights [K] float64. Raises ValueError unless their absolute values sum to 1."""
-    total = math.fsum(abs(value) for value in values)
-    if abs(total - 1) > SUM_TOLERANCE:
-        raise ValueError(f"composer.{key}: {', '.join(f'{v:g}' for v in values)} sum to {total:g}; they must sum to 1")
-    return torch.tensor(values, dtype=torch.float64)
+    """align.simplex.summing_to_one of composer.KEY [K] float64."""
+    return tensor(all_in_one(values, f"composer.{key}"))
 
 
 def named(form: str, names: Sequence[str], values: Sequence[float] | Tensor) -> dict[str, float]:

@@ -241,11 +241,3 @@ def _check_ranges(thresholds: Mapping[str, float], ranges: Mapping[str, Sequence
                 f"composer.thresholds.{name}={thresholds[name]:g}: outside composer.ranges.{name}={list(bounds)}, "
                 "so it can never be met or never be broken"
             )
-
-
-def kl_coefficient(coefficient: float, kl: float, target: float) -> float:
-    """Coefficient after a step, moved towards a KL of `target`: c (1 + 0.1 clip((KL - target) / target, -0.2, 0.2)).
-
-    Ziegler et al. 2019, arXiv 1909.08593, with the constants of ConstrainedRL4LMs@11ac8fe.
-    """
-    return coefficient * (1 + 0.1 * min(max((kl - target) / target, -0.2), 0.2))

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from align.config import EngineConfig, OptimizerConfig
-from align.engine.base import parameter_groups, seed_generators, shape_of
+from align.engine.base import Gradients, WholeGradients, moving, parameter_groups, seed_generators, shape_of
 from align.engine.files import TensorFiles, TensorWriter, deal, file_name, saved_files
 from align.engine.world import PeerLost, World
 from align.models import Network
@@ -115,13 +115,13 @@ class DeepSpeedEngine:
             self.policy.device.type, dtype=self.precision, enabled=enabled, cache_enabled=self.stage < 3
         )
 
-    def backward(self, loss: Tensor, last: bool = True) -> None:
+    def backward(self, loss: Tensor, last: bool = True, keep_graph: bool = False) -> None:
         """Add the gradient of this process's share of the loss; DeepSpeed's mean over processes becomes a sum."""
         share = loss * self.world.size
         share.register_hook(self._enter_backward)
         with peer_lost("backward"):
             self._engine.set_gradient_accumulation_boundary(last)
-            self._engine.backward(share, scale_wrt_gas=False)
+            self._engine.backward(share, retain_graph=keep_graph, scale_wrt_gas=False)
 
     def _enter_backward(self, gradient: Tensor) -> Tensor:
         self._engine._backward_prologue()  # else hung on the outputs by the engine's own forward
@@ -159,6 +159,58 @@ class DeepSpeedEngine:
             self._engine.step()
         if self._zero is not None and self._zero.overflow:
             raise RuntimeError("DeepSpeed left out a step: the gradient is not finite; ask gradient_norm before step")
+
+    # ------------------------------------------------------------------ beside the steps
+
+    def gradients(self, names: Sequence[str], count: int) -> Gradients:
+        """See Engine."""
+        if self.stage == 3:
+            assert count == 1, "stage 3 gathers one gradient at a time"
+            return _ShardGradients(self, names)
+        return _WholeGradients({name: self.parameters[name] for name in names}, count, self.world)
+
+    @contextlib.contextmanager
+    def moving(self, along: Mapping[str, Tensor]) -> Iterator[Callable[[float], None]]:
+        """See Engine."""
+        if self.stage < 3:
+            with moving(self.parameters, along) as move:
+                yield move
+            return
+        shards = {name: self.parameters[name].ds_tensor for name in along}
+        try:
+            with moving(shards, along) as move:
+
+                def move_shards(length: float) -> None:
+                    move(length)
+                    self._regather()
+
+                yield move_shards
+        finally:
+            self._regather()
+
+    def _regather(self) -> None:
+        """Stage 3: let go of all weights that are whole here, and gather those that always are, as after a step."""
+        with peer_lost("gathering weights"):
+            self._zero.parameter_offload.partition_all_parameters()
+            if self._zero.persistent_parameters:
+                self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+
+    def begin_aside(self) -> None:
+        """Stage 3: from here to end_aside, what backwards add up is no step's."""
+        self._zero.zero_grad()
+        self._zero.grad_partitions_flat_buffer.zero_()  # a weight without a gradient keeps what was there
+
+    def end_aside(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """This process's numbers of the gradients since begin_aside, which the next step knows nothing of."""
+        # DeepSpeed's own readers are by its groups; under this name it keeps them by weight
+        found = self._zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        out = {}
+        for name in names:
+            piece = self._piece(name)
+            length = 0 if piece is None else piece.length
+            out[name] = found[self.parameters[name].ds_id].detach().view(-1)[:length].float().clone()
+        self._zero.zero_grad()
+        return out
 
     # ------------------------------------------------------------------ weights and checkpoints
 
@@ -336,6 +388,34 @@ class DeepSpeedEngine:
                 torch.set_rng_state(state)
             else:
                 torch.cuda.set_rng_state(state, self.policy.device)
+
+
+class _WholeGradients(WholeGradients):
+    """See Gradients."""
+
+    def total(self) -> list[dict[str, Tensor]]:
+        """See Gradients."""
+        with peer_lost("gradients beside the step"):
+            return super().total()
+
+
+class _ShardGradients:
+    """See Gradients: one function's, in shards, by DeepSpeed's own backward."""
+
+    def __init__(self, engine: DeepSpeedEngine, names: Sequence[str]):
+        self._engine = engine
+        self._names = names
+        engine.begin_aside()
+
+    def add(self, values: Tensor, cotangents: Sequence[Tensor], own: bool) -> None:
+        """See Gradients."""
+        (cotangent,) = cotangents
+        value = (values * cotangent).sum() if own else torch.nan_to_num(values).sum() * 0.0
+        self._engine.backward(value, last=False)
+
+    def total(self) -> list[dict[str, Tensor]]:
+        """See Gradients."""
+        return [self._engine.end_aside(self._names)]
 
 
 class _Sink:

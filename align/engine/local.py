@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from align.config import OptimizerConfig
-from align.engine.base import parameter_groups, seed_generators
+from align.engine.base import WholeGradients, moving, parameter_groups, seed_generators
 from align.engine.files import TensorFiles, file_name, saved_files
 from align.engine.world import World
 from align.models import Network
@@ -55,9 +56,9 @@ class LocalEngine:
         device = self.policy.device.type
         return torch.autocast(device, dtype=self.precision, enabled=self.precision != torch.float32)
 
-    def backward(self, loss: Tensor, last: bool = True) -> None:  # noqa: ARG002
+    def backward(self, loss: Tensor, last: bool = True, keep_graph: bool = False) -> None:  # noqa: ARG002
         """Add the gradient of `loss`."""
-        loss.backward()
+        loss.backward(retain_graph=keep_graph)
 
     def gradient_norm(self) -> float:
         """Global norm of the gradients, after which they are clipped to optimizer.max_grad_norm."""
@@ -75,6 +76,14 @@ class LocalEngine:
             group["lr"] = lr * group["scale"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def gradients(self, names: Sequence[str], count: int) -> WholeGradients:
+        """See Engine."""
+        return WholeGradients({name: self.parameters[name] for name in names}, count, self.world)
+
+    def moving(self, along: Mapping[str, Tensor]) -> AbstractContextManager[Callable[[float], None]]:
+        """See Engine."""
+        return moving(self.parameters, along)
 
     def frozen(self, network: Network) -> Network:
         """The network as it is."""

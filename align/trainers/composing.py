@@ -33,8 +33,8 @@ from align.trainers.experience import Group
 from align.trainers.influence import Influences, chosen_parameters
 from align.types import Episodes, Estimate
 
-# From the advantages of objectives [C, K], with their composer
-Measure = Callable[[Tensor, Any], Influences]
+# From the advantages of objectives [C, K], with their composer; None: the update measures, see Composing.learnt
+Measure = Callable[[Tensor, Any], Influences | None]
 
 
 class Composing:
@@ -68,13 +68,18 @@ class Composing:
         """The prompts as the composer wants them. Raises ValueError for one without the direction that it needs."""
         return directed(rows, self.composer, tokenizer, seed) if "direction" in self.composer.needs else rows
 
-    def check_processes(self, processes: int) -> None:
-        """Raises ValueError for what the composer cannot know with so many."""
-        if processes > 1 and "influence" in self.composer.needs:
-            raise ValueError(
-                f"the composer's influences are of the gradients of one process, here are {processes}; use "
-                "launch.processes=1, or a composer without gradients"
-            )
+    def settled(self, group: Group) -> bool:
+        """Whether all completions have the same of each composed component, that is the same as the greedy one, or what
+        they are compared with is missing; see Group.settled. Scores composed alike are not enough: weights may move."""
+        table = group.rewards[:, self.index]
+        known = table[~np.isnan(table).any(1)]
+        if group.greedy_rewards is None:
+            first = known[:1]
+        else:
+            first = group.greedy_rewards[self.index]
+            if np.isnan(first).any():
+                return True
+        return len(known) == 0 or (group.steps is None and bool((known == first).all()))
 
     def check_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         """Raises ValueError if the composer wants gradients of weights that are not trained."""
@@ -99,7 +104,8 @@ class Composing:
             # the KL belongs to all objectives alike and to none of them
             streams = self._streams(replace(told, penalties=None), rewards, greedy, {})[0]
             found = measure(streams, self.composer)
-            influences, metrics = found.influences, dict(found.metrics)
+            if found is not None:
+                influences, metrics = found.influences, dict(found.metrics)
         self._observed = Observed(**_moments(raw), influences=influences, learning_rate=self.learning_rate)
         if self.composer.apply == "now":
             self.composer.update(self._observed)
@@ -113,9 +119,11 @@ class Composing:
         mixed = self.composer(advantages, scored[told.row], context)
         return with_metrics(mixed, told, scored, None, **values), metrics
 
-    def learnt(self) -> dict[str, float]:
-        """The weights have moved: tell the composer; returns its metrics."""
+    def learnt(self, influences: Tensor | None = None) -> dict[str, float]:
+        """The weights have moved: tell the composer; returns its metrics. influences: that the update has measured."""
         if self._observed is not None and self.composer.apply == "next":
+            if influences is not None:
+                self._observed = replace(self._observed, influences=influences)
             self.composer.update(self._observed)
         self._observed = None
         return self._metrics()
@@ -241,10 +249,15 @@ def check(config: Config, advantage: Any) -> None:
                 f"reward.{component}.weight={weight:g} has no effect with composer={name}, which has weights of its "
                 f"own; use 1, or 0 to measure {component} only"
             )
-    if t.extra_draws > 0:
+    if t.extra_draws > 0 and "kl_stream" in composer.needs:
         raise ValueError(
-            f"trainer.extra_draws={t.extra_draws}: with composer={name} a prompt whose rewards are the same in sum may "
-            "still teach; use 0"
+            f"trainer.extra_draws={t.extra_draws}: with composer={name} every prompt teaches the KL, none is replaced; "
+            "use 0"
+        )
+    if t.kl_target is not None and "kl_stream" in composer.needs and composer.whiten:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"trainer.kl_target={t.kl_target:g} has no effect with composer={name}, which whitens the KL's stream; use "
+            "null, or composer.whiten=false"
         )
     if "kl_stream" in composer.needs and t.kl_in_reward == 0:
         raise ValueError(
@@ -267,6 +280,11 @@ def check(config: Config, advantage: Any) -> None:
         raise ValueError(
             f"composer.target=reward: advantage={choice} has one value for the composed reward, and none for that of a "
             "component alone; use composer.target=advantage, or an estimator without values"
+        )
+    if "influence" in composer.needs and composer.measure == "exact" and config.engine.stage == 3:  # type: ignore[attr-defined]
+        raise ValueError(
+            "composer.measure=exact needs whole gradients, which engine.stage=3 never holds; use "
+            "composer.measure=directional composer.max_norm=null, or engine=zero2"
         )
     pattern = getattr(composer, "parameters", None)
     if pattern is not None:

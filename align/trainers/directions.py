@@ -18,6 +18,7 @@ from align.config import Config
 from align.data.chat import prompt_ids
 from align.data.prompts import PromptRow
 from align.rewards.build import counted
+from align.rollout.base import seed_of
 
 COLUMN = "direction"  # of a prompt's row
 
@@ -60,6 +61,18 @@ def directed(rows: Sequence[PromptRow], composer: Any, tokenizer: Any, seed: int
         fields = {**row.fields, COLUMN: vector}
         ids = tuple(prompt_ids(tokenizer, messages, tools=row.fields.get("tools")))
         out.append(replace(row, messages=messages, token_ids=ids, fields=fields))
+    return out
+
+
+def directed_rounds(
+    rows: Sequence[PromptRow], slices: Sequence[range], composer: Any, tokenizer: Any, seed: int
+) -> list[PromptRow]:
+    """The prompts of each round with directions of that round, drawn by the seed, its number and the place in it."""
+    out = list(rows)
+    for number, part in enumerate(slices, 1):
+        found = directed([rows[i] for i in part], composer, tokenizer, seed_of(seed, number))
+        for place, row in zip(part, found, strict=True):
+            out[place] = row
     return out
 
 

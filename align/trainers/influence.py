@@ -1,7 +1,7 @@
 """How much the gradient of each objective helps all of them, measured on the completions of a step.
 
 exact: K backward passes over one graph, all inner products. directional: one backward pass and two forward passes,
-whatever K is, for the products with the sum of the gradients alone.
+whatever K is, for the products with the sum of the gradients alone; by itself, or beside the update's own passes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from align.composers.gradient import cosines, influences
-from align.trainers.loop import Trainee, cotangents, token_values
+from align.engine.base import Engine
+from align.trainers.loop import Cotangents, Pass, Trainee, passes, token_values
 from align.types import Example
 
 # Of the difference, by the run's precision: how far it moves log-probs, nats, at least. Less drowns in rounding, more
@@ -65,18 +66,22 @@ def measure(
     names: Sequence[str] = (),
 ) -> Influences:
     """I_k = <g_k, sum_j g_j> over the weights of the pattern, g_k the gradient of the step's loss with advantages
-    [C, K] of objective k alone. how: exact or directional.
+    [C, K] of objective k alone. how: exact or directional; exact needs whole weights.
 
     max_norm, exact only: g_k is first scaled down to this norm, over all trained weights. Metrics of exact: the norms
-    gradient/norm_NAME and the cosines gradient/cos_A_B. Nothing changes: weights and gradients are as before.
+    gradient/norm_NAME and the cosines gradient/cos_A_B. Nothing changes: weights and gradients are as before. Every
+    process of the run calls it and gets the same.
     """
-    parts = with_advantages(examples, advantages.cpu().numpy())
-    num = advantages.shape[1]
-    trained = dict(trainee.engine.parameters)
-    chosen = chosen_parameters(trained, pattern)
     if how == "directional":
-        return Influences(_directional(trainee, parts, num, chosen, check), {})
-    gram, norms = _gram(trainee, parts, num, chosen, trained if max_norm is not None else chosen, check)
+        beside = Directional(trainee, examples, advantages, pattern, check)
+        for passed in passes(trainee, beside.examples, check, recompute=True):
+            beside.add(passed)
+        beside.finish()
+        return Influences(beside.influences, {})
+    trained = trainee.engine.parameters
+    chosen = chosen_parameters(trained, pattern)
+    parts = with_advantages(examples, advantages.cpu().numpy())
+    gram, norms = _gram(trainee, parts, advantages.shape[1], chosen, chosen if max_norm is None else trained, check)
     metrics = {f"gradient/norm_{name}": float(norms[k]) for k, name in enumerate(names)}
     angles = cosines(gram)
     for i, first in enumerate(names):
@@ -93,99 +98,106 @@ def _gram(
     check: Callable[[], None],
 ) -> tuple[Tensor, Tensor]:
     """Inner products [K, K] over the chosen weights, and norms [K] over all that are wanted; float64 on the CPU."""
-    weights = list(wanted.values())
-    sums: list[list[Tensor | None]] = [[None] * len(weights) for _ in range(num)]
-    for _, policy, found in cotangents(trainee, examples, [f"{PREFIX}{k}" for k in range(num)], check):
-        if not len(policy.token_logps):
-            continue
-        for k, cotangent in enumerate(found):
-            gradients = torch.autograd.grad(
-                policy.token_logps, weights, cotangent, retain_graph=k + 1 < num, allow_unused=True
-            )
-            for i, gradient in enumerate(gradients):
-                if gradient is not None:
-                    before = sums[k][i]
-                    sums[k][i] = gradient if before is None else before.add_(gradient)
-    gram = torch.zeros(num, num, dtype=torch.float64)
-    squares = torch.zeros(num, dtype=torch.float64)
-    for i, name in enumerate(wanted):
-        rows = [sums[k][i] for k in range(num)]
-        if any(row is None for row in rows):
-            continue
-        products = _products([row.flatten() for row in rows if row is not None])
-        squares += products.diagonal()
-        if name in chosen:
-            gram += products
-    return gram, squares.sqrt()
-
-
-def _products(rows: Sequence[Tensor]) -> Tensor:
-    """Inner products [K, K] of long vectors, in float64: long sums in float32 are wrong by a percent."""
-    out = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    for start in range(0, len(rows[0]), CHUNK):
-        block = torch.stack([row[start : start + CHUNK] for row in rows]).double()
-        out += (block @ block.T).cpu()
-    return out
-
-
-def _directional(
-    trainee: Trainee, examples: Sequence[Example], num: int, chosen: Mapping[str, Tensor], check: Callable[[], None]
-) -> Tensor:
-    """<g_k, g> [K] float64: sum over tokens of dL_k/dlogp times the derivative of logp along g = sum_j g_j, which is a
-    central difference.
-
-    Its step: along g the loss sum_j L_j changes by step |g|^2, to which log-probs that all move by the number of STEPS
-    would add up.
-    """
-    weights = list(chosen.values())
-    total: list[Tensor | None] = [None] * len(weights)
-    slopes: dict[int, np.ndarray] = {}
-    for part, policy, found in cotangents(trainee, examples, [f"{PREFIX}{k}" for k in range(num)], check):
-        stacked = torch.stack(found, 1)  # [C, K]
-        borders = np.cumsum([sum(int(row.targets.sum()) for row in examples[i].rows) for i in part])[:-1]
-        slopes |= dict(zip(part, np.split(stacked.double().cpu().numpy(), borders), strict=True))
-        if not len(policy.token_logps):
-            continue
-        gradients = torch.autograd.grad(policy.token_logps, weights, stacked.sum(1), allow_unused=True)
-        for i, gradient in enumerate(gradients):
-            if gradient is not None:
-                before = total[i]
-                total[i] = gradient if before is None else before.add_(gradient)
-    moving = [(p, g) for p, g in zip(weights, total, strict=True) if g is not None]
-    square = sum(float(g.double().square().sum()) for _, g in moving)
-    if square == 0:
-        return torch.zeros(num, dtype=torch.float64)
-    step = STEPS[trainee.engine.precision] * sum(float(np.abs(s.sum(1)).sum()) for s in slopes.values()) / square
-    derivative = _difference(trainee, examples, moving, step, check)
-    return torch.from_numpy(np.sum([derivative[i] @ slopes[i] for i in slopes], axis=0))
-
-
-@torch.no_grad()
-def _difference(
-    trainee: Trainee,
-    examples: Sequence[Example],
-    moving: Sequence[tuple[Tensor, Tensor]],
-    step: float,
-    check: Callable[[], None],
-) -> list[np.ndarray]:
-    """(logp(w + step g) - logp(w - step g)) / 2 step of each example's tokens [its C]; w comes back bit for bit."""
     engine = trainee.engine
-    kept = [p.detach().clone() for p, _ in moving]
-    found = []
-    try:
-        for sign in (1.0, -1.0):
-            for (p, g), start in zip(moving, kept, strict=True):
-                p.copy_(torch.add(start, g, alpha=sign * step))
-            values = token_values(
-                lambda batch: engine.forward(batch, frozenset()),
-                examples,
-                trainee.layout,
-                trainee.max_tokens,
-                engine.policy.device,
-                check=check,
-            )["token_logps"]
-            found.append([np.concatenate([row.astype(np.float64) for row in rows]) for rows in values])
-    finally:
-        for (p, _), start in zip(moving, kept, strict=True):
-            p.copy_(start)
-    return [(above - below) / (2 * step) for above, below in zip(*found, strict=True)]
+    gradients = engine.gradients(list(wanted), num)
+    cotangents = Cotangents(trainee, examples, _columns(num))
+    for passed in passes(trainee, examples, check, recompute=False):
+        gradients.add(passed.policy.token_logps, cotangents(passed).unbind(1), passed.own)
+    totals = gradients.total()
+    everything = _products(engine, totals, list(wanted))
+    inside = everything if chosen.keys() == wanted.keys() else _products(engine, totals, list(chosen))
+    return inside, everything.diagonal().sqrt()
+
+
+def _products(engine: Engine, totals: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> Tensor:
+    """Inner products [K, K] of gradients by the weights of these names, in float64: long sums in float32 are wrong by a
+    percent. Each process multiplies its share."""
+    world, out = engine.world, torch.zeros(len(totals), len(totals), dtype=torch.float64)
+    for name in names:
+        if name not in totals[0]:
+            continue
+        rows = [total[name].flatten() for total in totals]
+        first, last = (len(rows[0]) * rank // world.size for rank in (world.rank, world.rank + 1))
+        if engine.sharded:
+            first, last = 0, len(rows[0])
+        for start in range(first, last, CHUNK):
+            block = torch.stack([row[start : min(start + CHUNK, last)] for row in rows]).double()
+            out += (block @ block.T).cpu()
+    return torch.tensor(world.sum(out.flatten().tolist()), dtype=torch.float64).view_as(out)
+
+
+class Directional:
+    """<g_k, g> of the objectives whose advantages [C, K] are given, g = sum_j g_j: sum over tokens of dL_k/dlogp times
+    the derivative of logp along g, which is a central difference.
+
+    It is shown the passes of a step, over `examples`, and finished before the weights move; then influences [K] float64
+    is there. The length of the difference: along g the loss sum_j L_j changes by length |g|^2, to which log-probs that
+    all move by the number of STEPS would add up.
+    """
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        examples: Sequence[Example],
+        advantages: Tensor,
+        pattern: str | None,
+        check: Callable[[], None] = lambda: None,
+    ):
+        num = advantages.shape[1]
+        self.examples = with_advantages(examples, advantages.cpu().numpy())
+        self.influences = torch.zeros(num, dtype=torch.float64)
+        self._trainee, self._check = trainee, check
+        self._names = list(chosen_parameters(trainee.engine.parameters, pattern))
+        self._gradients = trainee.engine.gradients(self._names, 1)
+        self._cotangents = Cotangents(trainee, self.examples, _columns(num))
+        self._slopes: dict[int, np.ndarray] = {}  # of this process's examples: dL_k/dlogp [their C, K]
+
+    def add(self, passed: Pass) -> None:
+        """See Beside."""
+        found = self._cotangents(passed)
+        self._gradients.add(passed.policy.token_logps, [found.sum(1)], passed.own)
+        if passed.own:
+            rows = (self.examples[i].rows for i in passed.part)
+            borders = np.cumsum([sum(int(row.targets.sum()) for row in own) for own in rows])[:-1]
+            self._slopes |= dict(zip(passed.part, np.split(found.double().cpu().numpy(), borders), strict=True))
+
+    def finish(self) -> None:
+        """See Beside."""
+        engine = self._trainee.engine
+        totals = self._gradients.total()
+        square = float(_products(engine, totals, self._names))
+        if square == 0:
+            return
+        (size,) = engine.world.sum([sum(float(np.abs(s.sum(1)).sum()) for s in self._slopes.values())])
+        derivative = self._difference(totals[0], STEPS[engine.precision] * size / square)
+        own = np.zeros((2, len(self.influences)))
+        for i, slopes in self._slopes.items():
+            own += np.stack([derivative[i] @ slopes, slopes.sum(1) @ slopes])
+        products, overlaps = np.array(engine.world.sum(own.ravel().tolist())).reshape(own.shape)
+        # the sum over k is |g|^2: the least change of the derivatives by which it is
+        self.influences = torch.from_numpy(products + (square - products.sum()) / overlaps.sum() * overlaps)
+
+    @torch.no_grad()
+    def _difference(self, along: Mapping[str, Tensor], length: float) -> list[np.ndarray]:
+        """(logp(w + length g) - logp(w - length g)) / 2 length of each example's tokens [its C]."""
+        trainee, engine = self._trainee, self._trainee.engine
+        engine.policy.eval()
+        found = []
+        with engine.moving(along) as move:
+            for sign in (1.0, -1.0):
+                move(sign * length)
+                values = token_values(
+                    lambda batch: engine.forward(batch, frozenset()),
+                    self.examples,
+                    trainee.layout,
+                    trainee.max_tokens,
+                    engine.policy.device,
+                    check=self._check,
+                    world=engine.world,
+                )["token_logps"]
+                found.append([np.concatenate([row.astype(np.float64) for row in rows]) for rows in values])
+        return [(above - below) / (2 * length) for above, below in zip(*found, strict=True)]
+
+
+def _columns(num: int) -> list[str]:
+    return [f"{PREFIX}{k}" for k in range(num)]

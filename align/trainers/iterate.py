@@ -38,7 +38,7 @@ from align.rollout.base import Sampling, seed_of
 from align.rundir import RunDirectory, environment
 from align.trainers import rounds
 from align.trainers.collect import Collector
-from align.trainers.directions import directed, directional, scorer
+from align.trainers.directions import directed, directed_rounds, directional, scorer
 from align.trainers.experience import Experience
 from align.trainers.final import final_table, model_card
 from align.trainers.loop import token_values
@@ -133,9 +133,13 @@ class Iteration(Run):
             self.data_hash = {"collect": words}
             return
         prompts = load_prompts(config.data, self.tokenizer, self.sampling.max_new_tokens, config.seed)
+        count, source = len(prompts.train), f"data.train={config.data.train}"
+        self.slices = rounds.slices(count, t.rounds, t.prompts_per_round, source)
         if self.composer is not None:
-            given = (prompts.train, config.seed), (prompts.heldout, config.seed + 1)
-            train, heldout = (directed(rows, self.composer, self.tokenizer, seed) for rows, seed in given)
+            composer, tokenizer, seed = self.composer, self.tokenizer, config.seed
+            train = directed_rounds(prompts.train, self.slices, composer, tokenizer, seed)
+            # the same in each evaluation: they are compared
+            heldout = directed(prompts.heldout, composer, tokenizer, seed + 1)
             prompts = replace(prompts, train=train, heldout=heldout)
         distinct: dict[tuple[int, ...], PromptRow] = {}
         for prompt in prompts.heldout:
@@ -148,7 +152,6 @@ class Iteration(Run):
             "data.train": prompts_fingerprint(prompts.train),
             "data.heldout": prompts_fingerprint(prompts.heldout),
         }
-        self.slices = rounds.slices(len(self.train), t.rounds, t.prompts_per_round, f"data.train={config.data.train}")
         sizes = sorted({len(part) for part in self.slices})
         self.log.say(
             f"plan {t.rounds} rounds of {' or '.join(map(str, sizes))} prompts from {len(self.train)}, "

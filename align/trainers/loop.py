@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -94,7 +94,32 @@ class Trainee:
     start: Anchor | None = None  # the policy that the run started from, where it is not the reference
 
 
-def train_step(trainee: Trainee, examples: Sequence[Example], lr: float) -> dict[str, float]:
+@dataclass(frozen=True)
+class Pass:
+    """A micro-batch that has been through the policy, with the graph."""
+
+    part: list[int]  # its examples
+    own: bool  # False: another process's, see packing.shares
+    batch: PackedBatch
+    policy: Stats
+    reference: Stats | None
+
+
+class Beside(Protocol):
+    """What is measured during a step, of which the step knows nothing."""
+
+    def add(self, passed: Pass) -> None:
+        """After the backward of each micro-batch, whose graph is still there."""
+        ...
+
+    def finish(self) -> None:
+        """After the last of them, before the weights move."""
+        ...
+
+
+def train_step(
+    trainee: Trainee, examples: Sequence[Example], lr: float, beside: Beside | None = None
+) -> dict[str, float]:
     """One optimiser step over all of `examples`; returns its metrics.
 
     Raises NonFinite before the weights are touched.
@@ -106,13 +131,16 @@ def train_step(trainee: Trainee, examples: Sequence[Example], lr: float) -> dict
     blamed = []
     parts = _parts(trainee, examples)
     for number, (part, own) in enumerate(parts, 1):
-        batch, out = _losses(trainee, examples, part, values)
+        passed = _passed(trainee, examples, part, own, values, trainee.objective.needs)
+        batch, out = passed.batch, trainee.objective(passed.policy, passed.reference, passed.batch)
         loss = totals.add(batch, out) if own else totals.nothing(out)
         if not torch.isfinite(loss.detach()):
             blamed += _blame(batch, out)
             if engine.world.size == 1:
                 continue
-        engine.backward(loss, last=number == len(parts))
+        engine.backward(loss, last=number == len(parts), keep_graph=beside is not None)
+        if beside is not None:
+            beside.add(passed)
     blamed = [source for found in engine.world.gather(blamed) for source in found]
     if blamed:
         raise NonFinite(f"the loss is not a number for {', '.join(blamed[:8])}")
@@ -120,6 +148,8 @@ def train_step(trainee: Trainee, examples: Sequence[Example], lr: float) -> dict
     if not math.isfinite(norm):
         rows = ", ".join(e.source for e in examples[:8])
         raise NonFinite(f"the gradient is not a number; its batch holds {rows}")
+    if beside is not None:
+        beside.finish()
     engine.step(lr)
     return totals.metrics("train", engine.world) | {"optimizer/gradient_norm": norm, "optimizer/lr": lr}
 
@@ -134,9 +164,10 @@ def evaluate(
     totals = _Totals(examples)
     for part, own in _parts(trainee, examples):
         check()
-        found = _losses(trainee, examples, part, values)
+        passed = _passed(trainee, examples, part, own, values, trainee.objective.needs)
+        found = trainee.objective(passed.policy, passed.reference, passed.batch)
         if own:
-            totals.add(*found)
+            totals.add(passed.batch, found)
     metrics = totals.metrics("heldout", trainee.engine.world)
     return {k: v for k, v in metrics.items() if not k.startswith("tokens/")}
 
@@ -259,9 +290,14 @@ def _mismatched(example: Example) -> Row:
     return example.mismatched
 
 
-def _losses(
-    trainee: Trainee, examples: Sequence[Example], part: Sequence[int], step_values: torch.Tensor | None
-) -> tuple[PackedBatch, Losses]:
+def _passed(
+    trainee: Trainee,
+    examples: Sequence[Example],
+    part: list[int],
+    own: bool,
+    step_values: torch.Tensor | None,
+    needs: frozenset[str],
+) -> Pass:
     device = trainee.engine.policy.device
     chosen = [examples[i] for i in part]
     rows = [row for e in chosen for row in e.rows]
@@ -269,8 +305,7 @@ def _losses(
     if step_values is not None:
         batch = replace(batch, step_values=step_values, step_index=torch.tensor(part, device=device))
     reference = _reference(trainee, batch)
-    policy = trainee.engine.forward(batch, trainee.objective.needs)
-    return batch, trainee.objective(policy, reference, batch)
+    return Pass(part, own, batch, trainee.engine.forward(batch, needs), reference)
 
 
 def _with_anchors(trainee: Trainee, batch: PackedBatch, rows: Sequence[Row]) -> PackedBatch:
@@ -418,33 +453,41 @@ def token_plan(examples: Sequence[Example], layout: Layout, max_tokens: int) -> 
     return stream, sum(num_tokens(e.rows, "packed") for e in examples)
 
 
-def cotangents(
-    trainee: Trainee, examples: Sequence[Example], columns: Sequence[str], check: Callable[[], None] = lambda: None
-) -> Iterator[tuple[list[int], Stats, list[torch.Tensor]]]:
-    """For each micro-batch of a step: its examples, the policy's stats with their graph, and the derivatives [C] of the
-    step's loss by the log-prob of each token, one for each of these columns in the place of advantages.
+def passes(trainee: Trainee, examples: Sequence[Example], check: Callable[[], None], recompute: bool) -> Iterator[Pass]:
+    """The micro-batches of a step, without the step. check is called between them and may raise.
+
+    recompute: as in the step, if that is how its activations are kept; then a graph serves for one backward. There must
+    be no dropout.
+    """
+    values = _step_values(trainee, examples, check)
+    trainee.engine.policy.train(recompute)
+    needs = trainee.objective.needs - {"entropy"}  # which is only watched
+    for part, own in _parts(trainee, examples):
+        check()
+        yield _passed(trainee, examples, part, own, values, needs)
+
+
+class Cotangents:
+    """Of the loss of a step that has other columns in the place of advantages: its derivatives by log-probs.
 
     What a loss has beside functions of log-probs, entropy and values, is the same for all of them and left out.
     """
-    trainee.engine.policy.eval()
-    values = _step_values(trainee, examples, check)
-    totals = _Totals(examples)
-    for part, _ in _parts(trainee, examples):
-        check()
-        chosen = [examples[i] for i in part]
-        rows = [row for e in chosen for row in e.rows]
-        batch = _with_anchors(trainee, to_device(pack(chosen, trainee.layout), trainee.engine.policy.device), rows)
-        if values is not None:
-            batch = replace(batch, step_values=values, step_index=torch.tensor(part, device=batch.row.device))
-        reference = _reference(trainee, batch)
-        policy = trainee.engine.forward(batch, trainee.objective.needs - {"entropy"})  # which is only watched
+
+    def __init__(self, trainee: Trainee, examples: Sequence[Example], columns: Sequence[str]):
+        self._objective = trainee.objective
+        self._columns = columns
+        self._totals = _Totals(examples)
+
+    def __call__(self, passed: Pass) -> torch.Tensor:
+        """Of each token of a micro-batch, one for each column [C, K]."""
+        policy, batch = passed.policy, passed.batch
         leaf = policy.token_logps.detach().requires_grad_()
         still = {name: v.detach() for name, v in vars(policy).items() if isinstance(v, torch.Tensor)}
+        stats = replace(policy, **{**still, "token_logps": leaf})
         found = []
-        for column in columns:
+        for column in self._columns:
             own = replace(batch, columns={**batch.columns, "advantages": batch.columns[column]})
             with torch.enable_grad():
-                stats = replace(policy, **{**still, "token_logps": leaf})
-                loss = totals.add(own, trainee.objective(stats, reference, own))
+                loss = self._totals.add(own, self._objective(stats, passed.reference, own))
             found.append(torch.autograd.grad(loss, leaf)[0])
-        yield part, policy, found
+        return torch.stack(found, 1)

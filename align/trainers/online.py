@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from align import build, checkpoint
+from align.advantages.kl import kl_coefficient
 from align.config import Config, OnlineConfig
 from align.data.prompts import PromptRow, load_prompts, prompts_fingerprint
 from align.engine.build import make_engine
@@ -104,6 +106,11 @@ def _check(config: Config, objective: Any, advantage: Any) -> None:
         raise ValueError(f"trainer.pass_component={t.pass_component}: must be one of {', '.join(names)}")
     if t.pass_component is not None and t.heldout_n == 0:
         raise ValueError(f"trainer.pass_component={t.pass_component} has no effect with trainer.heldout_n=0")
+    if t.kl_target is not None and t.kl_in_reward == 0:
+        raise ValueError(
+            f"trainer.kl_target={t.kl_target:g} has no effect with trainer.kl_in_reward=0; set trainer.kl_in_reward, "
+            "for example to 0.05"
+        )
     if config.reference.path is not None and "reference" not in objective.needs and t.kl_in_reward == 0:
         raise ValueError(
             f"reference.path={config.reference.path} has no effect: nothing here has a reference; set "
@@ -126,9 +133,11 @@ class OnlineTraining(Run):
         if self.old_logps == "auto":
             engine = self.single_step and self.trainer.kl_in_reward > 0
             self.old_logps = "engine" if engine else "none" if self.single_step else "trainer"
+        self.kl_coefficient = self.trainer.kl_in_reward  # moves with trainer.kl_target
         self.composing = composing.composing(config, advantage, self.log.say)
-        if self.composing is not None:
-            self.composing.check_processes(self.world.size)
+        self._objectives: Tensor | None = None  # whose advantages [C, K] the coming update measures
+        self._measured: Tensor | None = None  # what it has measured
+        self._selective = False  # whether activations are partly computed again
         self.rewards: Any = None
         self.failures: Counter[str] = Counter()  # since step 0, by metric
         self._tallied: Counter[str] = Counter()  # of this process
@@ -157,6 +166,8 @@ class OnlineTraining(Run):
         self._trainee(policy)
         if self.composing is not None:
             self.composing.check_parameters(self.engine.parameters)
+            # the lead's word: only it is sure to read what it wrote
+            self._selective = self.world.share(self._resolved()["recompute"]) == "selective"
         self._self_check()
         self.restore(self.engine, state)
         host = self._reward_host()
@@ -360,6 +371,7 @@ class OnlineTraining(Run):
         greedy = "greedy" in self.advantage.needs
         groups, drawn = self._draw(step, greedy)
         row = reward_metrics(drawn, self.rewards)
+        row["rollout/settled_prompts"] = float(np.mean([self._settled(g) for g in drawn]))
         total = len(drawn) * (self.config.sampling.n + greedy)
         t = self.trainer
         if row["reward/missing"] > t.max_missing_fraction * total:
@@ -379,7 +391,11 @@ class OnlineTraining(Run):
         updating = time.perf_counter()
         row |= more | self._update(step, parts, len(groups))
         if self.composing is not None:
-            row |= self.composing.learnt()
+            row |= self.composing.learnt(self._measured)
+        if t.kl_target is not None:
+            row["kl/coefficient"] = self.kl_coefficient
+            if "kl/reference" in row:  # not where nothing was said
+                self.kl_coefficient = kl_coefficient(self.kl_coefficient, row["kl/reference"], t.kl_target)
         end = time.perf_counter()
         e = self.experience
         row |= {
@@ -405,10 +421,14 @@ class OnlineTraining(Run):
             if self.trainer.extra_draws == 0:
                 return groups, groups
             drawn += groups
-            kept += [g for g in groups if not g.settled]
+            kept += [g for g in groups if not self._settled(g)]
             if len(kept) == size:
                 break
         return kept or drawn[:size], drawn
+
+    def _settled(self, group: Group) -> bool:
+        """Whether nothing is to be learnt from a prompt's completions."""
+        return group.settled if self.composing is None else self.composing.settled(group)
 
     def _next_prompts(self, count: int) -> list[PromptRow]:
         """The next prompts in the order of the passes; moves the position."""
@@ -444,7 +464,7 @@ class OnlineTraining(Run):
             if spoken:
                 metrics["kl/reference"] = float(np.mean(spoken))
             if self.trainer.kl_in_reward > 0:
-                penalties = [-self.trainer.kl_in_reward * gap for gap in gaps]
+                penalties = [-self.kl_coefficient * gap for gap in gaps]
         if "old_logps" in columns and engine is not None:
             apart = np.concatenate([np.abs(a - b) for a, b in zip(columns["old_logps"], engine, strict=True)])
             metrics["rollout/sampled_logp_diff_max"] = float(apart.max()) if len(apart) else 0.0
@@ -460,8 +480,14 @@ class OnlineTraining(Run):
 
     def _influences(
         self, parts: list[Example], columns: dict[str, Any], streams: Any, composer: Any
-    ) -> influence.Influences:
-        """What the gradients of the composer's objectives have to do with each other, before the update."""
+    ) -> influence.Influences | None:
+        """What the gradients of the composer's objectives have to do with each other, before the update; None where the
+        update's own passes serve for it."""
+        told_afterwards = composer.apply == "next" and composer.measure == "directional"
+        # shards of two gradients cannot be gathered at once; a graph of selective recompute serves for one backward
+        if told_afterwards and self.single_step and not self.engine.sharded and not self._selective:
+            self._objectives = streams
+            return None
         together(self.world, self.experience.rollout.sleep)
         prepared = with_columns(parts, Estimate({}), columns)
         c, check = composer, self.signals.check
@@ -476,15 +502,28 @@ class OnlineTraining(Run):
         together(self.world, self.experience.rollout.sleep)
         lr = learning_rate(self.config.optimizer, step, self.plan.schedule_steps)
         each = len(parts) // num_prompts
+        beside = self._beside(parts)
+        parts = parts if beside is None else beside.examples
         rows = []
         for epoch in range(t.inner_epochs):
             order = np.arange(num_prompts)
             if not self.single_step:
                 order = np.random.default_rng([self.config.seed, step, epoch]).permutation(num_prompts)
             for chosen in np.array_split(order, min(t.inner_batches, num_prompts)):
-                rows.append(train_step(self.trainee, [p for i in chosen for p in parts[i * each : (i + 1) * each]], lr))
+                batch = [p for i in chosen for p in parts[i * each : (i + 1) * each]]
+                rows.append(train_step(self.trainee, batch, lr, beside))
+        self._measured = None if beside is None else beside.influences
         keys = dict.fromkeys(k for row in rows for k in row)
         return {k: float(np.mean([row[k] for row in rows if k in row])) for k in keys}
+
+    def _beside(self, parts: list[Example]) -> influence.Directional | None:
+        """What the update measures, of the objectives that _influences left to it."""
+        if self._objectives is None:
+            return None
+        assert self.composing is not None
+        objectives, self._objectives = self._objectives, None
+        pattern = self.composing.composer.parameters  # type: ignore[attr-defined]
+        return influence.Directional(self.trainee, parts, objectives, pattern, self.signals.check)
 
     # ------------------------------------------------------------------ the loop
 
@@ -494,6 +533,8 @@ class OnlineTraining(Run):
         self.failures.update(state.progress["failures"] if state else {})
         if self.composing is not None and state is not None:
             self.composing.load_state_dict(state.progress["composer"])
+        if self.trainer.kl_target is not None and state is not None:
+            self.kl_coefficient = state.progress["kl_coefficient"]
         pending = state.progress["pending"] if state else None
         self.log.keep(step - 1 if pending else step)
         saved = step
@@ -562,6 +603,7 @@ class OnlineTraining(Run):
             "failures": dict(self.failures),
             "pending": pending,
             "composer": None if self.composing is None else self.composing.state_dict(),
+            "kl_coefficient": self.kl_coefficient,
         }
         self.save(self.engine, step, progress)
 

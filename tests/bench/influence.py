@@ -1,5 +1,5 @@
-"""What several rewards cost: influences of gradients against ordinary steps and K whole backward passes, and the scalar
-composers. Prints a table and writes JSON.
+"""What several rewards cost: influences of gradients against ordinary steps and K whole backward passes, updates with
+them, and the scalar composers. Prints a table and writes JSON.
 
     python -m tests.bench.influence OUT.json [--model proxy|smollm2|nano] [--rounds N] [--precision float32|bfloat16]
 
@@ -65,6 +65,8 @@ def measured(model: str, rounds: int, precision: str = "float32") -> dict[str, A
         works[f"naive {k}"] = lambda k=k: naive(trainee, parts, advantages[:, :k])
         for how in ("exact", "directional"):
             works[f"{how} {k}"] = lambda k=k, how=how: told(trainee, parts, advantages[:, :k], how)
+        for apply, update in (("now", told_before), ("next", told_beside)):
+            works[f"update {apply} {k}"] = lambda k=k, update=update: update(trainee, ordinary, advantages[:, :k])
     for work in works.values():
         work()
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -79,6 +81,7 @@ def measured(model: str, rounds: int, precision: str = "float32") -> dict[str, A
         influence.STEPS[trainee.engine.precision] = size
         errors[f"directional {size:g}"] = apart(told(trainee, parts, advantages[:, :4], "directional"), truth)
     influence.STEPS.update(usual)
+    errors["update next"] = apart(told_beside(trainee, ordinary, advantages[:, :4]), truth)
     return {
         "model": model,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "one CPU core",
@@ -105,6 +108,20 @@ def made(model: str, device: torch.device, precision: str) -> tuple[Trainee, lis
 def told(trainee: Trainee, parts: list[Example], advantages: torch.Tensor, how: str) -> torch.Tensor:
     """Influences as a run has them, without clipping."""
     return influence.measure(trainee, parts, advantages, how, None, None).influences
+
+
+def told_before(trainee: Trainee, parts: list[Example], advantages: torch.Tensor) -> torch.Tensor:
+    """An update as composer.apply=now has it: influences, then the step."""
+    found = told(trainee, parts, advantages, "directional")
+    train_step(trainee, parts, 0.0)
+    return found
+
+
+def told_beside(trainee: Trainee, parts: list[Example], advantages: torch.Tensor) -> torch.Tensor:
+    """An update as composer.apply=next has it: influences from the passes of the step."""
+    beside = influence.Directional(trainee, parts, advantages, None)
+    train_step(trainee, beside.examples, 0.0, beside)
+    return beside.influences
 
 
 def naive(
@@ -162,7 +179,7 @@ def table(found: dict[str, Any]) -> list[str]:
     head = f"{found['model']}, {found['tokens']} tokens of completions, {found['precision']}, {found['device']}"
     lines = [f"{head}; an ordinary step takes {found['step_s']:.3f} s", "", "| | " + " | ".join(
         f"K = {k}" for k in OBJECTIVES) + " |", "|---|" + "---|" * len(OBJECTIVES)]  # fmt: skip
-    for how in ("naive", "exact", "directional"):
+    for how in ("naive", "exact", "directional", "update now", "update next"):
         cells = [f"{found['cost'][f'{how} {k}']['median']:.2f}" for k in OBJECTIVES]
         lines.append(f"| {how} | " + " | ".join(cells) + " |")
     lines += ["", *(f"error, {name}: {value:.1e}" for name, value in found["errors"].items()), ""]

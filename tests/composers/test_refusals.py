@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from align.composers.base import Composer, Observed, tensor
+from align.composers.base import Observed, tensor
 from tests.composers.parts import NAMES, OPTIONS, call, observed, option
 
 MU = {"thresholds": {"helpful": 0.4, "brief": 0.5, "clear": 0.3}}
@@ -76,7 +76,7 @@ def test_a_single_objective(stem):
 @pytest.mark.parametrize("names", [("a", "a"), ("a", "kl")])
 def test_names_that_clash(names):
     with pytest.raises(ValueError, match="names must differ, and kl is the KL's own"):
-        Composer(names)
+        option("fixed", names=names)
 
 
 @pytest.mark.parametrize("stem", [p.stem for p in OPTIONS])

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from align.advantages.baselines import GRPO, RLOO, ReinforcePlusPlus
+from align.advantages.kl import kl_coefficient
 from align.advantages.ppo import PPO
 from align.composers.base import Observed, tensor
 from align.composers.fixed import Directional, Fixed, Satisficing, direction, direction_weights
 from align.composers.gradient import Gradient, influences
 from align.composers.hypervolume import Hypervolume
 from align.composers.invariance import rescaling_effect
-from align.composers.lagrangian import Lagrangian, kl_coefficient
+from align.composers.lagrangian import Lagrangian
 from align.composers.multipliers import GradientMultipliers, LogMultipliers
 from align.composers.search import SimplexMethod
 from align.composers.tchebycheff import Tchebycheff, raised, smooth_tchebycheff, tchebycheff

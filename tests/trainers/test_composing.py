@@ -12,8 +12,10 @@ from align.advantages.baselines import GRPO, RLOO, ReinforcePlusPlus, ReMax
 from align.cli import main
 from align.composers.base import weighted, whitened
 from align.trainers.experience import episodes
-from tests.killer import Hook, leftovers, shared
-from tests.trainers.online_runs import REWARDS, left, prompts_file, ready, rows_of, words_of
+from tests.killer import Hook, shared
+from tests.trainers.online_runs import REWARDS, assert_survives, left, prompts_file, ready, rows_of, words_of
+
+pytestmark = pytest.mark.xdist_group("composing")  # all are compared with the same undisturbed runs
 
 TWO = (f"reward.mixed._target_={REWARDS}mixed", f"reward.coin._target_={REWARDS}coin")
 RLOO_WORDS = ("objective=policy_gradient", "advantage=rloo", *TWO)
@@ -244,7 +246,7 @@ def test_directions_of_prompts_reach_the_scores(tmp_path):
 # --- what is refused
 
 
-BAD = [
+BAD_SETTINGS = [
     (
         (*RLOO_WORDS, "composer=gradient", "advantage=ppo", "objective=clipped", "objective.value_coefficient=0.1"),
         "composer.target=reward: advantage=ppo has one value for the composed reward",
@@ -253,7 +255,7 @@ BAD = [
     ((*RLOO_WORDS[:2], TWO[0], "composer=fixed"), "composer: 1 component with a weight, nothing to compose"),
     ((*RLOO_WORDS, "composer=fixed", "reward.coin.weight=0.5"), "reward.coin.weight=0.5 has no effect with composer="),
     ((*RLOO_WORDS, "composer=fixed", "composer.weights.mixed=1"), "composer.weights.coin is missing"),
-    ((*RLOO_WORDS, "composer=fixed", "trainer.extra_draws=1"), "trainer.extra_draws=1: with composer=fixed a prompt"),
+    ((*RLOO_WORDS, *KL, *MU, "trainer.extra_draws=1"), "with composer=lagrangian_mu every prompt teaches the KL"),
     ((*RLOO_WORDS, "composer=hypervolume", "trainer.eval_every=0"), "set trainer.eval_every, for example to 5"),
     ((*RLOO_WORDS, "composer=hypervolume", "trainer.num_samples=0"), "set data.heldout, and trainer.num_samples above"),
     (
@@ -269,6 +271,8 @@ BAD = [
         (*RLOO_WORDS, "composer=gradient", "composer.parameters='(['"),
         "composer.parameters=([: is no regular expression",
     ),
+]
+BAD_IN_A_RUN = [  # seen when a model, a composer or rewards are there
     ((*RLOO_WORDS, "composer=gradient", "composer.parameters=nothing"), "composer.parameters=nothing: matches no trai"),
     (
         (*RLOO_WORDS, *KL, *MU, "composer.thresholds.odd=1"),
@@ -280,6 +284,7 @@ BAD = [
         "the mean reward of coin is no number: no completion of the step has a finite one",
     ),
 ]
+BAD = BAD_SETTINGS + BAD_IN_A_RUN
 
 
 @pytest.mark.parametrize("words, message", BAD, ids=[message[:50] for _, message in BAD])
@@ -294,7 +299,7 @@ def test_refused_without_a_model(tmp_path, monkeypatch):
     from align.trainers import online
 
     monkeypatch.setattr(online, "start", lambda *_: pytest.fail("a run was started"))
-    for words, _ in BAD[:12]:
+    for words, _ in BAD_SETTINGS:
         assert main(["train", *words_of(tmp_path, f"run.dir={tmp_path / 'run'}", *words)]) == 2
 
 
@@ -335,12 +340,7 @@ def _name(value):
 def test_killed_anywhere(straight, tmp_path, name, hook):
     base, whole = straight(name)
     words = ["train", *words_of(base, f"run.dir={tmp_path / 'run'}", *FAMILY[name])]
-    killed = shared().run(words, [hook])
-    assert killed.code == -9, killed.said
-    done = shared().run(words)
-    assert done.code == 0, done.said
-    assert left(tmp_path / "run") == whole
-    assert leftovers(tmp_path / "run") == []
+    assert_survives(hook, words, tmp_path / "run", whole)
 
 
 STOPS = [

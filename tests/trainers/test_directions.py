@@ -116,3 +116,38 @@ def test_other_composers_do_not_choose_completions():
     assert build.objective(config) is not None
     with pytest.raises(ValueError, match="composer=fixed composes what an online step learns from: use trainer=online"):
         directional(config)
+
+
+def dpa_run(base, name, *words):
+    """Rounds of drawn directions on six prompts, twice each; -> source -> round -> what the prompt tells."""
+    path = base / "prompts.jsonl"
+    rows = [{"prompt": [{"role": "user", "content": f"{i}?"}]} for i in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (base / "heldout.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "what now?"}]}) + "\n")
+    run = base / name
+    given = words_of(
+        base, f"run.dir={run}", "trainer=iterate", "objective=nll", "trainer.select=best_of_n",
+        f"reward.mixed._target_={REWARDS}mixed", f"reward.coin._target_={REWARDS}coin", "composer=directional",
+        "composer.degrees=[-45,45]", "trainer.rounds=2", "trainer.batch_size=2", "data.repeat=[2]",
+        "trainer.max_steps=", "trainer.save_every=", "trainer.max_missing_fraction=", "trainer.eval_every=",
+        "trainer.micro_batch_tokens=1024", *words,
+    )  # fmt: skip
+    assert main(["train", *given]) == 0
+    told: dict[int, list] = {1: [], 2: []}
+    for number, lines in told.items():
+        for file in sorted((run / f"rounds/{number:02d}").glob("samples-*.jsonl")):
+            for line in map(json.loads, file.read_text().splitlines()):
+                lines.append((line["source"], line["prompt"][0]["content"]))
+    return told
+
+
+def test_angles_are_drawn_anew_in_each_round(tmp_path):
+    """By the seed, the round and the place in it: how many prompts other rounds have does not matter."""
+    small = dpa_run(tmp_path, "small", "trainer.prompts_per_round=4")
+    large = dpa_run(tmp_path, "large", "trainer.prompts_per_round=6")
+    for number in (1, 2):
+        assert [said for _, said in small[number]] == [said for _, said in large[number]][:4]
+    angles = [said for lines in large.values() for _, said in lines]
+    assert len(set(angles)) == 12  # a prompt that comes again is asked for something else
+    other = dpa_run(tmp_path, "other", "trainer.prompts_per_round=4", "seed=1")
+    assert not {said for _, said in other[1]} & {said for _, said in small[1]}

@@ -18,6 +18,8 @@ from align.trainers import rounds
 from tests.killer import Hook, evidence, leftovers, rows_file, shared
 from tests.trainers.toy_rewards import plain
 
+pytestmark = pytest.mark.xdist_group("iterate")  # all are compared with the same undisturbed runs
+
 ITERATE = "align.trainers.iterate:"
 ROUNDS = "align.trainers.rounds:"
 ENGINE = "align.engine.local:LocalEngine."

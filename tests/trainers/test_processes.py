@@ -214,5 +214,5 @@ def test_refusals(base, tmp_path):
 
     assert "engine=local is one process" in said()
     assert "the example has" in said("engine=zero2", "trainer.micro_batch_tokens=20")
-    assert "are of the gradients of one process" in said("engine=zero2", name="composed gradient")
+    assert "composer.measure=exact needs whole gradients" in said("engine=zero3", name="composed gradient")
     assert "trainer=warm runs in one process" in said("engine=zero2", "trainer=warm", name="reward model")
