@@ -10,6 +10,7 @@ from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig
 
 from align.config import Config
+from align.data.margins import scoring
 from align.pretrained import Pretrained
 from align.rollout.base import Host
 
@@ -17,6 +18,19 @@ from align.rollout.base import Host
 def objective(config: Config) -> Any:
     """The objective of a run. Raises ValueError for impossible values and for keys its class does not know."""
     return _instantiate(config.objective, "objective")
+
+
+def check_margins(config: Config, objective: Any) -> None:
+    """Raises ValueError for functions of data.margins that cannot be called, or that the objective does not read."""
+    names = tuple(getattr(objective, "margins", ()))
+    for name, path in (config.data.margins or {}).items():
+        if name not in names:
+            reads = f"reads margins of {', '.join(names)}" if names else "reads no margins"
+            raise ValueError(
+                f"data.margins.{name} has no effect: objective={config.choices['objective']} {reads}; take it out, or "
+                "use data.margins=null"
+            )
+        scoring(path, f"data.margins.{name}")
 
 
 def pair_rule(config: Config) -> Any:

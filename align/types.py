@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Unit = Literal["example", "row", "token"]
 Layout = Literal["shared", "packed", "padded"]
 Kind = Literal["pair", "labelled", "single", "ranked", "rollout"]
+# Before the name of a component: numbers of a pair that tell its margin of chosen over rejected, and its weight
+MARGIN, WEIGHT = "margin/", "weight/"
 
 
 @dataclass(frozen=True)

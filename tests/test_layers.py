@@ -50,9 +50,11 @@ def below(folder: str) -> list[str]:
         ("stats.py", {"align.types"}),
         ("config.py", {"align.engine.settings"}),
         ("files.py", set()),
-        *((file, {"align.types", "align.stats", "align.objectives"}) for file in below("objectives")),
+        ("tensor_files.py", set()),
+        ("simplex.py", set()),
+        *((file, {"align.types", "align.stats", "align.simplex", "align.objectives"}) for file in below("objectives")),
         *((file, {"align.types", "align.advantages"}) for file in below("advantages")),
-        *((file, {"align.types", "align.composers"}) for file in below("composers")),
+        *((file, {"align.types", "align.simplex", "align.composers"}) for file in below("composers")),
     ],
 )
 def test_lower_layers(file, allowed):
@@ -61,7 +63,7 @@ def test_lower_layers(file, allowed):
 
 @pytest.mark.parametrize("file", below("objectives") + below("advantages") + below("composers"))
 def test_objectives_advantages_and_composers_need_torch_only(file):
-    assert packages(file) <= {"__future__", "collections", "dataclasses", "typing", "math", "torch", "align"}
+    assert packages(file) <= {"__future__", "abc", "collections", "dataclasses", "typing", "math", "torch", "align"}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from align.config import DataConfig
 from align.data.audit import NOT_USED
 from align.data.chat import Rendering, Span, prompt_ids, render, render_text
 from align.data.formats import Dialogue, Record, Tokenised
+from align.data.margins import margin_numbers
 from align.data.sources import BadRow
 from align.packing import common_prefix_length
 from align.types import Example, Kind, Prompt, Row
@@ -35,15 +36,21 @@ class Wanted:
     mismatched: bool = False
     # every sequence with its end of turn, cut off or not: a reward model is read at the last token
     whole: bool = False
+    margins: tuple[str, ...] = ()  # components whose margins a pair must have: all of them, or one at least
+    all_margins: bool = True
+    row_weights: bool = False  # a weight of each of them too
 
     @classmethod
     def by(cls, objective: Any) -> Wanted:
-        """What the attributes kind, columns, step_rows and needs of an objective say."""
+        """What the attributes kind, columns, step_rows, needs and those of margins of an objective say."""
         return cls(
             getattr(objective, "kind", "pair"),
             tuple(getattr(objective, "columns", ())),
             getattr(objective, "step_rows", None) == "mismatched",
             "scores" in objective.needs,
+            tuple(getattr(objective, "margins", ())),
+            getattr(objective, "all_margins", True),
+            getattr(objective, "row_weights", False),
         )
 
 
@@ -201,8 +208,11 @@ def _examples(
     if wanted.kind == "ranked":
         return [Example(tuple(rows.values()), prompt=next(iter(prompts.values())), **common)]
     if record.kind == "ranked":  # every two of them are a pair
-        if wanted.columns or config.targets == "divergent":
-            raise BadRow("ranked", "ranked rows serve as pairs without further columns and with data.targets=all only")
+        if wanted.columns or wanted.margins or config.targets == "divergent":
+            raise BadRow(
+                "ranked",
+                "ranked rows serve as pairs without further columns or margins and with data.targets=all only",
+            )
         first = next(iter(prompts.values()))
         return [Example(two, prompt=first, **common) for two in combinations(rows.values(), 2)]
     if wanted.kind == "pair":
@@ -214,6 +224,9 @@ def _examples(
                     "no_target", "one of chosen and rejected begins as the other and ends there; use data.targets=all"
                 )
         extra = tuple(_column(name)(record, both, tokenizer, config) for name in wanted.columns)
+        if wanted.margins:
+            sides = {name: _said(record.sides[name], rows[name], tokenizer) for name in ("chosen", "rejected")}
+            common["numbers"] = record.numbers | margin_numbers(record.by_component, wanted, config.margins, sides)
         return [Example((*both, *extra), prompt=prompts["chosen"], **common)]
     if record.kind == "pair":
         if wanted.kind == "single":
@@ -225,6 +238,16 @@ def _examples(
     if wanted.kind == "single" and record.label is False:
         raise NotUsed(NOT_USED, "the row is labelled undesirable; only desirable ones are imitated")
     return [Example((rows["row"],), prompt=prompts["row"], label=record.label, **common)]
+
+
+def _said(side: Dialogue | Tokenised, row: Row, tokenizer: Any) -> tuple[str, str, bool]:
+    """Prompt, completion and whether it was finished, as a function that scores it gets them."""
+    if isinstance(side, Dialogue) and isinstance(side.completion, str):
+        return side.question, side.completion, side.finished
+    if isinstance(side, Dialogue):
+        said = [m.get("content") or "" for m in side.completion if m["role"] == "assistant"]
+        return side.question, "\n".join(said), side.finished
+    return side.question, tokenizer.decode(row.token_ids[row.targets], skip_special_tokens=True), side.finished
 
 
 def _prompt(side: Dialogue | Tokenised, rendering: Rendering, tokenizer: Any) -> Prompt:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from align.data.margins import FIELDS
 from align.data.sources import BadRow
 from align.data.template import REASONING
 from align.types import Kind
@@ -56,6 +57,7 @@ class Record:
     label: bool | None = None
     rationale: str | None = None
     numbers: dict[str, float] = field(default_factory=dict)
+    by_component: dict[str, Any] = field(default_factory=dict)  # as they stand, for who reads them: margins.py
 
 
 def parse(record: dict[str, Any], open_tool_calls: bool = False) -> Record:
@@ -66,8 +68,8 @@ def parse(record: dict[str, Any], open_tool_calls: bool = False) -> Record:
     Ranked: prompt and ranked, two or more answers, the best first.
     Labelled: label (true, false) with prompt and completion, or with messages.
     Single: messages (every assistant message is learnt), prompt and completion, or text.
-    Each conversation may be {"token_ids", "spans"} instead. Optional: tools, origin, numbers, rationale,
-    *_finished. open_tool_calls: a last message may call tools. Raises BadRow.
+    Each conversation may be {"token_ids", "spans"} instead. Optional: tools, origin, numbers, rationale, *_finished;
+    of pairs margins, scores and weights by component. open_tool_calls: a last message may call tools. Raises BadRow.
     """
     record = _renamed(record)
     tools = _tools(record.get("tools"))
@@ -93,6 +95,7 @@ def parse(record: dict[str, Any], open_tool_calls: bool = False) -> Record:
         label if kind == "labelled" else None,
         _optional_text(record, "rationale"),
         _numbers(record.get("numbers")),
+        {name: record[name] for name in FIELDS if record.get(name) is not None},
     )
 
 

@@ -371,6 +371,8 @@ def _row(scored: Scored, chosen: Sample, rejected: Sample) -> dict[str, Any]:
             if sample.finished is not None:
                 row[f"{name}_finished"] = sample.finished
         row[f"{name}_score"] = sample.score
+    if len(chosen.rewards) > 1 and len(rejected.rewards) > 1:
+        row["scores"] = {"chosen": dict(chosen.rewards), "rejected": dict(rejected.rewards)}
     if chosen.origin or rejected.origin:
         row["origin"] = chosen.origin if chosen.origin == rejected.origin else "mixed"
     return row

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from align.data.formats import Message, parse
@@ -29,6 +29,7 @@ class Sample:
     origin: str = ""  # how it was made, e.g. on_policy; "": not said
     finished: bool | None = None  # whether the turn was ended; None: not said
     source: str = ""  # "file:line"
+    rewards: Mapping[str, float] = field(default_factory=dict)  # by component, where there are several
 
     def __post_init__(self) -> None:
         if self.completion is None and self.tokens is None:
@@ -99,8 +100,8 @@ def read_scored(names: Sequence[str]) -> ScoredFiles:
 
     A row is {"prompt", "completions": [{"text" or "messages", and/or "token_ids" with "spans", "score", ...}]}, or
     {"prompt", "completion", "score", ...} for one sample, such as a line of align generate, whose prompt_ids and
-    token_ids take the place of token_ids with spans; each sample may have origin and finished, a row tools. A
-    name may be FILE@origin: the origin of the samples of that file that have none.
+    token_ids take the place of token_ids with spans; each sample may have origin, finished and rewards by component, a
+    row tools. A name may be FILE@origin: the origin of the samples of that file that have none.
     Raises ValueError with "file:line" and the cure for the first row that cannot be used.
     """
     if not names:
@@ -179,7 +180,7 @@ def _sample(item: Any, prompt: Any, tools: Any, where: str, origin: str) -> Samp
     if ids is not None:
         _check({"token_ids": ids, "spans": spans})
     tokens = None if ids is None else {"token_ids": ids, "spans": spans}
-    return Sample(_score(item), completion, tokens, own or origin, finished, where)
+    return Sample(_score(item), completion, tokens, own or origin, finished, where, _rewards(item.get("rewards")))
 
 
 def _joined(prompt_ids: Any, token_ids: Any) -> tuple[Any, Any]:
@@ -199,6 +200,18 @@ def _check(record: dict[str, Any]) -> None:
     except BadRow as bad:
         if bad.reason != "empty_completion":  # a policy can write nothing; such samples are counted, not refused
             raise
+
+
+def _rewards(values: Any) -> dict[str, float]:
+    """By component; those that a completion has none of are left out."""
+    if values is None:
+        return {}
+    known = {k: v for k, v in values.items() if v is not None} if isinstance(values, Mapping) else None
+    if known is None or not all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in known.values()
+    ):
+        raise BadRow("wrong_type", "rewards must be an object of finite numbers, or null where one is missing")
+    return {str(name): float(value) for name, value in known.items()}
 
 
 def _score(item: dict[str, Any]) -> float | None:

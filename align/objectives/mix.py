@@ -54,6 +54,21 @@ class Mix:
         return tuple(dict.fromkeys((*self.first.columns, *self.second.columns)))
 
     @property
+    def margins(self) -> tuple[str, ...]:
+        """Components of either part, each once."""
+        return tuple(dict.fromkeys(name for part in self._parts for name in getattr(part, "margins", ())))
+
+    @property
+    def all_margins(self) -> bool:
+        """Whether a part needs all of its own."""
+        return any(part.all_margins for part in self._parts if getattr(part, "margins", ()))
+
+    @property
+    def row_weights(self) -> bool:
+        """Whether a part reads weights of the rows."""
+        return any(getattr(part, "row_weights", False) for part in self._parts)
+
+    @property
     def step_rows(self) -> str | None:
         """Of the part that needs values of the whole step, None without one."""
         return _step_rows(self.first) or _step_rows(self.second)

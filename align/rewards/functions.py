@@ -97,6 +97,11 @@ def brevity(count: int) -> float:
     return min(1.0, max(0.0, (LONGEST - count) / (LONGEST - LONGEST_FREE)))
 
 
+def conciseness(completion: str) -> float:
+    """`brevity` of a completion's number of words, in [0, 1]."""
+    return brevity(len(words(completion)))
+
+
 def repeated_part(sequence: Sequence[str], size: int = 3) -> float:
     """Part in [0, 1) of the runs of `size` words that occurred before; 0 without any run."""
     runs = [tuple(sequence[i : i + size]) for i in range(len(sequence) - size + 1)]

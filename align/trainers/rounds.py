@@ -246,6 +246,7 @@ def scored_of(line: Line) -> Scored:
                 c["origin"],
                 c["finished"],
                 line["source"],
+                {name: value for name, value in c.get("rewards", {}).items() if value is not None},
             )
             for c in line["completions"]
         ),

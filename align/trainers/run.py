@@ -383,6 +383,7 @@ def start(config: Config, command: str, objective: Any, make: Callable[..., Run]
         )
     if config.model.get("four_bit"):
         _check_four_bit(config)
+    build.check_margins(config, objective)
     if config.launch.threads is not None:
         torch.set_num_threads(config.launch.threads)
     if not torch.cuda.is_available():  # DeepSpeed, which PEFT imports, warns of what everyone here knows

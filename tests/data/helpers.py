@@ -15,7 +15,7 @@ def settings(train: Any = "unused.jsonl", **changes: Any) -> DataConfig:
     default: dict[str, Any] = dict(
         train=str(train) if not isinstance(train, list) else train, heldout=None, heldout_fraction=0.0, repeat=None,
         max_tokens=100, overlong="error", targets="all", target_roles=["assistant"], open_tool_calls=False,
-        on_bad_row="error", max_bad_fraction=0.01, gold=None,
+        on_bad_row="error", max_bad_fraction=0.01, gold=None, margins=None,
     )  # fmt: skip
     return DataConfig(**(default | changes))
 

@@ -71,6 +71,7 @@ def data(kind: str, columns: tuple[str, ...], n: int = 9) -> list:
             "prompt": prompt, "chosen": turns(i, WORDS[i % 8], late), "rejected": turns(i, WORDS[(i + 3) % 8], late),
             "rationale": "Because.", "origin": "ab"[i % 2],
             "numbers": {"mapl_kind": i % 3, "satisfied_gap": 1, "label_smoothing": 0.1, "reward": i % 2},
+            "margins": {"helpful": 1.0 - i % 3, "harmless": (0.5, -2.0)[i % 2]},
         }  # fmt: skip
         out += examples(record, TOKENIZER, Wanted(kind, columns))
     if online:  # two completions of a prompt, with what an online step knows of their tokens
