@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -232,9 +232,9 @@ def with_columns(parts: Sequence[Example], estimate: Estimate, more: dict[str, S
     return [replace(e, rows=tuple(next(filled) for _ in e.rows)) for e in parts]
 
 
-def reward_metrics(groups: Sequence[Group], rewards: Rewards) -> dict[str, float]:
+def reward_metrics(groups: Sequence[Group], rewards: Rewards, settled: Callable[[Group], bool]) -> dict[str, float]:
     """Means over what is known, by component, left out where nothing is; reward/missing counts completions without a
-    score, greedy ones among them."""
+    score, greedy ones among them. settled: whether nothing is to be learnt from a group."""
     table = np.concatenate([g.rewards for g in groups])
     scores = np.concatenate([g.scores for g in groups])
     out = component_means(table, rewards.names, "reward/{}") | means({"reward/total": scores})
@@ -247,7 +247,7 @@ def reward_metrics(groups: Sequence[Group], rewards: Rewards) -> dict[str, float
     lengths = [len(c.token_ids) for g in groups for c in g.completions]
     return out | {
         "reward/missing": sum(g.missing for g in groups),
-        "rollout/settled_prompts": float(np.mean([g.settled for g in groups])),
+        "rollout/settled_prompts": float(np.mean([settled(g) for g in groups])),
         "rollout/tokens": float(np.mean(lengths)),
         "rollout/truncated": float(np.mean([not c.finished for g in groups for c in g.completions])),
     }

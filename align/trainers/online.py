@@ -7,13 +7,11 @@ weights, the seed and its place among the prompts, so that a killed run does it 
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +24,7 @@ from align.data.prompts import PromptRow, load_prompts, prompts_fingerprint
 from align.engine.build import make_engine
 from align.engine.local import learning_rate
 from align.engine.world import together
-from align.evaluate.heldout import changes, heldout_metrics
-from align.files import write_whole
+from align.evaluate.heldout import heldout_metrics
 from align.models import Policy
 from align.rewards.build import RewardHost, components
 from align.rollout.base import EngineFailed, Sampling
@@ -45,6 +42,7 @@ from align.trainers.final import final_table
 from align.trainers.loop import Anchor, Plan, Trainee, token_values, train_step
 from align.trainers.run import SELF_CHECK_TOLERANCE, Run, SelfCheckError, start
 from align.trainers.signals import Stopped
+from align.trainers.transcripts import Transcripts
 from align.types import Estimate, Example, Prompt, Row
 
 PROBE_PROMPTS = 4  # on which engine and trainer are compared after each sync
@@ -173,6 +171,7 @@ class OnlineTraining(Run):
         host = self._reward_host()
         self.rewards = together(self.world, lambda: components(self._reward_node(), host))
         self._check_rewards()
+        self.transcripts = Transcripts(self.out, self.rewards.names, self.trainer.samples_every)
         steps = "steps" in self.advantage.needs
         whole = self.whole(self.engine)
         rollout = together(self.world, lambda: self.rollout(whole))
@@ -185,7 +184,7 @@ class OnlineTraining(Run):
                 f"engine takes {limit}: raise rollout.max_model_len or the server's --max-model-len, or lower "
                 "data.max_tokens with data.overlong=drop"
             )
-        self._forget(state.step if state else 0)
+        self.transcripts.forget(state.step if state else 0)
         self._prove(state.step if state else 0)
         if state is None:
             self._before()
@@ -370,8 +369,7 @@ class OnlineTraining(Run):
         start = time.perf_counter()
         greedy = "greedy" in self.advantage.needs
         groups, drawn = self._draw(step, greedy)
-        row = reward_metrics(drawn, self.rewards)
-        row["rollout/settled_prompts"] = float(np.mean([self._settled(g) for g in drawn]))
+        row = reward_metrics(drawn, self.rewards, self._settled)
         total = len(drawn) * (self.config.sampling.n + greedy)
         t = self.trainer
         if row["reward/missing"] > t.max_missing_fraction * total:
@@ -387,7 +385,7 @@ class OnlineTraining(Run):
         if self.composing is not None:
             self.composing.learning_rate = learning_rate(self.config.optimizer, step, self.plan.schedule_steps)
         parts, more = self._prepared(groups, parts)
-        self._write_samples(step, drawn)
+        self.transcripts.samples(step, drawn)
         updating = time.perf_counter()
         row |= more | self._update(step, parts, len(groups))
         if self.composing is not None:
@@ -585,7 +583,7 @@ class OnlineTraining(Run):
             row |= self._heldout_metrics(groups)
             row["time/eval_s"] = time.perf_counter() - start
             if last:
-                self._write_heldout("after", step, groups)
+                self.transcripts.heldout("after", step, groups)
             if self.composing is not None:
                 row |= self.composing.evaluated(row)
         self._tally()
@@ -623,16 +621,6 @@ class OnlineTraining(Run):
             total.update(own)
         return total
 
-    def _forget(self, step: int) -> None:
-        """Remove what was written after `step`, from which the run goes on; metrics.jsonl is the log's."""
-        if not self.world.lead:
-            return
-        for path in (self.out.path / "samples").glob("step-*.jsonl"):
-            if int(path.stem.removeprefix("step-")) > step:
-                path.unlink()
-        if step == 0:
-            (self.out.path / "heldout-after.jsonl").unlink(missing_ok=True)
-
     # ------------------------------------------------------------------ held-out prompts
 
     def _answers(self) -> list[Group]:
@@ -650,17 +638,16 @@ class OnlineTraining(Run):
 
     def _before(self) -> None:
         """Answers of the untrained policy; a start that was killed before its first checkpoint writes them anew."""
-        if self.world.lead:
-            (self.out.path / "heldout-before.jsonl").unlink(missing_ok=True)
+        self.transcripts.forget_heldout("before")
         if self.heldout:
             groups = self._answers()
-            self._write_heldout("before", 0, groups)
+            self.transcripts.heldout("before", 0, groups)
             if self.composing is not None and self.composing.due:
                 self.composing.evaluated(self._heldout_metrics(groups))
         self._tally()
 
     def _heldout_metrics(self, groups: list[Group]) -> dict[str, float]:
-        lines = [_line(0, group, self.rewards.names) for group in groups]
+        lines = self.transcripts.lines(0, groups)
         return heldout_metrics(
             [line["greedy"] for line in lines],
             [line["samples"] for line in lines],
@@ -668,35 +655,16 @@ class OnlineTraining(Run):
             self.trainer.pass_component,
         )
 
-    def _write_heldout(self, phase: str, step: int, groups: list[Group]) -> None:
-        self._write_groups(self.out.path / f"heldout-{phase}.jsonl", step, groups)
-
-    def _write_samples(self, step: int, groups: list[Group]) -> None:
-        if self.trainer.samples_every == 0 or step % self.trainer.samples_every:
-            return
-        folder = self.out.path / "samples"
-        if self.world.lead:
-            folder.mkdir(exist_ok=True)
-        self._write_groups(folder / f"step-{step:06d}.jsonl", step, groups)
-
-    def _write_groups(self, path: Path, step: int, groups: list[Group]) -> None:
-        if not self.world.lead:
-            return
-        text = "".join(json.dumps(_line(step, g, self.rewards.names)) + "\n" for g in groups)
-        try:
-            write_whole(path, text)
-        except OSError as error:
-            raise checkpoint.WriteFailed(path, error, len(text)) from error
-
     # ------------------------------------------------------------------ the end
 
     def _finish(self, command: str) -> None:
         step = self.plan.num_steps
         last = json.loads((self.out.read("metrics.jsonl") or "").splitlines()[-1])
-        if self.heldout and self._heldout_step("after") != step:  # trainer.max_steps was lowered to where the run is
+        # another step's when trainer.max_steps was lowered to where the run is
+        if self.heldout and self.transcripts.heldout_step("after") != step:
             groups = self._answers()
             last |= self._heldout_metrics(groups)
-            self._write_heldout("after", step, groups)
+            self.transcripts.heldout("after", step, groups)
         if self.composing is not None and self.world.lead:
             self.composing.draw(self.out.path)
         # what a component put into the policy's model is not the policy's
@@ -710,20 +678,11 @@ class OnlineTraining(Run):
             "kl": last.get("kl/reference"),
         }
         if self.heldout:
-            summary["rewards"] = self._changes()
+            summary["rewards"] = self.transcripts.changes()
         self.write_final(self.engine, command, summary)
         self.out.write_json("summary.json", summary)
         self.log.console.print(final_table(summary))
         self.log.say(f"model {self.out.final}, evidence {self.out.path}")
-
-    def _heldout_step(self, phase: str) -> int | None:
-        text = self.out.read(f"heldout-{phase}.jsonl")
-        return None if text is None else json.loads(text.partition("\n")[0])["step"]
-
-    def _changes(self) -> dict[str, Any]:
-        texts = (self.out.read(f"heldout-{phase}.jsonl") or "" for phase in ("before", "after"))
-        before, after = ([json.loads(line)["greedy"] for line in text.splitlines()] for text in texts)
-        return changes(before, after, self.rewards.names)
 
 
 def _branched(row: Row) -> Row:
@@ -734,35 +693,6 @@ def _branched(row: Row) -> Row:
 
 def _flat(parts: list[list[np.ndarray]]) -> list[np.ndarray]:
     return [rows for part in parts for rows in part]
-
-
-def _line(step: int, group: Group, names: Sequence[str]) -> dict[str, Any]:
-    """A prompt with its completions, for people and for JSON."""
-
-    def one(text: str, completion: Any, rewards: np.ndarray, score: float) -> dict[str, Any]:
-        known = {name: None if math.isnan(r) else float(r) for name, r in zip(names, rewards, strict=True)}
-        return {
-            "completion": text,
-            "tokens": len(completion.token_ids),
-            "stop": completion.stop,
-            "rewards": known,
-            "score": None if math.isnan(score) else float(score),
-        }
-
-    samples = zip(group.texts, group.completions, group.rewards, group.scores, strict=True)
-    made = [one(*sample) for sample in samples]
-    if group.steps is not None:
-        made = [{**m, "steps": row[~np.isnan(row)].tolist()} for m, row in zip(made, group.steps, strict=True)]
-    out: dict[str, Any] = {
-        "step": step,
-        "source": group.prompt.source,
-        "prompt": group.prompt.text,
-        "samples": made,
-    }
-    if group.greedy is not None:
-        assert group.greedy_rewards is not None
-        out["greedy"] = one(group.greedy_text, group.greedy, group.greedy_rewards, group.greedy_score)
-    return out
 
 
 def _console_line(step: int, plan: Plan, row: dict[str, float], names: Sequence[str]) -> str:

@@ -577,8 +577,9 @@ def test_prompts_that_teach_nothing(scores, greedy, settled, missing):
     class Named:
         names = ("r",)
 
-    row = reward_metrics([group], Named())
+    row = reward_metrics([group], Named(), lambda g: g.settled)
     assert row["reward/missing"] == missing
+    assert row["rollout/settled_prompts"] == settled
     known = [s for s in scores if s == s]
     assert row.get("reward/r") == (np.mean(known) if known else None)
 

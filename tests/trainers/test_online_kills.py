@@ -33,7 +33,7 @@ DEATHS = [
     Hook(f"{ROLLOUT}sync", 3, when="after"),
     Hook(f"{TRAINING}_answers", 2),
     Hook(f"{TRAINING}_heldout_metrics", 2, when="after"),
-    Hook(f"{ONLINE}write_whole", 3, when="after"),
+    Hook("align.trainers.transcripts:write_whole", 3, when="after"),
     Hook("align.engine.local:save_file", 3),
     Hook("os:rename", 2, when="after"),
     Hook("align.log:Log.row", 3),
