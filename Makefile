@@ -41,6 +41,8 @@ experiments: $(STAMP)
 	$(PY) -m tests.experiments.remax
 	$(PY) -m tests.experiments.warm --seeds 5 --unprobed 0
 	$(PY) -m tests.experiments.overoptimisation --seeds 5
+	$(PY) -m tests.experiments.constrained_language
+	$(PY) -m tests.experiments.dynamic_language
 
 # DPO and the online update against TRL side by side; writes docs/benchmarks.md and docs/benchmarks_online.md. Others, by
 # themselves: $(PY) -m tests.bench.zero_stages (docs/benchmarks_scale.md); on a GPU $(PY) -m tests.bench.gpu_vs_trl.

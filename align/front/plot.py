@@ -62,7 +62,8 @@ def _points(axes: Any, data: Mapping[str, Any], colours: Mapping[str, str], x: s
     axes.scatter([], [], facecolors="none", edgecolors="grey", label="dominated")
     for setter, component in ((axes.set_xlabel, x), (axes.set_ylabel, y)):
         setter(f"held-out {component}" + (" (less is better)" if component in data["minimise"] else ""))
-    axes.legend(fontsize="small")
+    # below: inside it would hide points
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
 
 
 def _volumes(axes: Any, data: Mapping[str, Any], colours: Mapping[str, str], key: str) -> None:

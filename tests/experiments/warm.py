@@ -15,6 +15,7 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -74,7 +75,7 @@ def taught(data: kjv.Dataset, seed: int, directory: Path) -> list[Path]:
         kjv.write_texts(texts, data.texts)
     start = directory / "random"
     if not start.exists():
-        atomic_directory(start, lambda out: _random(data, seed, out))
+        atomic_directory(start, lambda out: random_model([text.text for text in data.texts], seed, out))
     kept = [directory / f"taught-{stage}" for stage in STAGES]
     for stage, path in zip(STAGES, kept, strict=True):
         if not path.exists():
@@ -85,8 +86,8 @@ def taught(data: kjv.Dataset, seed: int, directory: Path) -> list[Path]:
     return kept
 
 
-def _random(data: kjv.Dataset, seed: int, directory: Path) -> None:
-    """A random Llama and word pieces of the verses."""
+def random_model(texts: Sequence[str], seed: int, directory: Path) -> None:
+    """A random Llama and word pieces of the texts."""
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -101,7 +102,7 @@ def _random(data: kjv.Dataset, seed: int, directory: Path) -> None:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    words.train_from_iterator((kjv.PROMPT + text.text for text in data.texts), trainer)
+    words.train_from_iterator((kjv.PROMPT + text for text in texts), trainer)
     names = dict(zip(("bos_token", "eos_token", "pad_token"), marks, strict=True))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, chat_template=CHATML, **names)
     config = LlamaConfig(
