@@ -180,7 +180,7 @@ def _data_check(words: list[str], config_dir: Path | None) -> int:
 
     files, words = _files(words, "--json", "--html")
     config = compose(words, config_dir)
-    from align.build import objective, tokenizer
+    from align.build import check_margins, objective, tokenizer
     from align.data.check import check, failed, lines
     from align.data.examples import Wanted
     from align.data.load import load
@@ -188,7 +188,11 @@ def _data_check(words: list[str], config_dir: Path | None) -> int:
 
     # rows are shown as an objective gets them if one is chosen, else as what they are
     chosen = any(word.split("=")[0] in ("recipe", "objective") for word in words)
-    wanted = Wanted.by(objective(config)) if chosen else Wanted(kind=None)
+    wanted = Wanted(kind=None)
+    if chosen:
+        reader = objective(config)
+        check_margins(config, reader)
+        wanted = Wanted.by(reader)
     tokens = tokenizer(config)
     data = load(config.data, tokens, wanted, config.seed, keep=True, to_the_end=True)
     findings = check(data, tokens, config.data, wanted.mismatched)

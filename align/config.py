@@ -474,8 +474,10 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
             break
     # A composer has numbers by component of the reward: new keys.
     words = [f"++{word}" if word.startswith("composer.") else word for word in words]
-    # So have the weights of an objective over several, and the functions of data.margins.
-    words = [f"++{word}" if word.startswith(("objective.weights.", "data.margins.")) else word for word in words]
+    # So have the weights of an objective over several, also as a part of another, and the functions of data.margins.
+    words = [
+        f"++{word}" if re.match(r"objective\.([^=]+\.)?weights\.|data\.margins\.", word) else word for word in words
+    ]
     # Your own reward replaces the recipe's; reward=OPTION beside it keeps that one as well.
     if any(w.startswith("reward.") and "._target_=" in w for w in words) and not any(
         w.startswith("reward=") for w in words

@@ -15,6 +15,8 @@ def by_name(
 ) -> dict[str, float]:
     """Numbers by name in the order of names. Raises ValueError for a name that is none of them, a missing one with
     complete, and for what is no finite number. what: a name of `names`, in words."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{key}={values}: must be numbers by name, as in {key}.{names[0]}=1")
     unknown = [name for name in values if name not in names]
     if unknown:
         raise ValueError(f"{key}.{unknown[0]}: no {what} has this name; there are {', '.join(names)}")
@@ -31,7 +33,7 @@ def simplex(
     values: Mapping[str, Any] | None, names: Sequence[str], key: str, zeros: bool = True, what: str = "component"
 ) -> list[float]:
     """Weights [K], >= 0, that sum to 1; null: all equal. zeros: whether a weight may be 0. Raises ValueError."""
-    if not values:
+    if values is None or values == {}:
         return [1 / len(names)] * len(names)
     known = by_name(values, names, key, what=what)
     for name, value in known.items():

@@ -91,8 +91,11 @@ def scoring(path: str, key: str) -> Score:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{key}={path}: cannot be imported ({' '.join(str(error).split())[:200]})") from error
-    asked = list(inspect.signature(found).parameters) if callable(found) else None
-    if not asked or "completion" not in asked or not set(asked) <= set(_OFFERED):
+    try:
+        asked = list(inspect.signature(found).parameters)
+    except (TypeError, ValueError):  # it cannot be called, or does not tell its parameters
+        asked = []
+    if "completion" not in asked or not set(asked) <= set(_OFFERED):
         raise ValueError(f"{key}={path}: must be a function of completion, and of prompt and finished if it asks")
 
     def score(prompt: str, completion: str, finished: bool) -> float:

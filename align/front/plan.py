@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ class Family:
     """Runs of one composer."""
 
     composer: str
-    words: list[str]
+    words: list[str]  # of the composer, those that all families had when it was asked for among them
     node: dict[str, Any]  # settings of the composer, without weights and thresholds
 
 
@@ -83,10 +83,12 @@ def planned(
             near = difflib.get_close_matches(option, known, 1, 0.5)
             tip = f"did you mean {near[0]}? " if near else ""
             raise ConfigError(f"composers={option}: no such composer; {tip}Options: {', '.join(known)}")
-    base = compose([word for word in asked.settings if not word.startswith("composer.")], config_dir)
+    of_all = [word for word in asked.settings if word.startswith("composer.")]
+    settings = [word for word in asked.settings if word not in of_all]
+    base = compose(settings, config_dir)
     components, measured = _components(base)
-    settings = _with_evaluations(asked.settings, base, show)
-    own = {label: Family(option, list(asked.own.get(label, ())), {}) for label, option in asked.composers.items()}
+    settings = _with_evaluations(settings, base, before, show)
+    own = {label: Family(option, [*of_all, *asked.own.get(label, ())], {}) for label, option in asked.composers.items()}
     new = _plan(asked, settings, own, components, measured, config_dir)
     plan = new if before is None else _together(asked.out, before, new)
     check_reading(plan)
@@ -124,12 +126,17 @@ def _components(config: Config) -> tuple[list[str], list[str]]:
     return components, [str(name) for name in node if name not in components]
 
 
-def _with_evaluations(settings: Sequence[str], config: Config, show: Callable[[str], None]) -> tuple[str, ...]:
-    """The settings with evaluations along the run, where none are asked for."""
+def _with_evaluations(
+    settings: Sequence[str], config: Config, before: Plan | None, show: Callable[[str], None]
+) -> tuple[str, ...]:
+    """The settings with evaluations along the run, where none are asked for: those of the runs that are there."""
     if config.trainer.eval_every > 0:
         return tuple(settings)
+    given = any(word.startswith("trainer.eval_every=") for word in settings)
+    if before is not None and not given:
+        return (*settings, f"trainer.eval_every={before.settings['trainer']['eval_every']}")
     steps = config.trainer.max_steps
-    if any(word.startswith("trainer.eval_every=") for word in settings) or steps is None:
+    if given or steps is None:
         raise ConfigError("trainer.eval_every=0: curves need evaluations along the run; set it to 5, for example")
     every = max(1, steps // 5)
     show(f"trainer.eval_every={every}: a fifth of trainer.max_steps, as none was given")
@@ -161,11 +168,11 @@ def _plan(
         if "weights" in node:
             if not vectors:
                 raise ConfigError(f"composers={family.composer} has weights: give points=5, or weights=0.5/0.5,0.2/0.8")
-            _refuse_set_twice(settings, family, "weights")
+            _refuse_set_twice(family, "weights")
             unused |= {"points": False, "weights": False}
             points[label] = [(vector, {}) for vector in vectors]
         elif "thresholds" in node and node.get("search") is None and asked.thresholds:
-            _refuse_set_twice(settings, family, "thresholds", asked.thresholds)
+            _refuse_set_twice(family, "thresholds", asked.thresholds)
             unused["thresholds"] = False
             names, values = list(asked.thresholds), asked.thresholds.values()
             points[label] = [({}, dict(zip(names, chosen, strict=True))) for chosen in itertools.product(*values)]
@@ -202,10 +209,10 @@ def _by_component(vector: Sequence[float], components: Sequence[str]) -> dict[st
     return dict(zip(components, vector, strict=True))
 
 
-def _refuse_set_twice(settings: Sequence[str], family: Family, section: str, names: Sequence[str] | Any = ()) -> None:
+def _refuse_set_twice(family: Family, section: str, names: Iterable[str] = ()) -> None:
     keys = [f"composer.{section}.{name}" for name in names] or [f"composer.{section}"]
-    for word in (*settings, *family.words):
-        key = word.lstrip("+~").partition("=")[0]
+    for word in family.words:
+        key = word.partition("=")[0]
         if any(key == k or key.startswith(f"{k}.") for k in keys):
             raise ConfigError(f"{key}: this command gives {section} to each run; remove it")
 

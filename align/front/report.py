@@ -46,8 +46,7 @@ class Run:
 
 def read_run(directory: Path, components: Sequence[str], measured: Sequence[str], batch: int, n: int) -> Run:
     """A run's own files; empty for one that has not begun. batch: prompts of a whole step, n: completions of each."""
-    metrics = directory / "metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    rows = _rows(directory / "metrics.jsonl")
     summary = directory / "summary.json"
     told = json.loads(summary.read_text()) if summary.exists() else None
     costs, evaluations = [], []
@@ -55,7 +54,8 @@ def read_run(directory: Path, components: Sequence[str], measured: Sequence[str]
     for row in rows:
         # the last step of an epoch may have fewer prompts: data/epoch tells prompts in passes
         share = (row["data/epoch"] - passed) / rows[0]["data/epoch"]
-        drawn = round(batch * share) * n
+        # with trainer.extra_draws a step draws more than it learns from
+        drawn = int(row.get("rollout/drawn_prompts", round(batch * share))) * n
         passed = row["data/epoch"]
         completions += drawn
         tokens += drawn * row["rollout/tokens"]
@@ -79,6 +79,17 @@ def read_run(directory: Path, components: Sequence[str], measured: Sequence[str]
         state=state,
         greedy=any(key.startswith("reward/") and key.endswith("_greedy") for row in rows[:1] for key in row),
     )
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """What a run has logged, without a line that is cut short by a kill or still being written."""
+    found = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
 
 
 def _means(row: Mapping[str, float | None], names: Sequence[str]) -> dict[str, float]:

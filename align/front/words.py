@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from align.config import ConfigError
+from align.simplex import SUM_TOLERANCE
 
 _OWN = ("out", "composers", "points", "weights", "seeds", "report_only", "minimise")
 _BY_NAME = ("thresholds", "reference_point", "spans", "composers")
 # what this command decides, and the word for it
 _DECIDED = {"composer": "composers=A,B", "run.dir": "out=DIR"}
-_SUM_TOLERANCE = 1e-6  # as composers have it
 _DRY = "--dry-run"
 
 
@@ -97,6 +97,9 @@ def _check_words(asked: Words, own: Mapping[str, str]) -> None:
         raise ConfigError("points= spreads vectors evenly and weights= names them; give one of them")
     if asked.points == 1:
         raise ConfigError("points=1 is no front; use points=2 or more")
+    for name, values in asked.thresholds.items():
+        if not values:
+            raise ConfigError(f"thresholds.{name}=: give one number or more, as in thresholds.{name}=0.2,0.4")
     for label in asked.own:
         if label not in asked.composers:
             raise ConfigError(f"composers.{label}: composers= names no {label}; there are {', '.join(asked.composers)}")
@@ -150,6 +153,6 @@ def _count(key: str, text: str) -> int:
 def _vector(text: str) -> tuple[float, ...]:
     values = tuple(_number("weights", part) for part in text.split("/"))
     total = math.fsum(map(abs, values))
-    if abs(total - 1) > _SUM_TOLERANCE:
+    if abs(total - 1) > SUM_TOLERANCE:
         raise ConfigError(f"weights={text}: sum to {total:g}; they must sum to 1")
     return values

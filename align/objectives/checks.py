@@ -12,21 +12,25 @@ from align.types import PackedBatch
 
 
 def positive_value(key: str, value: float) -> None:
-    """Raises ValueError unless 0 < value < inf."""
-    if not 0 < value < math.inf:
+    """Raises ValueError unless value is a number and 0 < value < inf."""
+    if not _is_number(value) or not 0 < value < math.inf:
         raise ValueError(f"{key}={value}: must be greater than 0")
 
 
 def not_negative(key: str, value: float) -> None:
-    """Raises ValueError unless 0 <= value < inf."""
-    if not 0 <= value < math.inf:
+    """Raises ValueError unless value is a number and 0 <= value < inf."""
+    if not _is_number(value) or not 0 <= value < math.inf:
         raise ValueError(f"{key}={value}: must be at least 0")
 
 
 def within(key: str, value: float, low: float, high: float) -> None:
-    """Raises ValueError unless low <= value < high."""
-    if not low <= value < high:
+    """Raises ValueError unless value is a number and low <= value < high."""
+    if not _is_number(value) or not low <= value < high:
         raise ValueError(f"{key}={value}: must be at least {low} and below {high}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def one_of(key: str, value: str, allowed: Sequence[str]) -> None:

@@ -59,6 +59,9 @@ class MultiObjective:
         one_of("objective.form", self.form, ("losses", "margin", "modpo"))
         one_of("objective.offset_scaling", self.offset_scaling, ("identity", "log"))
         not_negative("objective.offset", self.offset)
+        listed = isinstance(self.names, Sequence) and not isinstance(self.names, str)
+        if not listed or not all(isinstance(name, str) for name in self.names):
+            raise ValueError(f"objective.names={self.names}: must be a list of names, as in [helpful,harmless]")
         names = list(self.names)
         if len(names) < 2 or len(set(names)) < len(names):
             raise ValueError(

@@ -33,8 +33,9 @@ from align.trainers.experience import Group
 from align.trainers.influence import Influences, chosen_parameters
 from align.types import Episodes, Estimate
 
-# From the advantages of objectives [C, K], with their composer; None: the update measures, see Composing.learnt
-Measure = Callable[[Tensor, Any], Influences | None]
+# From the advantages of objectives [C, K], their estimator's other columns and the composer; None: the update measures,
+# see Composing.learnt
+Measure = Callable[[Tensor, dict[str, Tensor], Any], Influences | None]
 
 
 class Composing:
@@ -102,8 +103,8 @@ class Composing:
         if "influence" in self.composer.needs:
             assert measure is not None
             # the KL belongs to all objectives alike and to none of them
-            streams = self._streams(replace(told, penalties=None), rewards, greedy, {})[0]
-            found = measure(streams, self.composer)
+            streams, others = self._streams(replace(told, penalties=None), rewards, greedy, {})
+            found = measure(streams, others, self.composer)
             if found is not None:
                 influences, metrics = found.influences, dict(found.metrics)
         self._observed = Observed(**_moments(raw), influences=influences, learning_rate=self.learning_rate)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from align.composers.gradient import cosines, influences
 from align.engine.base import Engine
-from align.trainers.loop import Cotangents, Pass, Trainee, passes, token_values
+from align.trainers.loop import Cotangents, NonFinite, Pass, Trainee, passes, token_values
 from align.types import Example
 
 # Of the difference, by the run's precision: how far it moves log-probs, nats, at least. Less drowns in rounding, more
@@ -70,7 +70,7 @@ def measure(
 
     max_norm, exact only: g_k is first scaled down to this norm, over all trained weights. Metrics of exact: the norms
     gradient/norm_NAME and the cosines gradient/cos_A_B. Nothing changes: weights and gradients are as before. Every
-    process of the run calls it and gets the same.
+    process of the run calls it and gets the same. Raises NonFinite.
     """
     if how == "directional":
         beside = Directional(trainee, examples, advantages, pattern, check)
@@ -86,7 +86,15 @@ def measure(
     angles = cosines(gram)
     for i, first in enumerate(names):
         metrics |= {f"gradient/cos_{first}_{names[j]}": float(angles[i, j]) for j in range(i + 1, len(names))}
-    return Influences(influences(gram, norms, max_norm), metrics)
+    return Influences(_finite(influences(gram, norms, max_norm), examples), metrics)
+
+
+def _finite(values: Tensor, examples: Sequence[Example]) -> Tensor:
+    """The influences. Raises NonFinite if one is no number: a composer would blame the rewards."""
+    if not bool(values.isfinite().all()):
+        rows = ", ".join(e.source for e in examples[:8])
+        raise NonFinite(f"the objectives' influences are no numbers; the batch holds {rows}")
+    return values
 
 
 def _gram(
@@ -162,7 +170,7 @@ class Directional:
             self._slopes |= dict(zip(passed.part, np.split(found.double().cpu().numpy(), borders), strict=True))
 
     def finish(self) -> None:
-        """See Beside."""
+        """See Beside. Raises NonFinite."""
         engine = self._trainee.engine
         totals = self._gradients.total()
         square = float(_products(engine, totals, self._names))
@@ -175,7 +183,8 @@ class Directional:
             own += np.stack([derivative[i] @ slopes, slopes.sum(1) @ slopes])
         products, overlaps = np.array(engine.world.sum(own.ravel().tolist())).reshape(own.shape)
         # the sum over k is |g|^2: the least change of the derivatives by which it is
-        self.influences = torch.from_numpy(products + (square - products.sum()) / overlaps.sum() * overlaps)
+        found = torch.from_numpy(products + (square - products.sum()) / overlaps.sum() * overlaps)
+        self.influences = _finite(found, self.examples)
 
     @torch.no_grad()
     def _difference(self, along: Mapping[str, Tensor], length: float) -> list[np.ndarray]:

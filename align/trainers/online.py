@@ -382,6 +382,8 @@ class OnlineTraining(Run):
             row |= {"rollout/drawn_prompts": len(drawn), "rollout/kept_prompts": len(groups)}
         parts = examples(groups, t.truncated, self.engine.policy.layout, t.micro_batch_tokens)
         before = time.perf_counter()
+        # it may fail, and the step is then done again: not once a composer has learnt from it
+        together(self.world, self.experience.rollout.sleep)
         if self.composing is not None:
             self.composing.learning_rate = learning_rate(self.config.optimizer, step, self.plan.schedule_steps)
         parts, more = self._prepared(groups, parts)
@@ -471,13 +473,13 @@ class OnlineTraining(Run):
             estimate = self.advantage(told)
         else:
             estimate, composed = self.composing.estimate(
-                groups, told, lambda streams, composer: self._influences(parts, columns, streams, composer)
+                groups, told, lambda *asked: self._influences(parts, columns, *asked)
             )
             metrics |= composed
         return with_columns(parts, estimate, columns), metrics | estimate.metrics
 
     def _influences(
-        self, parts: list[Example], columns: dict[str, Any], streams: Any, composer: Any
+        self, parts: list[Example], columns: dict[str, Any], streams: Tensor, others: dict[str, Tensor], composer: Any
     ) -> influence.Influences | None:
         """What the gradients of the composer's objectives have to do with each other, before the update; None where the
         update's own passes serve for it."""
@@ -486,8 +488,7 @@ class OnlineTraining(Run):
         if told_afterwards and self.single_step and not self.engine.sharded and not self._selective:
             self._objectives = streams
             return None
-        together(self.world, self.experience.rollout.sleep)
-        prepared = with_columns(parts, Estimate({}), columns)
+        prepared = with_columns(parts, Estimate(others), columns)  # a value head's loss reads returns
         c, check = composer, self.signals.check
         return influence.measure(
             self.trainee, prepared, streams, c.measure, c.max_norm, c.parameters, check, names=c.names
@@ -497,7 +498,6 @@ class OnlineTraining(Run):
         """One optimiser step for each inner batch; metrics are their means. The examples of a prompt, as many as its
         completions need, stay together: what an inner batch holds does not depend on the size of micro-batches."""
         t = self.trainer
-        together(self.world, self.experience.rollout.sleep)
         lr = learning_rate(self.config.optimizer, step, self.plan.schedule_steps)
         each = len(parts) // num_prompts
         beside = self._beside(parts)

@@ -28,6 +28,8 @@ SETTINGS = [
     ("gradient", {"apply": "later"}, "composer.apply=later: must be one of now, next"),
     ("gradient", {"measure": "directional"}, "composer.max_norm=1: measure=directional knows no norm of a gradient"),
     ("gradient", {"mu": -1.0}, "composer.mu=-1.0: must be greater than 0"),
+    ("fixed", {"weights": 0}, "composer.weights=0: must be numbers by name, as in composer.weights.helpful=1"),
+    ("gradient", {"weights": 0}, "composer.weights=0: must be numbers by name, as in composer.weights.helpful=1"),
     ("hypervolume", {"spans": {"helpful": 0.0}}, "composer.spans.helpful=0.0: must be greater than 0"),
     ("hypervolume", {"minimise": ["odd"]}, "composer.minimise=odd: must be one of helpful, brief, clear"),
     ("hypervolume", {"reference": {"helpful": 0.1}}, "composer.reference.brief is missing"),

@@ -170,6 +170,7 @@ def test_ranked_rows_have_none():
         ("align.rewards.functions.nothing", "cannot be imported"),
         ("coverage", "cannot be imported"),
         ("align.rewards.functions.brevity", "must be a function of completion, and of prompt and finished if it asks"),
+        ("math.hypot", r"data\.margins\.a=math\.hypot: must be a function of completion"),  # it tells no parameters
         ("align.rewards.functions.FLOOR", "must be a function of completion"),
     ],
 )

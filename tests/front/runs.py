@@ -18,8 +18,10 @@ def write_run(
     done: bool = True,
     greedy: bool = False,
     epochs: list[float] | None = None,
+    drawn: list[int] | None = None,
 ) -> None:
-    """evaluations: step -> held-out means. epochs: data/epoch of each step; a tenth of a pass a prompt without."""
+    """evaluations: step -> held-out means. epochs: data/epoch of each step; a tenth of a pass a prompt without.
+    drawn: prompts of each step, which with trainer.extra_draws are more than BATCH."""
     directory.mkdir(parents=True)
     rows: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
@@ -29,6 +31,8 @@ def write_run(
             "rollout/tokens": TOKENS,
             "time/step_s": SECONDS,
         }
+        if drawn:
+            row |= {"data/epoch": sum(drawn[:step]) / 10, "rollout/drawn_prompts": drawn[step - 1]}
         if step in evaluations:
             row["time/eval_s"] = 0.25
             row |= {f"heldout/{name}{'_greedy' * greedy}": value for name, value in evaluations[step].items()}

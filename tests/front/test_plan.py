@@ -154,6 +154,22 @@ def test_evaluations_are_a_fifth_of_the_run_where_none_are_asked_for(tmp_path):
     assert {e.config.trainer.eval_every for e in elements} == {2}
 
 
+def test_a_larger_number_of_steps_keeps_the_evaluations(tmp_path):
+    """The fifth of a run that goes on is not the fifth it had."""
+    few = (*ONE_EACH, "trainer.eval_every=", "trainer.max_steps=10")
+    first, _ = plan(tmp_path, *few)
+    _, elements = plan(tmp_path, *few, "trainer.max_steps=20", before=first)
+    assert [(e.config.trainer.max_steps, e.config.trainer.eval_every) for e in elements] == [(20, 2)]
+
+
+def test_families_that_are_there_keep_the_settings_of_their_composer(tmp_path):
+    """Words for the composers of one call are not those of the next one's."""
+    first, _ = plan(tmp_path, "composers=quick:gradient", "weights=0.5/0.5", "composer.mu=0.5")
+    _, elements = plan(tmp_path, "composers=fixed", "weights=0.5/0.5", "composer.epsilon=0.1", before=first)
+    found = {e.name.partition("_")[0]: e.config.composer for e in elements}
+    assert (found["quick"].mu, found["fixed"].epsilon) == (0.5, 0.1)
+
+
 # --- what is refused
 
 
@@ -167,6 +183,7 @@ BAD_WORDS = [
     (("composers=fixed", "points=2", "weights=0.5/0.5"), "points= spreads vectors evenly and weights= names them"),
     (("composers=fixed", "weights=0.5/0.6"), "weights=0.5/0.6: sum to 1.1; they must sum to 1"),
     (("composers=fixed", "weights=0.5/x"), "weights=x: must be a finite number"),
+    (("composers=lagrangian_mu", "thresholds.mixed="), "thresholds.mixed=: give one number or more"),
     (("composers=lagrangian_mu", "thresholds.mixed=a"), "thresholds.mixed=a: must be a finite number"),
     (("composers=fixed", "composer=fixed"), "composer is what this command gives to each run; use composers"),
     (("composers=fixed", "run.dir=x"), "run.dir is what this command gives to each run; use out=DIR"),

@@ -87,6 +87,22 @@ def test_a_short_last_step_draws_less(tmp_path):
     assert (entry["completions"], entry["tokens"]) == (20, 200)
 
 
+def test_prompts_drawn_in_place_of_others_are_compute_too(tmp_path):
+    """7, 4 and 6 prompts, of two completions of 10 tokens each, where a step learns from 4."""
+    write_run(tmp_path / "x", {3: ab(1, 1)}, steps=3, drawn=[7, 4, 6])
+    entry = report(tmp_path, plan_of({"x": ("f", 0)}))["runs"][0]
+    assert (entry["completions"], entry["tokens"]) == (34, 340)
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
+    write_run(tmp_path / "x", {4: ab(1, 1)})
+    write_run(tmp_path / "y", {2: ab(1, 1)}, steps=2, done=False)
+    with (tmp_path / "y" / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 3, "data/ep')
+    data = report(tmp_path, plan_of({"x": ("f", 0), "y": ("f", 0)}))
+    assert [(entry["state"], entry["steps"]) for entry in data["runs"]] == [("done", 4), ("unfinished", 2)]
+
+
 def test_the_reference_point_is_the_start_or_as_given(tmp_path):
     """From the start (1, 1): (3, 2) gains 2. From (0, 0): 6, of which the start had 1."""
     write_run(tmp_path / "x", {4: ab(3, 2)}, start=ab(1, 1), greedy=True)

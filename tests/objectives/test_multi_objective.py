@@ -282,6 +282,8 @@ def test_mixed_with_a_likelihood():
     mix = build.objective(compose(words))
     assert isinstance(mix, Mix)
     assert (mix.margins, mix.all_margins, mix.row_weights) == (("a", "b"), False, False)
+    words += ["objective.first.weights.a=0.3", "objective.first.weights.b=0.7"]
+    assert dict(build.objective(compose(words)).first.weights) == {"a": 0.3, "b": 0.7}
     policy, reference, batch = pairs([(1.0, -1.0)], [0.0])
     assert mix(policy, reference, batch).terms[0].losses.item() == pytest.approx(math.log(2))
 
@@ -294,6 +296,11 @@ def test_mixed_with_a_likelihood():
     [
         ({"names": ["a"]}, r"must be two or more components, each once; with one use objective=dpo"),
         ({"names": ["a", "a"]}, "each once"),
+        ({"names": "ab"}, r"objective\.names=ab: must be a list of names, as in \[helpful,harmless\]"),
+        ({"names": None}, r"objective\.names=None: must be a list of names"),
+        ({"names": [1, 2]}, r"objective\.names=\[1, 2\]: must be a list of names"),
+        ({"weights": 0}, r"objective\.weights=0: must be numbers by name, as in objective\.weights\.a=1"),
+        ({"weights": [0.5, 0.5]}, r"objective\.weights=\[0\.5, 0\.5\]: must be numbers by name"),
         ({"names": ["a", "train"]}, "accuracy/train is another metric"),
         ({"weights": {"a": 0.5, "b": 0.6}}, r"objective\.weights: 0\.5, 0\.6 sum to 1\.1; they must sum to 1"),
         ({"weights": {"a": 1.5, "b": -0.5}}, r"objective\.weights\.b=-0\.5: must be at least 0"),
@@ -446,8 +453,8 @@ def test_functions_nobody_reads_are_refused(tmp_path, capsys):
     assert "data.margins.polite has no effect: objective=multi_objective reads margins of brief, rich" in " ".join(
         capsys.readouterr().err.split()
     )
-    words = ["check", "recipe=dpo", "data.margins.topic=align.rewards.functions.coverage"]
-    assert main(words) == 2
-    assert "data.margins.topic has no effect: objective=dpo reads no margins" in " ".join(
-        capsys.readouterr().err.split()
-    )
+    for command in (["check"], ["data", "check"]):
+        assert main([*command, "recipe=dpo", "data.margins.topic=align.rewards.functions.coverage"]) == 2
+        assert "data.margins.topic has no effect: objective=dpo reads no margins" in " ".join(
+            capsys.readouterr().err.split()
+        )

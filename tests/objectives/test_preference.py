@@ -320,6 +320,8 @@ def test_no_pairs():
     ("build", "message"),
     [
         (lambda: plain_dpo(0.0, Hinge()), r"objective\.beta=0\.0: must be greater than 0"),
+        (lambda: plain_dpo("x", Hinge()), "objective.beta=x: must be greater than 0"),
+        (lambda: plain_dpo(True, Hinge()), "objective.beta=True: must be greater than 0"),
         (lambda: plain_dpo(math.inf, Hinge()), r"objective\.beta=inf"),
         (lambda: plain_dpo(math.nan, Hinge()), r"objective\.beta=nan"),
         (lambda: plain_dpo(0.1, Hinge(), "kl"), r"objective\.f_divergence=kl: must be one of reverse_kl"),

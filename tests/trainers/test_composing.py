@@ -11,6 +11,8 @@ import torch
 from align.advantages.baselines import GRPO, RLOO, ReinforcePlusPlus, ReMax
 from align.cli import main
 from align.composers.base import weighted, whitened
+from align.rollout.base import EngineFailed
+from align.rollout.hf import HFRollout
 from align.trainers.experience import episodes
 from tests.killer import Hook, shared
 from tests.trainers.online_runs import REWARDS, assert_survives, left, prompts_file, ready, rows_of, words_of
@@ -212,6 +214,24 @@ def test_a_value_for_each_stream(straight):
     assert told["model.safetensors"]
 
 
+def test_influences_of_an_update_with_a_value_head(tmp_path):
+    """Measured exactly or by a difference before it, or beside it: the same but for the difference's error."""
+    words = (
+        "objective=clipped", "advantage=ppo", *TWO, *KL, "objective.value_coefficient=0.5", "objective.value_clip=0.2",
+        "composer=gradient", "composer.target=advantage", "composer.max_norm=null", "trainer.max_steps=1",
+    )  # fmt: skip
+    found = {}
+    for measure, moment in (("exact", "now"), ("directional", "now"), ("directional", "next")):
+        run = tmp_path / f"{measure}-{moment}"
+        more = (f"composer.measure={measure}", f"composer.apply={moment}", f"run.dir={run}")
+        assert main(["train", *words_of(tmp_path, *words, *more)]) == 0
+        row = rows_of(run)[0]
+        found[measure, moment] = [row[f"influence/{name}"] for name in ("mixed", "coin")]
+    truth = found.pop(("exact", "now"))
+    for near in found.values():
+        assert near == pytest.approx(truth, rel=0, abs=1e-3 * max(map(abs, truth)))
+
+
 def test_pictures_are_in_the_run(straight):
     base, _ = straight("mu")
     assert (base / "mu" / "plots" / "multipliers.png").stat().st_size > 5000
@@ -346,6 +366,7 @@ def test_killed_anywhere(straight, tmp_path, name, hook):
 STOPS = [
     ("search", Hook(f"{TRAINING}_answers", 2)),  # between the step and its evaluation
     ("gradient", Hook("align.trainers.influence:measure", 2)),
+    ("directional", Hook(f"{ENGINE}gradient_norm", 2)),  # heeded while the weights are moved for the difference
     ("hypervolume", Hook("align.rollout.hf:HFRollout.generate", 2)),  # the reference point is there, no step is
     ("mu", Hook(f"{ENGINE}backward", 3)),
 ]
@@ -358,4 +379,21 @@ def test_stopped_and_gone_on(straight, tmp_path, name, hook):
     stopped = shared().run(words, [Hook(hook.target, hook.n, 15, hook.when)])
     assert stopped.code == 85, stopped.said
     assert shared().run(words).code == 0
+    assert left(tmp_path / "run") == whole
+
+
+def test_an_engine_that_fails_before_the_update_undoes_the_step(straight, tmp_path, monkeypatch):
+    """The weights that the step's influences have moved are not in the checkpoint: the step is done again."""
+    base, whole = straight("gradient")
+    words = ["train", *words_of(base, f"run.dir={tmp_path / 'run'}", *FAMILY["gradient"])]
+    calls = iter(range(1, 100))
+
+    def sleep(_):
+        if next(calls) == 4:
+            raise EngineFailed("the engine died")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HFRollout, "sleep", sleep)
+        assert main(words) == 1
+    assert main(words) == 0
     assert left(tmp_path / "run") == whole

@@ -14,7 +14,7 @@ from align.config import compose
 from align.engine.local import LocalEngine
 from align.models import Policy, enable_recompute, lora
 from align.trainers.influence import Directional, chosen_parameters, measure
-from align.trainers.loop import Anchor, Trainee, train_step
+from align.trainers.loop import Anchor, NonFinite, Trainee, train_step
 from tests.conftest import tiny_model
 from tests.engine.test_local import optimizer
 from tests.trainers.test_family import TOKENIZER, data
@@ -198,6 +198,18 @@ def test_advantages_of_0_have_no_influence(how):
     if how == "exact":
         assert told.metrics["gradient/norm_a"] == 0
         assert told.metrics["gradient/cos_a_b"] == 0
+
+
+@pytest.mark.parametrize("how", ["exact", "directional"])
+def test_a_gradient_that_is_no_number_names_the_rows_and_leaves_the_weights(how):
+    trainee = trainee_of(CASES[0], dtype=torch.float32)
+    rows, count = rows_with()
+    with torch.no_grad():
+        next(p for n, p in trainee.engine.parameters.items() if "q_proj" in n).fill_(torch.inf)
+    before = {n: p.detach().clone() for n, p in trainee.engine.parameters.items()}
+    with pytest.raises(NonFinite, match=f"influences are no numbers; the batch holds {rows[0].source}"):
+        measure(trainee, rows, torch.from_numpy(advantages_of(count)), how, None, None)
+    assert all(torch.equal(p, before[n]) for n, p in trainee.engine.parameters.items())
 
 
 def test_metrics_of_exact_are_norms_and_angles():
