@@ -113,12 +113,13 @@ def test_a_run_on_labels_is_evaluated_on_pairs(base, trained):
 
 
 def test_agreement_makes_the_ideal_known(base, trained):
+    run = trained("adapter")  # which writes the pairs
     lines = [
         json.loads(x) | {"numbers": {"agreement": 0.75}} for x in (base / "heldout.jsonl").read_text().splitlines()
     ]
     rated = base / "rated.jsonl"
     rated.write_text("".join(json.dumps(x) + "\n" for x in lines))
-    report = evaluated(trained("adapter"), f"data.heldout={rated}")
+    report = evaluated(run, f"data.heldout={rated}")
     assert report["num_agreement"] == 6
     assert [entry["beta"] for entry in report["ideal"]] == [0.01, 0.1, 1.0, 5.0, 10.0]
     assert report["ideal"][0]["mean"] == 1.0  # ln 3 / 0.01 = 110 nats outweigh what a random network says

@@ -60,7 +60,7 @@ def turns(i: int, answer: str, late: bool) -> list[dict]:
     return said
 
 
-def data(kind: str, columns: tuple[str, ...], n: int = 9) -> list:
+def data(kind: str, columns: tuple[str, ...], n: int = 9, margins: tuple[str, ...] = ()) -> list:
     """Pairs of which some branch late, after a tool's turn; labelled and single rows come of the same."""
     out = []
     online, kind = kind == "rollout", "pair" if kind == "rollout" else kind
@@ -73,7 +73,7 @@ def data(kind: str, columns: tuple[str, ...], n: int = 9) -> list:
             "numbers": {"mapl_kind": i % 3, "satisfied_gap": 1, "label_smoothing": 0.1, "reward": i % 2},
             "margins": {"helpful": 1.0 - i % 3, "harmless": (0.5, -2.0)[i % 2]},
         }  # fmt: skip
-        out += examples(record, TOKENIZER, Wanted(kind, columns))
+        out += examples(record, TOKENIZER, Wanted(kind, columns, margins=margins))
     if online:  # two completions of a prompt, with what an online step knows of their tokens
         out = [replace(e, rows=tuple(drawn(row, 2 * i + k) for k, row in enumerate(e.rows))) for i, e in enumerate(out)]
     return [replace(e, source=f"rows:{i}") for i, e in enumerate(out)]
@@ -91,8 +91,9 @@ def drawn(row, seed: int):
 def gradient_of(case: str, split: int, layout: str = "shared", shuffled: bool = False):
     """Metrics and gradient of one step of the objective, with a perturbed policy, so that it is not its reference."""
     objective = build.objective(compose(["data=everyday", *case.split()]))
-    rows = data(objective.kind, tuple(getattr(objective, "columns", ())))
-    if Wanted.by(objective).mismatched:
+    wanted = Wanted.by(objective)
+    rows = data(wanted.kind, wanted.columns, margins=wanted.margins)
+    if wanted.mismatched:
         rows = assign_mismatched(rows, 0, 1000)
     if shuffled:
         rows = [rows[i] for i in np.random.default_rng(1).permutation(len(rows))]
