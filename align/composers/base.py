@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.simplex import by_name as numbers_by_name
-from align.simplex import simplex as weights_of
-from align.simplex import summing_to_one as all_in_one
+from align import simplex as checks
 
 KL = "kl"  # the name of the KL's own stream
 NEEDS = ("kl_stream", "influence", "validation", "gold", "uncertainty", "direction")
@@ -161,17 +159,17 @@ def whitened(streams: Tensor, keep: Tensor | None, epsilon: float) -> Tensor:
 
 def by_name(values: Mapping[str, Any], names: Sequence[str], key: str, complete: bool = True) -> dict[str, float]:
     """align.simplex.by_name of composer.KEY."""
-    return numbers_by_name(values, names, f"composer.{key}", complete, _COMPONENT)
+    return checks.by_name(values, names, f"composer.{key}", complete, _COMPONENT)
 
 
 def simplex(values: Mapping[str, Any] | None, names: Sequence[str], key: str, zeros: bool = True) -> Tensor:
     """align.simplex.simplex of composer.KEY [K] float64."""
-    return tensor(weights_of(values, names, f"composer.{key}", zeros, _COMPONENT))
+    return tensor(checks.simplex(values, names, f"composer.{key}", zeros, _COMPONENT))
 
 
 def summing_to_one(values: Sequence[float], key: str) -> Tensor:
     """align.simplex.summing_to_one of composer.KEY [K] float64."""
-    return tensor(all_in_one(values, f"composer.{key}"))
+    return tensor(checks.summing_to_one(values, f"composer.{key}"))
 
 
 def named(form: str, names: Sequence[str], values: Sequence[float] | Tensor) -> dict[str, float]:

@@ -41,10 +41,10 @@ class Fixed(Composer):
         one_of("target", target, TARGETS)
         positive("epsilon", epsilon)
         self.normalise, self.epsilon, self.target = normalise, epsilon, target
-        if weights is None or weights == {}:
-            self.weights = simplex(None, self.names, "weights")
-        else:
+        if weights:  # of either sign, which those on a simplex are not
             self.weights = summing_to_one(list(by_name(weights, self.names, "weights").values()), "weights")
+        else:
+            self.weights = simplex(weights, self.names, "weights")
 
     @torch.no_grad()
     def __call__(self, streams: Tensor, keep: Tensor | None = None, context: Tensor | None = None) -> Tensor:  # noqa: ARG002
