@@ -97,8 +97,8 @@ SlurmctldHost={FIRST}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# credentials are short-lived, since a requeued job waits for them to expire
-AuthInfo=socket={root}/munge/socket,cred_expire=5
+# shorter than the default of 120 s, since a requeued job waits for it; of 5 s a busy machine let launches fail
+AuthInfo=socket={root}/munge/socket,cred_expire=30
 CredType=cred/munge
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 SlurmctldPort={ports[0]}

@@ -39,7 +39,9 @@ def submit(slurm: Cluster, base: Path, words: list[str], *flags: str) -> list[tu
 
 
 def text(log: Path) -> str:
-    return log.read_text() if log.exists() else f"{log} is not there"
+    """What a job has said so far; of an array, each of its elements."""
+    found = sorted(log.parent.glob(log.name))
+    return "\n".join(path.read_text() for path in found) if found else f"{log} is not there"
 
 
 def slow_start(base: Path, run: Path, *more: str) -> list[str]:
