@@ -241,8 +241,8 @@ class VLLMServerRollout:
         try:
             answer = self._ask(server, "/v1/completions", body, "request_seconds")
         except _Failed as failure:
-            if failure.status is None and self._cut is None and self._version(server) is None:
-                self._lose(server, str(failure))
+            if failure.status is None and self._cut is None and not self._tells(server):
+                self._lose(server, failure)
             # 404: the adapter is gone with the server that had it
             if failure.status is not None and 400 <= failure.status < 500 and failure.status not in (404, 408, 429):
                 raise ValueError(f"vLLM refuses a request: {failure}") from failure
@@ -347,26 +347,35 @@ class VLLMServerRollout:
                     "serve the model of model.path"
                 )
 
-    def _version(self, server: _Server) -> tuple[str, str] | None:
-        """Versions of the weights and of the adapter that a server holds; None if it does not say."""
+    def _version(self, server: _Server) -> tuple[str, str]:
+        """Versions of the weights and of the adapter that a server holds. Raises _Failed."""
+        ask = partial(self._ask, server, key="connect_seconds")
         try:
-            base = str(self._ask(server, "/weight_info", None, "connect_seconds")["weight_version"])
+            base = str(ask("/weight_info")["weight_version"])
             if not self.lora:
                 return base, ""
-            names = [card["id"] for card in self._ask(server, "/v1/models", None, "connect_seconds")["data"]]
-            ours = f"{_PREFIX}{self._adapter}" in names
-            return base, self._adapter if ours else ""
-        except (_Failed, KeyError, TypeError):
-            return None
+            ours = f"{_PREFIX}{self._adapter}" in [card["id"] for card in ask("/v1/models")["data"]]
+        except (KeyError, TypeError) as error:
+            raise _Failed(server, "/weight_info", f"no version ({type(error).__name__}: {error})", 200) from error
+        return base, self._adapter if ours else ""
+
+    def _tells(self, server: _Server) -> bool:
+        """Whether a server tells what it holds."""
+        try:
+            self._version(server)
+        except _Failed:
+            return False
+        return True
 
     def _with_our_weights(self, servers: Sequence[_Server]) -> list[_Server]:
-        """Those that hold what they are to hold; one that does not answer is lost."""
+        """Those that hold what they are to hold; one that does not answer is lost, which is told."""
         versions = self._each([(server, partial(self._version, server)) for server in servers])
         for server, version in zip(servers, versions, strict=True):
-            if version is None:
-                self._lose(server, "no answer to /weight_info")
+            if isinstance(version, _Failed):
+                self._lose(server, version)
             else:
                 server.lost = False
+        self._tell()
         return [s for s, version in zip(servers, versions, strict=True) if version == (self._base, self._adapter)]
 
     def _ready(self) -> list[_Server]:
@@ -391,13 +400,13 @@ class VLLMServerRollout:
                 )
             self._pause()
 
-    def _lose(self, server: _Server, words: str) -> None:
+    def _lose(self, server: _Server, failure: _Failed) -> None:
         with self._lock:
             if server.lost:
                 return
             server.lost = True
             self.counts["lost"] += 1
-            self._news.append(f"vLLM server lost: {server.url}: {words}")
+            self._news.append(f"vLLM server lost: {failure}")
 
     # ---- weights ----
 
@@ -421,7 +430,7 @@ class VLLMServerRollout:
         given = [server for server, result in zip(servers, results, strict=True) if not isinstance(result, _Failed)]
         for server, result in zip(servers, results, strict=True):
             if isinstance(result, _Failed):
-                self._lose(server, str(result))
+                self._lose(server, result)
             else:
                 server.lost = False
         self._tell()

@@ -299,6 +299,7 @@ def test_killed_server(rollout, served):
     with pytest.raises(EngineFailed, match=r"no vLLM server is left .*python -m align.rollout.serve"):
         r.generate([[k] for k in range(64)], Sampling(300, temperature=1.0))
     assert r.counts["lost"] == 1
-    assert "refused" in " ".join(r.said) or "RemoteDisconnected" in " ".join(r.said) or "reset" in " ".join(r.said)
+    said = " ".join(r.said)  # by when it died
+    assert any(word in said for word in ("refused", "RemoteDisconnected", "reset")), said
     with pytest.raises(ValueError, match="refused"):
         rollout(policy(1))

@@ -390,12 +390,24 @@ def test_dead_server_leaves_its_requests_to_the_others(tmp_path, fakes):
     assert len(servers[0].bodies) == 3
     assert r.counts["lost"] == 1
     assert servers[1].url in r.said[0]
+    assert "refused" in r.said[0]
     r.sync(policy(1))
     assert servers[0].files
     servers[0].close()
     servers[0].close = lambda: None
     with pytest.raises(EngineFailed, match=r"no vLLM server is left .* align.rollout.serve"):
         r.generate([[1]], Sampling(2))
+    assert servers[0].url in r.said[-1]
+    assert "refused" in r.said[-1]
+
+
+def test_server_that_tells_no_version_is_lost(tmp_path, fakes):
+    (fake,) = fakes()
+    r = rollout(tmp_path, [fake])
+    fake.faults.append(("/weight_info", lambda h, _: send(h, 200, {"other": 1})))
+    with pytest.raises(EngineFailed, match="no vLLM server is left"):
+        r.generate([[1]], Sampling(2))
+    assert r.said == [f"vLLM server lost: {fake.url}/weight_info: no version (KeyError: 'weight_version')"]
 
 
 def test_update_that_fails_is_told_and_its_server_not_used(tmp_path, fakes):
