@@ -99,7 +99,7 @@ def render(settings: SlurmConfig, job: Job, commands: Sequence[str], directory: 
         "OPTIONS": "\n".join(f"#SBATCH {option}" for option in _options(settings, job)),
         "DIRECTORY": _shell(str(Path.cwd())),
         "SETUP": "\n".join(settings.setup),
-        "PORT": str(settings.port) if settings.port else "$((12000 + SLURM_JOB_ID % 20000))",
+        "PORT": _port(settings),
         "SERVERS": _servers(settings),
         "PREFLIGHT": _preflight(settings, directory),
         "COMMAND": " ".join([*_step(settings), command, *served]),
@@ -209,6 +209,13 @@ def _preflight(settings: SlurmConfig, directory: Path) -> str:
     check = " ".join(map(_shell, [*_python(settings), "-m", "align.cli", "launch", "check", f"dir={directory}"]))
     options = " ".join(["--kill-on-bad-exit=0", *_step(settings)])
     return f"srun {options} {check} || return"
+
+
+def _port(settings: SlurmConfig) -> str:
+    """Where the nodes meet. Nothing for one node: its launcher takes a port that is free."""
+    if settings.port is not None:
+        return str(settings.port)
+    return "" if settings.nodes == 1 else "$((12000 + SLURM_JOB_ID % 20000))"
 
 
 def _step(settings: SlurmConfig) -> list[str]:

@@ -85,12 +85,26 @@ def test_place_is_read_from_a_job(monkeypatch):
     for key, value in {"ALIGN_NODES": "2", "SLURM_NODEID": "1", "MASTER_ADDR": "a", "MASTER_PORT": "5000"}.items():
         monkeypatch.setenv(key, value)
     assert local.place(config) == local.Place(2, 1, "a", 5000)
+    monkeypatch.setenv("MASTER_PORT", "")
+    with pytest.raises(ValueError, match="MASTER_PORT"):
+        local.place(config)
     monkeypatch.setenv("SLURM_NODEID", "2")
+    monkeypatch.setenv("MASTER_PORT", "5000")
     with pytest.raises(ValueError, match="SLURM_NODEID=2"):
         local.place(config)
     monkeypatch.delenv("MASTER_PORT")
     with pytest.raises(ValueError, match="MASTER_PORT"):
         local.place(config)
+
+
+def test_a_job_of_one_node_meets_at_any_free_port(monkeypatch):
+    """Of another job on the node, or of another program, it must not depend."""
+    for key, value in {"ALIGN_NODES": "1", "SLURM_NODEID": "0", "MASTER_ADDR": "a", "MASTER_PORT": ""}.items():
+        monkeypatch.setenv(key, value)
+    config = compose(["recipe=wpo"])
+    assert local.place(config) == local.Place(1, 0, "127.0.0.1", None)
+    monkeypatch.setenv("MASTER_PORT", "5000")
+    assert local.place(config) == local.Place(1, 0, "a", 5000)
 
 
 @pytest.mark.parametrize("mode", ["raise", "lost"])

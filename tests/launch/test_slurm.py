@@ -173,6 +173,16 @@ def test_a_job_of_two_nodes(programs, tmp_path):
     assert calls(programs, "scontrol") == []
 
 
+def test_a_job_of_one_node_asks_for_no_port(programs, tmp_path):
+    """Two clusters, or jobs 20000 numbers apart, would ask for the same one of a node that they share."""
+    assert main([*WORDS, f"launch.container=[{programs / 'recorder'}]"]) == 0
+    one = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node07"}
+    done = run_script(submitted(tmp_path), **one)
+    assert done.returncode == 0, done.stderr
+    environment = dict(line.split("=", 1) for line in calls(programs, "environment") if "=" in line)
+    assert (environment["ALIGN_NODES"], environment["MASTER_PORT"]) == ("1", "")
+
+
 def test_nodes_that_serve(programs, tmp_path):
     """Of the job's two nodes the first trains and the second serves."""
     node = programs / "node"  # what trains goes on when what serves has been started
