@@ -29,7 +29,7 @@ demo: $(STAMP)
 	$(VENV)/bin/align train recipe=wpo trainer.max_steps=16 run.dir=runs/demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -rs -n 2 --dist loadgroup -m "not gpu"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -rs -n 2 --dist loadgroup --no-loadscope-reorder -m "not gpu"
 
 # What needs seeds and intervals; writes docs/experiments.
 experiments: $(STAMP)

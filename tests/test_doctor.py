@@ -43,6 +43,7 @@ def healthy(tmp_path_factory):
     return done, json.loads(out.read_text()), time.monotonic() - start
 
 
+@pytest.mark.xdist_group("doctor")
 def test_a_healthy_machine_has_no_blocker(healthy):
     done, told, _ = healthy
     assert done.returncode == 0, done.stdout + done.stderr
@@ -50,6 +51,7 @@ def test_a_healthy_machine_has_no_blocker(healthy):
     assert done.stderr == ""
 
 
+@pytest.mark.xdist_group("doctor")
 def test_the_report_is_one_screen_and_in_time(healthy):
     done, told, seconds = healthy
     assert len(done.stdout.splitlines()) <= 40
@@ -58,6 +60,7 @@ def test_the_report_is_one_screen_and_in_time(healthy):
     assert f"notes: {sum(f['level'] == 'note' for f in told['findings'])}" in done.stdout
 
 
+@pytest.mark.xdist_group("doctor")
 def test_two_real_processes_add_up_over_gloo(healthy):
     gloo = next(f for f in healthy[1]["findings"] if f["check"] == "gloo")
     assert gloo["level"] == "ok"
@@ -65,6 +68,7 @@ def test_two_real_processes_add_up_over_gloo(healthy):
     assert "add up to 3," in gloo["text"]  # 1 + 2
 
 
+@pytest.mark.xdist_group("doctor")
 def test_every_check_has_its_line(healthy):
     assert {f["check"] for f in healthy[1]["findings"]} >= {
         *("python", "devices", "gloo", "vLLM", "threads", "run directory", "cache", "hub cache", "temp"),
@@ -72,6 +76,7 @@ def test_every_check_has_its_line(healthy):
     }
 
 
+@pytest.mark.xdist_group("doctor")
 def test_the_run_directory_is_not_made(healthy):
     text = next(f["text"] for f in healthy[1]["findings"] if f["check"] == "run directory")
     assert not Path(text.split(": ")[0]).exists()
