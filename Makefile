@@ -11,6 +11,8 @@ export UV_TORCH_BACKEND ?= cpu
 endif
 # One build folder per environment: a lock left by a killed build in a shared one would hang every later start.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
+# Where an image forbids it, each of the tests' many processes would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 STAMP := $(VENV)/.stamp-$(shell cat $(LOCK) pyproject.toml Makefile | sha256sum | cut -c1-12)
 
 .PHONY: setup demo test experiments bench lint

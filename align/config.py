@@ -560,17 +560,27 @@ def _shipped(groups: tuple[str, ...]) -> DictConfig:
 
 
 def _register_recipes(config_dir: Path | None) -> None:
-    store = ConfigStore.instance()
-    store.repo.pop("recipe", None)
+    found = []
     for name, path in recipes(config_dir).items():
         try:
-            node = _recipe(path, path.stat().st_mtime_ns)
+            changed = path.stat().st_mtime_ns
+            node = _recipe(path, changed)
         except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: is not YAML: {_one_line(error)}") from None
         if not isinstance(node, DictConfig):
             raise ConfigError(f"{path}: must hold settings, `key: value` a line")
+        found.append((name, path, changed))
+    _store_recipes(tuple(found))
+
+
+@lru_cache(maxsize=1)
+def _store_recipes(found: tuple[tuple[str, Path, int], ...]) -> None:
+    """Hand them to Hydra, unless they are those that it was handed last: that takes a quarter of compose."""
+    store = ConfigStore.instance()
+    store.repo.pop("recipe", None)
+    for name, path, changed in found:
         group, _, option = f"recipe/{name}".rpartition("/")
-        store.store(group=group, name=option, node=node, package="_global_")
+        store.store(group=group, name=option, node=_recipe(path, changed), package="_global_")
 
 
 @lru_cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -220,10 +221,16 @@ def _serve() -> None:
     import align.trainers.online  # noqa: F401
     from align.config import compose
 
-    with contextlib.suppress(ImportError), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import reasoning_gym  # noqa: F401
+        import deepspeed  # noqa: F401
+
+        with contextlib.suppress(ImportError):
+            import reasoning_gym  # noqa: F401
     compose(["recipe=wpo"])  # Hydra reads its plugins, and each recipe is parsed, here and not in every child
+
+    gc.collect()
+    gc.freeze()  # no child looks through all that was imported
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what packages print is no answer
@@ -232,9 +239,6 @@ def _serve() -> None:
         start = time.monotonic()
         port = 0
         if request["processes"] > 1:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                import deepspeed  # noqa: F401
             port = _free_port()
         with tempfile.TemporaryFile("a+b") as said:
             pids = []

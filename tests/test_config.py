@@ -226,6 +226,18 @@ def test_recipe_that_is_no_mapping_names_its_file(tmp_path, text):
     assert "recipes/bad.yaml" in refusal(["recipe=bad"], own_recipe(tmp_path, text))
 
 
+def test_recipes_are_those_of_the_call(tmp_path):
+    """Whatever was composed before: other files, another directory, a recipe that cannot be read."""
+    home = own_recipe(tmp_path, "optimizer:\n  lr: 1e-2\n")
+    assert compose(["recipe=bad"], home).optimizer.lr == 0.01
+    own_recipe(tmp_path, "optimizer:\n  lr: 2e-2\n")
+    assert compose(["recipe=bad"], home).optimizer.lr == 0.02
+    assert "no such option" in refusal(["recipe=bad"])
+    own_recipe(tmp_path, "a: [\n")
+    assert "recipes/bad.yaml" in refusal(["recipe=bad"], home)
+    assert compose(["recipe=wpo"]).choices["recipe"] == "wpo"
+
+
 def test_number_with_exponent_in_a_recipe_is_a_number(tmp_path):
     """YAML 1.1 reads 1e-2 as a text; a beta that is a text would fail only when the objective is built."""
     beta = compose(["recipe=bad"], own_recipe(tmp_path, "objective:\n  beta: 1e-2\n")).objective.beta
