@@ -214,6 +214,9 @@ def _serve() -> None:
     import time
     import traceback
 
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what packages print is no answer
+
     import transformers.models.llama.modeling_llama  # noqa: F401
     from peft import LoraConfig, get_peft_model  # noqa: F401
 
@@ -231,9 +234,6 @@ def _serve() -> None:
 
     gc.collect()
     gc.freeze()  # no child looks through all that was imported
-
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what packages print is no answer
     for line in sys.stdin:
         request = json.loads(line)
         start = time.monotonic()
