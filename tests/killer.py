@@ -237,9 +237,7 @@ def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         start = time.monotonic()
-        port = 0
-        if request["processes"] > 1:
-            port = _free_port()
+        port = _free_port() if request["processes"] > 1 else 0
         with tempfile.TemporaryFile("a+b") as said:
             pids = []
             for rank in range(request["processes"]):

@@ -90,8 +90,10 @@ def place(config: Config) -> Place:
     try:
         nodes, node = int(os.environ["ALIGN_NODES"]), int(os.environ["SLURM_NODEID"])
         host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-        alone = nodes == 1 and not port
-        found = Place(nodes, node, *(("127.0.0.1", None) if alone else (host, int(port))))
+        if nodes == 1 and not port:
+            found = Place(1, node, "127.0.0.1", None)  # as outside of a job
+        else:
+            found = Place(nodes, node, host, int(port))
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"ALIGN_NODES is set, and with it go SLURM_NODEID, MASTER_ADDR and MASTER_PORT: {error}"

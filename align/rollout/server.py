@@ -241,7 +241,7 @@ class VLLMServerRollout:
         try:
             answer = self._ask(server, "/v1/completions", body, "request_seconds")
         except _Failed as failure:
-            if failure.status is None and self._cut is None and not self._tells(server):
+            if failure.status is None and self._cut is None and not self._reachable(server):
                 self._lose(server, failure)
             # 404: the adapter is gone with the server that had it
             if failure.status is not None and 400 <= failure.status < 500 and failure.status not in (404, 408, 429):
@@ -359,7 +359,7 @@ class VLLMServerRollout:
             raise _Failed(server, "/weight_info", f"no version ({type(error).__name__}: {error})", 200) from error
         return base, self._adapter if ours else ""
 
-    def _tells(self, server: _Server) -> bool:
+    def _reachable(self, server: _Server) -> bool:
         """Whether a server tells what it holds."""
         try:
             self._version(server)
