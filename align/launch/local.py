@@ -90,10 +90,8 @@ def place(config: Config) -> Place:
     try:
         nodes, node = int(os.environ["ALIGN_NODES"]), int(os.environ["SLURM_NODEID"])
         host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-        if nodes == 1 and not port:
-            found = Place(1, node, "127.0.0.1", None)  # as outside of a job
-        else:
-            found = Place(nodes, node, host, int(port))
+        alone = nodes == 1 and not port  # then as outside of a job
+        found = Place(nodes, node, "127.0.0.1" if alone else host, None if alone else int(port))
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"ALIGN_NODES is set, and with it go SLURM_NODEID, MASTER_ADDR and MASTER_PORT: {error}"
