@@ -5,10 +5,14 @@ Which answers a policy gives and what is learnt from them is the trainers' busin
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 Message = dict[str, Any]
 
@@ -44,6 +48,11 @@ class ProblemSet:
     heldout: tuple[Problem, ...]
     num_repeated: int  # problems that were drawn and left out because their question had come before
     dataset: Any  # reasoning-gym's, for its verifier
+
+    def fingerprint(self) -> str:
+        """Of all questions and which are held out. Ids do not tell: what a seed draws is up to a version."""
+        questions = [[p.question for p in part] for part in (self.heldout, self.train)]
+        return hashlib.sha256(json.dumps(questions).encode()).hexdigest()
 
     def correct(self, problem: Problem, text: str) -> bool:
         """Whether the final answer in `text` is right: the verifier's full score, not part of it."""
@@ -152,7 +161,12 @@ def _dataset(task: str, settings: Mapping[str, Any], size: int, seed: int, key: 
     except ImportError as error:
         raise ValueError(f"{key} needs the package reasoning-gym ({error}); type: pip install reasoning-gym") from error
     try:
-        return reasoning_gym.create_dataset(task, size=size, seed=seed, **settings)
+        return reasoning_gym.create_dataset(task, size=size, seed=_mixed(seed), **settings)
     except Exception as error:  # its factories raise ValueError, TypeError and AssertionError for wrong settings
         first = " ".join(str(error).split())[:300]
         raise ValueError(f"{key} with task_settings={dict(settings)}: {first}") from error
+
+
+def _mixed(seed: int) -> int:
+    """31 bits of a seed: reasoning-gym draws problem k from seed + k, so that neighbours would share problems."""
+    return int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0] >> np.uint32(1))

@@ -84,8 +84,13 @@ class Collector:
         seed: int,
         max_tokens: int,
         key: Mapping[str, Any],
+        bound: bool = False,
         progress: Progress = lambda items, _: items,
     ):
+        """bound: whether the run has learnt from what is in `directory`, so that other rows would be another run's.
+
+        Raises ValueError if it has and would now collect others.
+        """
         self.settings = settings
         self.tokenizer = tokenizer
         self.run_directory = directory
@@ -101,15 +106,10 @@ class Collector:
             stop=settings.stop,
             role=settings.observation_role,
         )
-        self.problems: ProblemSet = problem_set(
-            settings.task,
-            settings.task_settings or {},
-            settings.num_problems,
-            settings.num_heldout,
-            settings.problem_seed,
-        )
-        self.key = json.loads(json.dumps({**key, "seed": seed, "max_tokens": max_tokens, "settings": _plain(settings)}))
-        self._begin()
+        self.problems: ProblemSet = problems_of(settings)
+        own = {"settings": _plain(settings), "questions": self.problems.fingerprint()}
+        self.key = json.loads(json.dumps({**key, "seed": seed, "max_tokens": max_tokens, **own}))
+        self._begin(bound)
 
     def collect(self) -> Collected:
         """The round, from where an earlier start left it; a finished one is only read.
@@ -155,12 +155,19 @@ class Collector:
         _write_rows(self.run_directory / f"problems-{phase}.jsonl", rows)
         return _rewards(rows)
 
-    def _begin(self) -> None:
-        """Forget what was collected under other settings or from other weights."""
+    def _begin(self, bound: bool) -> None:
+        """Forget what was collected under other settings, from other weights or on other problems."""
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / "key.json"
-        if path.exists() and json.loads(path.read_text()) == self.key:
+        was = json.loads(path.read_text()) if path.exists() else None
+        if was == self.key:
             return
+        if bound and was is not None:
+            changed = ", ".join(sorted(k for k in self.key.keys() | was.keys() if was.get(k) != self.key.get(k)))
+            raise ValueError(
+                f"{self.directory} was collected with other {changed} than now, and {self.run_directory} has learnt "
+                "from it; give another run.dir"
+            )
         path.unlink(missing_ok=True)
         for old in self.directory.glob("*.jsonl"):
             old.unlink()
@@ -198,6 +205,12 @@ class Collector:
             "last_call_failed": trajectory.last_call_failed,
             "re_encodes": re_encodes(self.tokenizer, trajectory),
         }
+
+
+def problems_of(settings: Any) -> ProblemSet:
+    """The problems that the settings of `collect` name. Raises ValueError for impossible ones."""
+    s = settings
+    return problem_set(s.task, s.task_settings or {}, s.num_problems, s.num_heldout, s.problem_seed)
 
 
 def select(rows: Sequence[Row], settings: Any, seed: int) -> tuple[list[Row], list[Row], dict[str, Any]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -37,7 +36,7 @@ from align.rewards.build import RewardHost, components
 from align.rollout.base import Sampling, seed_of
 from align.rundir import RunDirectory, environment
 from align.trainers import rounds
-from align.trainers.collect import Collector
+from align.trainers.collect import Collector, problems_of
 from align.trainers.directions import directed, directed_rounds, directional, scorer
 from align.trainers.experience import Experience
 from align.trainers.final import final_table, model_card
@@ -129,8 +128,7 @@ class Iteration(Run):
             settings = config.collect
             self.tool = build.tool(config)
             self.slices = rounds.slices(settings.num_problems, t.rounds, t.prompts_per_round, "collect.num_problems")
-            words = json.dumps([settings.task, settings.task_settings, settings.problem_seed], default=str)
-            self.data_hash = {"collect": words}
+            self.data_hash = {"collect": problems_of(settings).fingerprint()}
             return
         prompts = load_prompts(config.data, self.tokenizer, self.sampling.max_new_tokens, config.seed)
         count, source = len(prompts.train), f"data.train={config.data.train}"

@@ -126,6 +126,7 @@ class Training(Run):
             seed=self.config.seed,
             max_tokens=self.config.data.max_tokens,
             key={"model": weights_hash(model), "precision": str(self.precision)},
+            bound=bool(checkpoint.steps(self.out.checkpoints)),
             progress=self.shown("collect"),
         )
 

@@ -73,11 +73,14 @@ def test_impossible_problems_are_refused_by_name(name, said):
 
 
 def test_a_row_can_be_imitated_asked_and_scored():
-    """The first sum of the task with these settings, from reasoning-gym itself."""
+    """The first sum of the task with these settings, from reasoning-gym itself.
+
+    Its seed is the upper 31 bits of the first word of numpy's SeedSequence(3), the same on every machine.
+    """
     import reasoning_gym
 
     dataset = reasoning_gym.create_dataset(
-        "chain_sum", size=1, seed=3, min_terms=2, max_terms=3, min_digits=1, max_digits=2
+        "chain_sum", size=1, seed=788445325, min_terms=2, max_terms=3, min_digits=1, max_digits=2
     )
     entry = dataset[0]
     (row,) = rows(f"gym:chain_sum/size:1/seed:3/{EASY}")

@@ -33,6 +33,27 @@ def test_repeated_questions_are_left_out_and_counted():
         problems("chain_sum", tiny, 1990, 10, 0)
 
 
+@pytest.mark.parametrize("task", ["chain_sum", "gsm_symbolic", "pool_matrix"])
+def test_seeds_next_to_each_other_have_other_problems(task):
+    """reasoning-gym draws problem k from seed + k, or hands that to numpy, which takes 32 bits (pool_matrix)."""
+    drawn = [{p.question for p in problems(task, {}, 64, 0, seed).train} for seed in range(4)]
+    assert [len(questions) for questions in drawn] == [64] * 4
+    # large tasks: a question that two seeds share is a rare accident, 63 of 64 are not
+    assert sum(map(len, drawn)) - len(set.union(*drawn)) <= 2
+
+
+def test_any_seed_of_ours_can_be_drawn_from():
+    for seed in (2**31, 2**32 + 1, 2**80):
+        assert len(problems("pool_matrix", {}, 2, 1, seed).train) == 2
+
+
+def test_a_fingerprint_is_of_the_questions():
+    first = problems("chain_sum", EASY, 3, 2, 0)
+    assert first.fingerprint() == problems("chain_sum", EASY, 3, 2, 0).fingerprint()
+    others = [(EASY, 3, 2, 1), (EASY, 2, 2, 0), (EASY, 2, 3, 0), ({**EASY, "max_terms": 4}, 3, 2, 0)]
+    assert first.fingerprint() not in {problems("chain_sum", *other).fingerprint() for other in others}
+
+
 def test_the_verifier_wants_its_full_score():
     found = problems("chain_sum", EASY, 2, 0, 0)
     problem, other = found.train

@@ -146,6 +146,21 @@ def test_another_key_begins_anew(tmp_path, change):
     assert same.loop.rollout.calls == []
 
 
+def test_other_problems_under_the_same_settings_begin_anew_unless_they_were_learnt_from(tmp_path):
+    """As after an update that draws other problems from the same seed: a key that names other questions, or none."""
+    collector(tmp_path).collect()
+    path = tmp_path / "collect" / "key.json"
+    key = json.loads(path.read_text())
+    for old in ({**key, "questions": "0" * 64}, {k: v for k, v in key.items() if k != "questions"}):
+        path.write_text(json.dumps(old))
+        kept = files(tmp_path)
+        with pytest.raises(ValueError, match="with other questions than now.*give another run.dir"):
+            collector(tmp_path, bound=True)
+        assert files(tmp_path) == kept
+    assert collector(tmp_path).key == key
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
 def test_progress_may_stop_between_chunks(tmp_path):
     def progress(items, total):
         assert total == 3

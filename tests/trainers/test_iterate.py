@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from align import checkpoint
 from align.data.scored import read_scored
 from align.evaluate.passk import pass_at_k
 from align.trainers import rounds
@@ -58,6 +59,7 @@ KINDS = {
         "collect.samples_per_problem=40", "collect.max_new_tokens=60", "collect.temperature=1.0",
         "collect.stop=['0','1','2','3','4','5','6','7','8','9']", "collect.max_pairs_per_problem=3",
         "collect.tool._target_=tests.killer.Parrot", "rollout.batch_size=128",
+        "collect.problem_seed=2",  # both rounds have problems whose answer is one digit, odd and not 1
     ],
 }  # fmt: skip
 
@@ -489,6 +491,21 @@ def test_a_damaged_model_of_a_round_is_refused(base, tmp_path):
     refused = shared().run(command)
     assert refused.code == 2
     assert "rounds/01/train/final is damaged (model.safetensors has other content" in refused.said
+
+
+def test_rounds_on_other_problems_are_refused(base, tmp_path):
+    """The checkpoint of a version that drew other problems from the same settings names these, not the questions."""
+    run = tmp_path / "run"
+    command = words(base, run, *KINDS["collect"])
+    assert shared().run(command, [Hook(ITERATE + "Iteration._save", 2, when="after")]).code == -9
+    state = checkpoint.load(checkpoint.steps(run / "checkpoints")[-1])
+    settings = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    old = json.dumps(["chain_sum", settings, 2])
+    progress = {**state.progress, "data": {"collect": old}}
+    checkpoint.save(run / "checkpoints", state.step, progress, lambda _: None, 2)
+    refused = shared().run(command)
+    assert refused.code == 2
+    assert "collect has other rows than when" in refused.said
 
 
 # ---------------------------------------------------------------------- rounds that cannot be

@@ -208,6 +208,22 @@ def test_other_settings_before_training_begin_the_round_anew(base, straight, tmp
     assert evidence(tmp_path / "run") == evidence(straight("dpo"))
 
 
+def test_a_run_that_learnt_from_other_problems_is_refused_and_kept(base, tmp_path):
+    """A version that drew other problems from the same seed left a key without the questions' hash."""
+    run = tmp_path / "run"
+    killed = shared().run(words(base, "dpo", run), [Hook("align.engine.local:LocalEngine.step", 4)])
+    assert killed.code == -9, killed.said
+    path = run / "collect" / "key.json"
+    key = json.loads(path.read_text())
+    del key["questions"]
+    path.write_text(json.dumps(key))
+    kept = {p: p.read_bytes() for p in run.rglob("*.jsonl")}
+    refused = shared().run(words(base, "dpo", run))
+    assert refused.code == 2
+    assert "was collected with other questions" in refused.said
+    assert {p: p.read_bytes() for p in run.rglob("*.jsonl")} == kept
+
+
 @pytest.mark.slow
 def test_the_recipes_in_small(tmp_path):
     """The real model and the real tool: SmolLM2-135M writes programs for sums; KTO goes on with DPO's trajectories."""
