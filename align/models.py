@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.attention.varlen  # registers the operator that _PRODUCTS names
 from torch import nn
@@ -21,11 +24,13 @@ from torch.utils import checkpoint
 from align import attention
 from align.packing import pack, to_device
 from align.stats import Head, stats
-from align.types import Example, Layout, PackedBatch, Stats
+from align.types import Example, Layout, PackedBatch, Row, Stats
 
 Recompute = Literal["off", "selective", "full"]
 
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
+# Of a row, in the self-check: 128 tokens of a vocabulary of 150 000 are 75 MiB of logits.
+PROBE_TARGETS = 128
 
 
 class Network(nn.Module):
@@ -39,8 +44,10 @@ class Network(nn.Module):
         super().__init__()
         self.model = model
         self.layout = layout
-        if layout != "padded":
-            self.causal_lm.config._attn_implementation = attention.NAME
+        lm = self.causal_lm
+        lm.own_attention = own_attention_name(lm)  # beside the config: what is saved does not hold it
+        if lm.config._attn_implementation != attention.NAME:
+            lm.config._attn_implementation = lm.own_attention if layout == "padded" else attention.NAME
 
     @property
     def causal_lm(self) -> Any:
@@ -137,6 +144,13 @@ class Scorer(Network):
         empty = scores.new_zeros(0)
         return Stats(empty, empty, batch.lengths, batch.row, scores=scores, gates=gates)
 
+    def own_scores(self, row: Row) -> torch.Tensor:
+        """Scores [D] of one row by the trunk's own forward, as transformers' classifiers compute them."""
+        ids = torch.from_numpy(row.token_ids.astype(np.int64)).to(self.device)
+        last = self.causal_lm.get_decoder()(input_ids=ids[None], use_cache=False).last_hidden_state[0, -1:].float()
+        with torch.autocast(ids.device.type, enabled=False):
+            return self.head(last)[0]
+
 
 class ScoreHead(nn.Module):
     """Hidden states [N, H] to scores [N, D], linear without bias; a second one to gates [N, D / 2] if gated.
@@ -176,30 +190,37 @@ def is_peft(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def stock_attention(lm: Any) -> Iterator[None]:
-    """Inside, the model uses transformers' own attention: for generating and for padded rows.
+def own_attention(lm: Any) -> Iterator[None]:
+    """Inside, the model uses the attention it was loaded with: for generating and for padded rows.
 
     For forwards without a backward only: a packed model keeps the packed attention at all other times, so that
     a recomputing backward, which runs later, finds the same function as the forward.
     """
     before = lm.config._attn_implementation
-    lm.config._attn_implementation = stock_attention_name(lm.config)
+    lm.config._attn_implementation = own_attention_name(lm)
     try:
         yield
     finally:
         lm.config._attn_implementation = before
 
 
-def stock_attention_name(config: Any) -> str:
-    """The transformers attention that computes what the model means: SDPA knows no softcap and ignores it."""
-    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+def own_attention_name(lm: Any) -> str:
+    """Transformers' name of the attention that computes what the model means: the one it was loaded with.
+
+    But eager for a model that caps its attention scores: it is loaded with SDPA, which ignores the cap.
+    """
+    if getattr(lm.config, "attn_logit_softcapping", None):
+        return "eager"
+    name = lm.config._attn_implementation
+    return lm.own_attention if name == attention.NAME else name
 
 
 def head_of(lm: Any) -> Head:
     """The output head with the model's own scaling of logits.
 
-    Gemma 2 caps them (final_logit_softcapping), Cohere multiplies (logit_scale), Granite divides
-    (logits_scaling), Falcon-H1 multiplies (lm_head_multiplier).
+    Gemma 2 and RecurrentGemma cap them (final_logit_softcapping, logits_soft_cap), Cohere multiplies (logit_scale),
+    Granite divides (logits_scaling), Falcon-H1 multiplies (lm_head_multiplier). A model that does something else is
+    found by the self-check, see probe_layout.
     """
     config = lm.config
     scale = 1.0
@@ -208,11 +229,12 @@ def head_of(lm: Any) -> Head:
         if value is not None:
             scale *= float(value) ** power
     output = lm.get_output_embeddings()
+    caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
     return Head(
         weight=output.weight,
         bias=getattr(output, "bias", None),
         scale=scale,
-        softcap=getattr(config, "final_logit_softcapping", None),
+        softcap=next((cap for cap in caps if cap is not None), None),
     )
 
 
@@ -227,6 +249,8 @@ def choose_layout(lm: Any, wanted: str, dropout: float) -> tuple[Layout, str]:
         reason = f"{type(lm).__name__} does not take a registered attention function"
     elif set(getattr(config, "layer_types", None) or ()) - _PACKABLE_LAYERS:
         reason = f"{type(lm).__name__} has layers that are not full or sliding-window attention"
+    elif any(hasattr(module, "sinks") for module in lm.modules()):
+        reason = f"{type(lm).__name__} has attention sinks"
     elif getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", False):
         reason = f"{type(lm).__name__} is not causal"
     elif getattr(config, "attention_dropout", 0.0):
@@ -304,10 +328,8 @@ def lora(lm: Any, *, rank: int, alpha: float, dropout: float, targets: str | lis
 
 
 def with_adapter(lm: Any, directory: str) -> Any:
-    """A PEFT model: `lm` with the adapter that was saved in `directory`."""
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(lm, directory)
+    """A PEFT model: `lm` with the adapter saved in `directory`. Raises ValueError for one that does not fit."""
+    return with_adapters(lm, [Path(directory)], ["default"])
 
 
 def with_adapters(lm: Any, directories: Sequence[Path], names: Sequence[str]) -> Any:
@@ -316,11 +338,16 @@ def with_adapters(lm: Any, directories: Sequence[Path], names: Sequence[str]) ->
 
     model = PeftModel.from_pretrained(lm, str(directories[0]), adapter_name=names[0])
     for directory, name in zip(directories, names, strict=True):
-        told = model.load_adapter(str(directory), name, is_trainable=False)  # of the first again: this tells what fits
-        odd = [*told.unexpected_keys, *told.missing_keys]
-        if odd:
-            raise ValueError(f"{directory}: its adapter does not fit the base ({odd[0]}); give base=DIR of its own")
+        add_adapter(model, str(directory), name)  # of the first again: this tells what fits
     return model
+
+
+def add_adapter(model: Any, directory: str, name: str) -> None:
+    """Load a saved adapter into a PEFT model, not to be trained. Raises ValueError if its weights do not fit."""
+    told = model.load_adapter(directory, name, is_trainable=False)
+    odd = [*told.unexpected_keys, *told.missing_keys]
+    if odd:
+        raise ValueError(f"{directory}: its adapter does not fit the model ({odd[0]}); it belongs to another base")
 
 
 def weights_hash(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]] | None = None) -> str:
@@ -339,18 +366,47 @@ def weights_hash(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]] |
 
 
 @torch.no_grad()
-def probe_layout(policy: Network, examples: list[Example]) -> float:
-    """Largest difference (nats per token; of a reward model in score) between the examples in the network's layout and
-    padded with the model's stock attention. What the packed attention does not know of a model shows here."""
-    if policy.layout == "padded":
-        return 0.0
-    training = policy.training
-    policy.eval()
-    packed, padded = pack(examples, policy.layout), pack(examples, "padded")
-    a = policy(to_device(packed, policy.device))
-    with stock_attention(policy.causal_lm):
-        b = policy(to_device(padded, policy.device))
-    policy.train(training)
-    if a.scores is not None:
-        return float((a.scores - b.scores).abs().max())
-    return float((a.token_logps - b.token_logps).abs().max())
+def probe_layout(network: Network, examples: Sequence[Example], layout: Layout | None = None) -> float:
+    """Largest difference (nats per token; of a reward model in score) between what is trained, the network in a layout,
+    its own unless given, with align's head, and the model's own forward: its attention, its logits, one row at a time.
+
+    What align does not know of a model shows here. The rounding of the model's own logits, which are of its own type,
+    is taken off; inf stands for what is no number.
+    """
+    layout = layout or network.layout
+    training = network.training
+    network.eval()
+    try:
+        with own_attention(network.causal_lm) if layout == "padded" else contextlib.nullcontext():
+            out = network(to_device(pack(examples, layout), network.device))
+        rows = [row for example in examples for row in example.rows]
+        with own_attention(network.causal_lm):
+            if isinstance(network, Scorer):
+                gaps = [(out.scores[n] - network.own_scores(row)).abs().amax() for n, row in enumerate(rows)]
+            else:
+                gaps = [_own_gap(network, row, out.token_logps[out.row == n]) for n, row in enumerate(rows)]
+    finally:
+        network.train(training)
+    gap = float(torch.stack(gaps).amax())
+    return gap if math.isfinite(gap) else math.inf
+
+
+def _own_gap(network: Network, row: Row, token_logps: torch.Tensor) -> torch.Tensor:
+    """Largest difference of log-probs [number of targets] of a row from the model's own, over up to PROBE_TARGETS of
+    them: logits of all would not fit beside a large model."""
+    lm = network.causal_lm
+    where = np.flatnonzero(row.targets)
+    if not len(where):
+        return token_logps.new_zeros(())
+    chosen = np.unique(np.linspace(0, len(where) - 1, PROBE_TARGETS).round().astype(int))
+    ids = torch.from_numpy(row.token_ids.astype(np.int64)).to(network.device)
+    at = torch.from_numpy(where[chosen]).to(network.device)
+    if "logits_to_keep" in inspect.signature(lm.forward).parameters:
+        logits = lm(input_ids=ids[None], use_cache=False, logits_to_keep=at - 1).logits[0]
+    else:
+        logits = lm(input_ids=ids[None], use_cache=False).logits[0, at - 1]
+    rounding = torch.finfo(logits.dtype).eps * logits.abs().amax(-1)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    own = wide.log_softmax(-1).gather(1, ids[at, None])[:, 0]
+    gaps = (token_logps[torch.from_numpy(chosen).to(own.device)] - own).abs() - rounding
+    return gaps.amax().clamp(min=0)

@@ -145,12 +145,16 @@ def _model(path: str, common: dict[str, Any], dtype: str, four_bit: bool = False
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from align.weights import check_generation_config, load_model
+
     logging.disable_progress_bar()  # a run tells its own progress
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     if four_bit:
         common = common | {"quantization_config": _four_bits(wanted)}
     with _named(path):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **common)
+        model = load_model(AutoModelForCausalLM, path, path, dtype=wanted, **common)
+    check_generation_config(path, model.generation_config)
+    return model
 
 
 def _four_bits(dtype: Any) -> Any:
@@ -182,6 +186,8 @@ def _skeleton(directory: Path, trust_remote_code: bool, dtype: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
 
+    from align.weights import check_generation_config
+
     common = {"trust_remote_code": trust_remote_code}
     with _named(str(directory)):
         config = AutoConfig.from_pretrained(directory, **common)
@@ -193,6 +199,7 @@ def _skeleton(directory: Path, trust_remote_code: bool, dtype: Any) -> Any:
     model.tie_weights()
     if model.can_generate() and (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
+        check_generation_config(str(directory), model.generation_config)
     return model.eval()
 
 
@@ -206,7 +213,9 @@ class _named:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        if isinstance(error, (OSError, ValueError, ImportError)):
+        from align.weights import WrongWeights
+
+        if isinstance(error, (OSError, ValueError, ImportError)) and not isinstance(error, WrongWeights):
             first = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"model.path={self.path} cannot be loaded ({first}); give a hub name or a local directory in Hugging "

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import pytest
 import torch
 
+from align import attention
 from align.device import MemoryPlan, memory_plan, pick_precision, pick_recompute
-from align.models import Policy, choose_layout, head_of, lora, probe_layout, weights_hash
-from tests.conftest import tiny_model
+from align.models import (
+    Policy,
+    ScoreHead,
+    Scorer,
+    choose_layout,
+    lora,
+    own_attention,
+    own_attention_name,
+    probe_layout,
+    weights_hash,
+)
+from tests.conftest import gpt_oss, tiny_model
 
 
 def test_causal_attention_is_shared_and_dropout_packs():
@@ -28,29 +42,99 @@ def test_other_kinds_fall_back_to_padded_rows_with_the_reason(family):
         choose_layout(model, "shared", 0.0)
 
 
-def test_granite_and_cohere_scale_their_logits(make_pairs):
-    # the probe compares with the padded path through the same head, so compare with the model's own logits
-    pairs = make_pairs(2)
-    for family, extra in (("granite", {"logits_scaling": 3.0}), ("cohere", {"logit_scale": 0.25})):
-        model = tiny_model(family, **extra)
-        from tests.test_layouts import naive_logps
+def recurrent_gemma(**overrides):
+    return tiny_model(
+        "recurrent_gemma",
+        num_hidden_layers=3,
+        lru_width=32,
+        attention_window_size=16,
+        num_key_value_heads=1,
+        **overrides,
+    )
 
-        expected = torch.stack([v for p in pairs for v in naive_logps(model, p)])
-        from align.packing import pack
 
-        actual = Policy(model, "shared")(pack(pairs, "shared")).logps
-        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-8)
-        assert head_of(model).scale != 1.0
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        (lambda: tiny_model("granite", logits_scaling=3.0), "shared"),
+        (lambda: tiny_model("cohere", logit_scale=0.25), "shared"),
+        (lambda: tiny_model("gemma2", final_logit_softcapping=2.0, attn_logit_softcapping=1.0), "shared"),
+        (lambda: tiny_model("gemma2", final_logit_softcapping=2.0, attn_logit_softcapping=1.0), "padded"),
+        (lambda: recurrent_gemma(logits_soft_cap=2.0), "padded"),
+        (gpt_oss, "padded"),
+    ],
+    ids=["granite", "cohere", "gemma2", "gemma2 padded", "recurrent_gemma", "gpt_oss"],
+)
+def test_log_probs_are_those_of_the_models_own_logits(model, layout, make_pairs):
+    # softmax, norms or, of gpt-oss, everything is float32; what is left out would be off by 0.1 and more
+    assert probe_layout(Policy(model(), layout), make_pairs(2)) < 1e-4
+
+
+def test_sinks_choose_padded_rows():
+    layout, reason = choose_layout(gpt_oss(), "auto", 0.0)
+    assert (layout, reason) == ("padded", "GptOssForCausalLM has attention sinks")
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_probe_sees_a_head_that_align_does_not_know(layout, scale, make_pairs):
+    model = tiny_model("llama")
+    own = model.forward
+
+    def scaled(*args, logits_to_keep=0, **kwargs):
+        out = own(*args, logits_to_keep=logits_to_keep, **kwargs)
+        out.logits = out.logits * scale
+        return out
+
+    model.forward = scaled
+    gap = probe_layout(Policy(model, layout), make_pairs(2))
+    assert (gap > 1) == (scale > 1)
 
 
 def test_probe_sees_an_attention_the_packed_path_does_not_know(make_pairs):
-    # Gemma 2's stock attention takes its softmax in float32
-    assert probe_layout(Policy(tiny_model("gemma2"), "shared"), make_pairs(2)) < 1e-5
     policy = Policy(tiny_model("qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=0), "shared")
     assert probe_layout(policy, make_pairs(4)) < 1e-9
     for layer in policy.model.model.layers:
-        layer.self_attn.sliding_window = None  # the stock mask still has the window of the config
+        layer.self_attn.sliding_window = None  # the own mask still has the window of the config
     assert probe_layout(policy, make_pairs(4)) > 1e-3
+
+
+def test_probe_sees_what_is_no_number(make_pairs):
+    policy = Policy(tiny_model("llama"), "shared")
+    with torch.no_grad():
+        policy.model.model.norm.weight[0] = torch.nan
+    assert probe_layout(policy, make_pairs(2)) == math.inf
+
+
+def test_probe_compares_a_reward_models_scores_with_its_own_trunk(make_pairs):
+    scorer = Scorer(gpt_oss(), "padded", ScoreHead(32, 2))
+    assert probe_layout(scorer, make_pairs(2)) < 1e-6
+    for layer in scorer.causal_lm.model.layers:
+        layer.self_attn.config = copy.copy(layer.self_attn.config)
+        layer.self_attn.config._attn_implementation = "sdpa"  # which drops the sinks
+    own = scorer.own_scores
+
+    def with_sinks(row):
+        for layer in scorer.causal_lm.model.layers:
+            layer.self_attn.config._attn_implementation = "eager"
+        return own(row)
+
+    scorer.own_scores = with_sinks
+    assert probe_layout(scorer, make_pairs(2)) > 1e-4
+
+
+def test_own_attention_is_the_one_a_model_was_loaded_with():
+    model = gpt_oss()
+    assert own_attention_name(model) == "eager"
+    assert own_attention_name(tiny_model("llama", attn_implementation="eager")) == "eager"
+    assert own_attention_name(tiny_model("llama")) == "sdpa"
+    gemma = tiny_model("gemma2", attn_implementation="sdpa")  # as transformers loads it, without its cap of scores
+    assert own_attention_name(gemma) == "eager"
+    packed = Policy(tiny_model("llama", attn_implementation="eager"), "shared").causal_lm
+    assert packed.config._attn_implementation == attention.NAME
+    with own_attention(packed):
+        assert packed.config._attn_implementation == "eager"
+    assert packed.config._attn_implementation == attention.NAME
 
 
 def test_lora_on_the_head_is_refused():

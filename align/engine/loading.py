@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from align.device import pick_device
 from align.engine.files import TensorFiles
 from align.engine.world import World
 from align.pretrained import Pretrained
+from align.weights import WrongWeights, check_finite
 
 
 def load_model(
@@ -50,6 +52,7 @@ def load_model(
 class ShardPlan:
     """A model without weights, and where they are."""
 
+    name: str  # of the model, for messages
     model: Any
     files: TensorFiles
     sources: dict[str, str]  # name in the model -> name in the files
@@ -68,7 +71,10 @@ def shard_plan(pretrained: Pretrained, dtype: torch.dtype | None) -> tuple[Shard
     sources, missing = match(model, files)
     if missing:
         return None, f"its files do not hold {missing} under that name"
-    return ShardPlan(model, files, sources, dtype), ""
+    unread = unmatched(model, files, sources)
+    if unread:
+        return None, f"its files hold {unread}, which the model has not under that name"
+    return ShardPlan(pretrained.name, model, files, sources, dtype), ""
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -100,16 +106,31 @@ def match(model: Any, files: TensorFiles) -> tuple[dict[str, str], str]:
     return sources, ""
 
 
+def unmatched(model: Any, files: TensorFiles, sources: dict[str, str]) -> str:
+    """The first name in the files that is none of the model's and that transformers would not pass over, or ""."""
+    prefix = f"{model.base_model_prefix}."
+    known = {*sources.values(), *(m for n in model.state_dict() for m in (n, n.removeprefix(prefix), prefix + n))}
+    passed = model._keys_to_ignore_on_load_unexpected or ()
+    odd = (n for n in sorted(files.names()) if n not in known and not any(re.search(p, n) for p in passed))
+    return next(odd, "")
+
+
 def fill(plan: ShardPlan, sharder: Callable[[nn.Parameter], None], world: World) -> None:
-    """Give the model its weights: the lead reads each, all take their shard of it, and it is let go."""
+    """Give the model its weights: the lead reads each, all take their shard of it, and it is let go.
+
+    Raises WrongWeights, on all processes, for one that is not finite.
+    """
     model = plan.model
     places = _places(model)
+    fault: WrongWeights | None = None
     with torch.no_grad():
         for name, source in plan.sources.items():
             tensor = places[name][0]
             dtype = tensor.dtype
             if isinstance(tensor, nn.Parameter):
                 full = plan.files.read(source).to(dtype) if world.lead else torch.empty(tensor.shape, dtype=dtype)
+                if world.lead and fault is None:
+                    fault = _fault(plan.name, source, full)
                 shard = nn.Parameter(full, requires_grad=tensor.requires_grad)
                 del full
                 sharder(shard)
@@ -118,10 +139,22 @@ def fill(plan: ShardPlan, sharder: Callable[[nn.Parameter], None], world: World)
             else:
                 for module, attribute in places[name][1]:
                     module._buffers[attribute] = plan.files.read(source).to(pick_device(), dtype)
+    fault = world.share(fault)
+    if fault is not None:
+        raise fault
     for module in model.modules():
         for attribute, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[attribute] = buffer.to(pick_device())
+
+
+def _fault(name: str, source: str, weight: Tensor) -> WrongWeights | None:
+    """What check_finite has against a weight; told at the end, so that no process waits for one that has left."""
+    try:
+        check_finite(name, [(source, weight)])
+    except WrongWeights as error:
+        return error
+    return None
 
 
 def _places(model: nn.Module) -> dict[str, tuple[Tensor, list[tuple[nn.Module, str]]]]:

@@ -16,6 +16,7 @@ from align.rewards.base import Conversation
 from align.rewards.combine import check_combine, check_uncertainty, combined, disagreement, incomplete
 from align.rewards.model import RewardModel, by_prompt, count_failures, output_index, positive_limit
 from align.rewards.network import FILE, HEAD, RewardNetwork, stored_form, stored_head
+from align.weights import load_model
 
 Form = Literal["whole", "adapter", "head"]
 
@@ -133,7 +134,9 @@ class _Shared(RewardModel):
         path = base or _base(directories)
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
         try:
-            lm = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, use_safetensors=True, trust_remote_code=False)
+            lm = load_model(
+                AutoModelForCausalLM, path, path, dtype=wanted, use_safetensors=True, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"the model {path} that the members belong to cannot be loaded ({' '.join(str(error).split())[:200]}); "

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from align.data.chat import render
 from align.data.sources import BadRow
-from align.models import is_peft, stock_attention
+from align.models import add_adapter, is_peft, own_attention
 from align.rewards.base import Conversation
 from align.rewards.network import FILE, RewardNetwork, load
 from align.rewards.preferences import mean_preferences
@@ -161,7 +161,7 @@ class AdapterReward:
         self.adapter = _free_name(self._peft.peft_config)
         self.weight = _head(Path(path), host.policy.causal_lm.config.get_text_config().hidden_size).to(host.device)
         with _as_before(self._peft):
-            self._peft.load_adapter(path, self.adapter, is_trainable=False)
+            add_adapter(self._peft, path, self.adapter)
 
     def __call__(self, conversations: Sequence[Conversation]) -> np.ndarray:
         """See Reward. The policy's mode, its adapter and what of it is trained are left as they were."""
@@ -172,7 +172,7 @@ class AdapterReward:
             return trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
         rows = _rows(self.host.tokenizer, conversations, self.ours)
-        with _as_before(self._peft), stock_attention(lm):
+        with _as_before(self._peft), own_attention(lm):
             self._peft.set_adapter(self.adapter, inference_mode=True)
             self._peft.eval()
             return _score(rows, hidden, self.weight, None, self.max_tokens, self.host, self.counts)

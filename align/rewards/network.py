@@ -24,6 +24,7 @@ from align.models import ScoreHead, Scorer, choose_layout, is_peft, with_adapter
 from align.packing import micro_batches, num_tokens, pack_groups, to_device
 from align.rewards.worker import resolve
 from align.types import Layout, Row
+from align.weights import check_finite, check_tokens, load_model
 
 FILE = "reward_model.json"
 HEAD = "score.safetensors"  # beside a LoRA adapter: the head's weight [D, H]
@@ -71,6 +72,7 @@ def _fill(head: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
         shape = tuple(tensors[name].shape) if name in tensors else None
         if shape != tuple(value.shape):
             raise ValueError(f"{where}: its head has {name} {shape}, here it is {tuple(value.shape)}")
+    check_finite(where, tensors.items())
     head.load_state_dict({name: tensors[name].to(value.dtype) for name, value in own.items()})
 
 
@@ -193,6 +195,8 @@ class RewardNetwork:
         max_tokens: of a forward; a longer row goes alone.
         """
         network = self.network.eval()
+        size = network.causal_lm.get_input_embeddings().weight.shape[0]
+        check_tokens("its model", self.tokenizer, size, (row.token_ids for rows in groups for row in rows))
         parts = [(g, row) for g, rows in enumerate(groups) for row in _split(rows, network.layout, max_tokens)]
         out: list[list[np.ndarray]] = [[] for _ in groups]
         gates: list[list[np.ndarray]] = [[] for _ in groups]
@@ -269,7 +273,10 @@ def load(path: str, revision: str | None = None, dtype: str = "auto", device: An
     if "not causal" in why:
         raise ValueError(f"path={path}: {why}; reward models that read in both directions are not supported")
     network = Scorer(model, layout, head.requires_grad_(False)).eval()
-    return RewardNetwork(tokenizer, network, form, (directory / FILE).is_file(), device)
+    out = RewardNetwork(tokenizer, network, form, (directory / FILE).is_file(), device)
+    ended = out.row([{"role": "user", "content": "?"}], [{"role": "assistant", "content": "!"}]).token_ids
+    check_tokens(f"path={path}", tokenizer, network.causal_lm.get_input_embeddings().weight.shape[0], [ended])
+    return out
 
 
 def stored_form(directory: Path) -> dict[str, Any] | None:
@@ -293,7 +300,7 @@ def _adapted(directory: Path, dtype: str) -> tuple[Any, None]:
         raise ValueError(f"path={directory}: its adapter does not say which model it belongs to; train with merge=true")
     try:
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-        lm = AutoModelForCausalLM.from_pretrained(base, dtype=wanted, use_safetensors=True)
+        lm = load_model(AutoModelForCausalLM, base, base, dtype=wanted, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"path={directory}: the model {base} that its adapter belongs to cannot be loaded "
@@ -310,14 +317,17 @@ def _whole(path: str, revision: str | None, dtype: str, form: dict[str, Any] | N
     if form is None and config.num_labels != 1:
         raise ValueError(f"path={path}: has {config.num_labels} outputs, a reward model has one (num_labels=1)")
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    model, told = AutoModelForSequenceClassification.from_pretrained(
-        path, use_safetensors=True, dtype=wanted, output_loading_info=True, **common
+    model = load_model(
+        AutoModelForSequenceClassification,
+        path,
+        f"path={path}",
+        unused=[r"^lm_head\."],  # of the language model that it was made of
+        use_safetensors=True,
+        dtype=wanted,
+        **common,
     )
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise ValueError(f"path={path}: {type(model).__name__} does not score its last token, which is needed here")
-    if told["missing_keys"]:
-        missing = ", ".join(sorted(told["missing_keys"])[:3])
-        raise ValueError(f"path={path}: has no weights for {missing}; it is not a trained reward model")
     return model, model.score
 
 

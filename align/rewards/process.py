@@ -17,6 +17,7 @@ import torch
 from align.rewards.base import Conversation
 from align.rewards.calls import FunctionReward
 from align.rewards.model import batches, count_failures, positive_limit
+from align.weights import load_model
 
 
 @dataclass(frozen=True)
@@ -275,12 +276,15 @@ def _load(path: str, revision: str | None, dtype: str) -> tuple[Any, Any]:
         )
     tokenizer = AutoTokenizer.from_pretrained(path, **common)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    model, told = AutoModelForTokenClassification.from_pretrained(
-        path, use_safetensors=True, dtype=wanted, output_loading_info=True, **common
+    model = load_model(
+        AutoModelForTokenClassification,
+        path,
+        f"path={path}",
+        unused=[r"^lm_head\."],  # of the language model that it was made of
+        use_safetensors=True,
+        dtype=wanted,
+        **common,
     )
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):  # an encoder would see what follows a step
         raise ValueError(f"path={path}: {type(model).__name__} reads both ways; a decoder such as Qwen2 is needed here")
-    if told["missing_keys"]:
-        missing = ", ".join(sorted(told["missing_keys"])[:3])
-        raise ValueError(f"path={path}: has no weights for {missing}; it is not a trained process reward model")
     return tokenizer, model

@@ -14,7 +14,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from transformers.cache_utils import Cache, DynamicLayer
 
 from align.data import chat
-from align.models import Policy, stock_attention
+from align.models import Policy, own_attention
 from align.rollout.base import GREEDY, Completion, Host, Sampling, Stop, check_request
 
 # Tokens after which rows that ended leave the batch: most programs are shorter than the longest of their batch.
@@ -56,7 +56,7 @@ class HFRollout:
         training = self.policy.training
         self.policy.eval()
         try:
-            with torch.no_grad(), stock_attention(self.policy.causal_lm), _plain_settings(self.policy.causal_lm):
+            with torch.no_grad(), own_attention(self.policy.causal_lm), _plain_settings(self.policy.causal_lm):
                 for number in self.progress(range(len(cuts) - 1), len(cuts) - 1):
                     self.check()
                     part = rows[cuts[number] : cuts[number + 1]]
@@ -74,7 +74,7 @@ class HFRollout:
         training = self.policy.training
         self.policy.eval()
         try:
-            with stock_attention(self.policy.causal_lm), self.autocast():
+            with own_attention(self.policy.causal_lm), self.autocast():
                 for ids, start in zip(sequences, starts, strict=True):
                     tokens = torch.tensor([list(ids)], device=self.policy.device)
                     scores = self.policy.causal_lm(tokens, use_cache=False).logits[0, start - 1 : -1]

@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from align.models import Policy, is_peft, stock_attention
+from align.models import Policy, is_peft, own_attention
 
 BACKEND = "align_file"
 
@@ -41,7 +41,7 @@ def write_model(policy: Policy, directory: Path, dtype: torch.dtype) -> list[str
     logging.disable_progress_bar()  # a run tells its own progress
     lm = policy.causal_lm
     own = lm.generation_config
-    with stock_attention(lm):  # the packed attention exists only inside align
+    with own_attention(lm):  # the packed attention exists only inside align
         lm.generation_config = GenerationConfig()
         try:
             lm.save_pretrained(directory, state_dict=_state(lm, dtype), max_shard_size="5GB")
@@ -54,7 +54,7 @@ def write_adapter(policy: Policy, directory: Path) -> None:
     """The LoRA adapter of a policy in PEFT's format."""
     if not is_peft(policy.model):
         raise ValueError("the policy has no LoRA adapter to write; set lora.rank")
-    with stock_attention(policy.causal_lm):
+    with own_attention(policy.causal_lm):
         # PEFT would ask the hub whether the vocabulary was resized; the adapter holds no embedding
         policy.model.save_pretrained(directory, save_embedding_layers=False, selected_adapters=["default"])
 

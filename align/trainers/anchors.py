@@ -12,7 +12,7 @@ import torch
 from align.config import Config, cache_root
 from align.engine.base import Engine
 from align.log import Log
-from align.models import Policy, weights_hash
+from align.models import Policy, choose_layout, weights_hash
 from align.pretrained import Pretrained, from_hub
 from align.reference import ReferenceCache
 from align.trainers.loop import Anchor
@@ -25,7 +25,8 @@ class Anchors:
     """Builds them as reference.mode and reference.path say. Before a checkpoint is restored: until then the policy is
     what the run found.
 
-    examples: those whose log-probs are cached. check is called between forwards and may raise.
+    examples: those whose log-probs are cached. check is called between forwards and may raise. probe compares a network
+    with its model's own forward and may raise: see Run.check_layout.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Anchors:
         examples: Sequence[Example],
         log: Log,
         check: Callable[[], None],
+        probe: Callable[[Policy], object],
     ):
         self.config = config
         self.engine = engine
@@ -45,6 +47,7 @@ class Anchors:
         self.examples = examples
         self.log = log
         self.check = check
+        self.probe = probe
         path = config.reference.path
         # a reference that is not the model the run starts from
         self.foreign = None if path is None else from_hub(path, None, False, False, None, "auto")
@@ -68,7 +71,7 @@ class Anchors:
             return reference.network
         if self.config.lora.rank > 0 and self.foreign is None:
             return self._adapter_off()
-        return self._frozen((self.foreign or self.pretrained).model())
+        return self._frozen(self._network(self.pretrained) if self.foreign is None else self._checked(self.foreign))
 
     def fresh(self) -> Forward:
         """The reference for rows that no cache can know: the adapter switched off, or a second set of weights.
@@ -77,7 +80,7 @@ class Anchors:
         """
         if self.foreign is None and self.config.reference.mode != "model":
             return self.network(None)
-        return self._frozen(self._checked(self.foreign) if self.foreign is not None else self.pretrained.model())
+        return self._frozen(self._network(self.pretrained) if self.foreign is None else self._checked(self.foreign))
 
     def _own(self) -> Anchor:
         mode = self.config.reference.mode
@@ -85,30 +88,35 @@ class Anchors:
             return Anchor(self._cache(self.engine.policy, self.model_hash), None)
         if mode == "adapter":
             return Anchor(None, self._adapter_off())
-        return Anchor(None, self._frozen(self.pretrained.model()))
+        return Anchor(None, self._frozen(self._network(self.pretrained)))
 
     def _other(self, foreign: Pretrained) -> Anchor:
-        model = self._checked(foreign)
+        network = self._checked(foreign)
         if self.config.reference.mode == "cached":
-            network = Policy(model.to(self.engine.policy.device).float(), self.engine.policy.layout)
-            return Anchor(self._cache(network, weights_hash(model)), None)
-        return Anchor(None, self._frozen(model))
+            return Anchor(self._cache(network, weights_hash(network.model)), None)
+        return Anchor(None, self._frozen(network))
 
-    def _checked(self, foreign: Pretrained) -> Any:
-        model = foreign.model()
+    def _network(self, source: Pretrained) -> Policy:
+        """A model in the policy's layout, in float32; under stage 3 whole until `_frozen` shards it."""
+        policy = self.engine.policy
+        return Policy(source.model().to(policy.device).float(), policy.layout).eval().requires_grad_(False)
+
+    def _checked(self, foreign: Pretrained) -> Policy:
+        """Of a model that is not the policy's: with its vocabulary, and computing here what it computes itself."""
+        network = self._network(foreign)
+        model = network.causal_lm
+        choose_layout(model, network.layout, 0.0)
         there, here = model.config.vocab_size, self.engine.policy.causal_lm.config.vocab_size
         if there != here:
             raise ValueError(
                 f"reference.path={foreign.name} has a vocabulary of {there} tokens, the policy of {here}; a reference "
                 "must share the tokenizer"
             )
-        return model
+        self.probe(network)
+        return network
 
-    def _frozen(self, model: Any) -> Forward:
-        policy = self.engine.policy
-        twin = Policy(model.to(policy.device).float(), policy.layout).eval().requires_grad_(False)
-        twin = self.engine.frozen(twin)
-        return torch.no_grad()(self._in_precision(twin))
+    def _frozen(self, network: Policy) -> Forward:
+        return torch.no_grad()(self._in_precision(self.engine.frozen(network)))
 
     def _adapter_off(self) -> Forward:
         policy, engine = self.engine.policy, self.engine

@@ -12,7 +12,7 @@ from rich.table import Table
 from align.checkpoint import atomic_directory
 from align.config import Config
 from align.evaluate.samples import Sample, paired_bootstrap
-from align.models import Network, Scorer, is_peft, stock_attention
+from align.models import Network, Scorer, is_peft, own_attention
 from align.rewards import network
 
 
@@ -36,7 +36,7 @@ def write_final(
     logging.disable_progress_bar()  # a run tells its own progress
 
     def write(directory: Path) -> None:
-        with stock_attention(policy.causal_lm):  # the packed attention exists only inside align
+        with own_attention(policy.causal_lm):  # the packed attention exists only inside align
             if isinstance(policy, Scorer):
                 assert form is not None
                 network.write(policy, form, tokenizer, config.merge, directory)

@@ -95,6 +95,7 @@ class Training(Run):
         if self.planned(state, len(self.train)):
             return 0
 
+        self.check_model(row.token_ids for e in (*self.train, *self.heldout) for row in e.rows)
         policy = self._policy()
         self.engine = make_engine(config, policy, self.precision, self.world)
         self.model_hash = self.hash_of_start(self.engine)
@@ -175,6 +176,7 @@ class Training(Run):
             [self.train[i] for i in sorted(visited)] + self.heldout,
             self.log,
             self.signals.agree,
+            lambda network: self.check_layout(network, self.train[:2]),
         )
         if self.foreign is not None:
             self.anchors.foreign = self.foreign
@@ -189,7 +191,7 @@ class Training(Run):
         first = self.train[:2]
         gap = self.check_layout(self.engine.policy, first)
         if trainee.reference is None or self.anchors.foreign is not None:
-            self.log.say(f"self-check passed: layouts agree to {gap:.1e} nats")
+            self.log.say(f"self-check passed: log-probs are the model's own to {gap:.1e} nats")
             return
         ratio = reference_gap(trainee, first)
         if not ratio <= SELF_CHECK_TOLERANCE[self.precision]:
@@ -198,7 +200,7 @@ class Training(Run):
                 "the reference is miswired (stale cache? remove reference.cache_dir, or use reference.mode=model)"
             )
         self.log.say(
-            f"self-check passed: policy = reference to {ratio:.1e} nats per token, layouts agree to {gap:.1e} nats"
+            f"self-check passed: log-probs are the model's own to {gap:.1e} nats, policy = reference to {ratio:.1e}"
         )
 
     def _loss_before(self) -> None:

@@ -157,6 +157,7 @@ class OnlineTraining(Run):
         state = self.restore_point(self.data_hash)
         if self.planned(state, len(self.train)):
             return 0
+        self.check_model(p.token_ids for p in (*self.train, *self.heldout))
         policy = self._policy()
         self.engine = make_engine(config, policy, self.precision, self.world, self.trainer.value_lr_scale)
         self.model_hash = self.hash_of_start(self.engine)
@@ -235,7 +236,16 @@ class OnlineTraining(Run):
         config = self.config
         self.reference: Callable[..., Any] | None = None
         if "reference" in self.objective.needs or self.trainer.kl_in_reward > 0:
-            anchors = Anchors(config, self.engine, self.pretrained, self.model_hash, [], self.log, self.signals.agree)
+            anchors = Anchors(
+                config,
+                self.engine,
+                self.pretrained,
+                self.model_hash,
+                [],
+                self.log,
+                self.signals.agree,
+                lambda network: self.check_layout(network, self._branching()),
+            )
             self.reference = anchors.fresh()
         cached = None
         if "reference" in self.objective.needs:
@@ -296,17 +306,18 @@ class OnlineTraining(Run):
             for p in rows
         ]
 
+    def _branching(self) -> list[Example]:
+        """Two of them, each beside one that branches off half-way: what a layout shares must be shared here too."""
+        return [replace(e, rows=(e.rows[0], _branched(e.rows[0]))) for e in self._probe()[:2]]
+
     def _self_check(self) -> None:
         """The policy's layout must compute what the model means, and the reference must be the untrained policy."""
         probe = self._probe()
         if not probe:
             self.log.say("self-check left out: no prompt has two tokens")
             return
-        # each prompt beside one that branches off half-way: what a layout shares must be shared here too
-        gap = self.check_layout(
-            self.engine.policy, [replace(e, rows=(e.rows[0], _branched(e.rows[0]))) for e in probe[:2]]
-        )
-        said = f"self-check passed: layouts agree to {gap:.1e} nats"
+        gap = self.check_layout(self.engine.policy, self._branching())
+        said = f"self-check passed: log-probs are the model's own to {gap:.1e} nats"
         if self.reference is not None and self.config.reference.path is None:
             ours, theirs = (self._values(network, probe)["token_logps"] for network in (self._stats, self.reference))
             ratio = max(float(np.abs(a - b).max()) for (a,), (b,) in zip(ours, theirs, strict=True))
@@ -315,7 +326,7 @@ class OnlineTraining(Run):
                     f"self-check: policy and reference differ by {ratio:.2g} nats per token before training; the "
                     "reference is miswired"
                 )
-            said += f", policy = reference to {ratio:.1e} nats per token"
+            said += f", policy = reference to {ratio:.1e}"
         self.log.say(said)
 
     def _prove(self, step: int) -> dict[str, float]:

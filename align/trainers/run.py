@@ -6,18 +6,21 @@ A trainer is a Run with a loop of its own; `start` opens the directory and turns
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from align import build, checkpoint
 from align.config import Config
 from align.data.audit import Audit
+from align.data.chat import stop_ids
 from align.device import available_bytes, memory_plan, pick_device, pick_precision, pick_recompute
 from align.engine.base import Engine, shape_of
 from align.engine.loading import load_model
@@ -40,7 +43,8 @@ from align.trainers.drawing import Led
 from align.trainers.final import write_final
 from align.trainers.loop import NonFinite, plan
 from align.trainers.signals import Signals, Stopped
-from align.types import Example
+from align.types import Example, Layout
+from align.weights import check_tokens
 
 # The same numbers computed in other batches or by other kernels: nats per token.
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
@@ -160,15 +164,28 @@ class Run(ABC):
         return torch.autocast(device, dtype=self.precision, enabled=self.precision != torch.float32)
 
     def check_layout(self, policy: Network, examples: list[Example]) -> float:
-        """Largest difference of the layout's log-probs from the model's own attention. Raises SelfCheckError."""
+        """Largest difference of what is trained from the model's own forward. Raises SelfCheckError."""
+        if not examples:
+            return 0.0
+        gap, tolerance = self._gap(policy, examples, policy.layout), SELF_CHECK_TOLERANCE[self.precision]
+        if gap <= tolerance:
+            return gap
+        packed = policy.layout != "padded" and self._gap(policy, examples, "padded") <= tolerance
+        cure = "use trainer.layout=padded" if packed else "its head or attention is not known to align"
+        raise SelfCheckError(
+            f"self-check: log-probs in layout {policy.layout} differ by {gap:.2g} nats per token from those of "
+            f"{type(policy.causal_lm).__name__}'s own forward; {cure}, report the model"
+        )
+
+    def _gap(self, policy: Network, examples: list[Example], layout: Layout) -> float:
         with self.autocast():
-            gap = max(self.world.gather(probe_layout(policy, examples)))
-        if gap > SELF_CHECK_TOLERANCE[self.precision]:
-            raise SelfCheckError(
-                f"self-check: {policy.layout} log-probs differ from the model's own attention by "
-                f"{gap:.2g} nats per token; use trainer.layout=padded and report the model"
-            )
-        return gap
+            return max(self.world.gather(probe_layout(policy, examples, layout)))
+
+    def check_model(self, rows: Iterable[Sequence[int] | np.ndarray]) -> None:
+        """Raises ValueError if the model cannot read these rows of token ids, or end a turn."""
+        size = shape_of(self.model().get_input_embeddings().weight)[0]
+        ends = stop_ids(self.tokenizer, self.generation_config)
+        check_tokens(f"model {self.pretrained.name}", self.tokenizer, size, itertools.chain(rows, [ends]))
 
     # ------------------------------------------------------------------ the rollout
 

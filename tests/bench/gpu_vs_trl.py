@@ -31,7 +31,7 @@ import torch
 from align import attention
 from align.config import OptimizerConfig
 from align.engine.local import LocalEngine
-from align.models import Recompute, enable_recompute, lora, probe_layout, stock_attention_name
+from align.models import Recompute, enable_recompute, lora, own_attention_name, probe_layout
 from align.objectives.losses import Sigmoid
 from align.objectives.preference import WPO
 from align.packing import common_prefix_length
@@ -124,7 +124,7 @@ class OnDevice(Trl):
 
     def step(self, trainee: Trainee, variant: str, pairs: Sequence[Example]) -> tuple[float, float]:
         """Loss and gradient norm of one optimiser step."""
-        self.policy.config._attn_implementation = stock_attention_name(self.policy.config)
+        self.policy.config._attn_implementation = own_attention_name(self.policy)
         total = 0.0
         for start in range(0, len(pairs), self.batch):
             part = pairs[start : start + self.batch]

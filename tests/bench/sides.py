@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.models import Policy, stock_attention_name
+from align.models import Policy, own_attention_name
 from align.objectives.losses import Sigmoid
 from align.packing import pack, token_column
 from align.reference import ReferenceCache
@@ -95,7 +95,7 @@ class Align:
 
 def in_layout(model: Any, layout: Layout) -> Policy:
     """A Policy around a model that another layout may have used before; costs nothing."""
-    model.config._attn_implementation = stock_attention_name(model.config)
+    model.config._attn_implementation = own_attention_name(model)
     return Policy(model, layout)
 
 

@@ -261,7 +261,7 @@ def test_an_adapter_of_another_network_is_refused(tmp_path, base):
     torch.manual_seed(5)
     other = LlamaForCausalLM(config(num_hidden_layers=1))
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="its adapter does not fit the base"):
+    with pytest.raises(ValueError, match="its adapter does not fit the model"):
         components(node(members, base=str(tmp_path / "other")), RewardHost())
     changed = TOKENIZER.__class__.from_pretrained(members[1])
     changed.chat_template = "{{ messages[0]['content'] }}"

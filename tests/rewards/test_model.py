@@ -113,7 +113,7 @@ def test_models_that_are_none_are_refused(tmp_path):
     torch.manual_seed(0)
     LlamaForCausalLM(config(num_labels=1)).save_pretrained(tmp_path / "lm")
     TOKENIZER.save_pretrained(tmp_path / "lm")
-    with pytest.raises(ValueError, match=r"has no weights for score\.weight"):
+    with pytest.raises(ValueError, match=r"do not hold score\.weight of LlamaFor"):
         components(node(str(tmp_path / "lm")), RewardHost())
     with pytest.raises(ValueError, match=r"^reward\.r: "):
         components(node(str(tmp_path / "nothing")), RewardHost())

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from align.models import Policy, lora, stock_attention
+from align.models import Policy, lora, own_attention
 from align.pretrained import byte_tokenizer, smollm2
 from align.rollout.base import Host, Sampling
 from align.rollout.hf import HFRollout, _common, _cuts, _draw, _StopTexts, _uniform
-from tests.conftest import tiny_model
+from tests.conftest import gpt_oss, tiny_model
 
 TOKENIZER = byte_tokenizer()
 EOS = TOKENIZER.eos_token_id
@@ -41,7 +41,7 @@ def prompts(rng, n, shared=5):
 
 @torch.no_grad()
 def logits(r, ids):
-    with stock_attention(r.policy.causal_lm):
+    with own_attention(r.policy.causal_lm):
         return r.policy.causal_lm(torch.tensor([list(ids)])).logits[0]
 
 
@@ -152,6 +152,21 @@ def test_the_token_that_completes_a_stop_text_is_kept_whole():
     assert at.lengths == {0: len(ids)}
 
 
+def test_a_model_answers_in_the_attention_that_it_was_loaded_with(rng):
+    """Transformers' SDPA would drop these sinks without a word."""
+    ids = dict(vocab_size=len(TOKENIZER), eos_token_id=EOS, pad_token_id=EOS)
+    lm = gpt_oss(**ids)
+    asked = prompts(rng, 1)
+    tokens = torch.tensor(asked)
+    with torch.no_grad():
+        expected = lm(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+        following = lm(tokens).logits[0, -1].log_softmax(-1).max()
+    r = HFRollout(host(Policy(lm, "padded")), batch_size=2)
+    np.testing.assert_allclose(r.logps(asked, [1])[0], expected, rtol=0, atol=1e-5)
+    drawn = r.generate(asked, Sampling(1, temperature=0.0))[0][0]
+    assert drawn.logps[0] == pytest.approx(float(following), abs=1e-5)
+
+
 def test_lora_is_part_of_what_generates(rng):
     lm = policy().causal_lm.float()
     plain = HFRollout(host(Policy(lm, "shared")), batch_size=4)
@@ -159,7 +174,10 @@ def test_lora_is_part_of_what_generates(rng):
     before = plain.generate(asked, Sampling(10, temperature=0.0))
     adapted = Policy(lora(lm, rank=4, alpha=64.0, dropout=0.0, targets="all-linear", seed=0), "shared")
     r = HFRollout(host(adapted), batch_size=4)
-    assert r.generate(asked, Sampling(10, temperature=0.0)) == before  # B is 0
+    same = r.generate(asked, Sampling(10, temperature=0.0))  # B is 0
+    assert [[c.token_ids for c in row] for row in same] == [[c.token_ids for c in row] for row in before]
+    for (a,), (b,) in zip(same, before, strict=True):  # products round by how their operands lie in memory
+        np.testing.assert_allclose(a.logps, b.logps, rtol=0, atol=1e-5)
     for name, p in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p.data, std=0.5, generator=torch.Generator().manual_seed(0))

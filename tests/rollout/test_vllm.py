@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from align.models import Policy, lora, stock_attention
+from align.models import Policy, lora, own_attention
 from align.pretrained import byte_tokenizer
 from align.rollout.base import Host, Sampling
 from align.rollout.hf import HFRollout
@@ -240,7 +240,7 @@ def exact_logps(policy: Policy, asked: list[list[int]]) -> list[list[float]]:
     """Log-probs of all tokens but the first, by the model's own attention in float64."""
     wide = copy.deepcopy(policy.causal_lm).double()
     out = []
-    with stock_attention(wide):
+    with own_attention(wide):
         for ids in asked:
             told = wide(torch.tensor([list(ids)])).logits[0, :-1].log_softmax(-1)
             out.append(told.gather(1, torch.tensor(ids)[1:, None])[:, 0].tolist())

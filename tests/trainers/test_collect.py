@@ -293,7 +293,7 @@ def test_a_resumed_round_of_a_random_network_has_the_same_bytes(tmp_path):
 @pytest.mark.slow
 def test_smollm2_solves_sums_with_the_tool(tmp_path):
     """The recipe's protocol in small: right and wrong trajectories, and log-probs that are the policy's."""
-    from align.models import stock_attention
+    from align.models import own_attention
 
     settings = replace(
         Settings(), num_problems=4, num_heldout=1, num_examples=1, samples_per_problem=4, chunk_problems=4,
@@ -307,7 +307,7 @@ def test_smollm2_solves_sums_with_the_tool(tmp_path):
     assert r["called_tool"] > 8
     for line in rows(tmp_path / "collect" / "trajectories-000.jsonl")[:4]:
         tokens = torch.tensor([line["token_ids"]])
-        with torch.no_grad(), stock_attention(policy.causal_lm):
+        with torch.no_grad(), own_attention(policy.causal_lm):
             logps = policy.causal_lm(tokens).logits[0].log_softmax(-1)
         at = [n for _, a, b, target in line["spans"] if target for n in range(a, b)]
         expected = torch.stack([logps[n - 1, line["token_ids"][n]] for n in at])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from align.models import stock_attention
+from align.models import own_attention
 from align.trainers.experience import episodes, examples
 from tests.trainers.online_runs import REMAX, REWARDS, ready
 
@@ -88,7 +88,7 @@ def gradient(t, groups):
 def logps(model, lm, group, completion):
     """Of each token of a completion, by a plain forward of this one sequence."""
     ids = torch.tensor([[*group.prompt.token_ids, *completion.token_ids]])
-    with stock_attention(lm):
+    with own_attention(lm):
         scores = model(ids, use_cache=False).logits[0].log_softmax(-1)
     start = len(group.prompt.token_ids)
     return scores[start - 1 : -1].gather(1, ids[0, start:, None])[:, 0]
