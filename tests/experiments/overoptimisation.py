@@ -63,10 +63,26 @@ def less_first(data: dict[str, Any], name: str) -> str:
     return "| " + " | ".join([name, *map(_shown, gaps), ", ".join(apart) or "none"]) + " |"
 
 
+def falls(data: dict[str, Any]) -> str:
+    """Lines on the curves whose mean gold is highest before the largest n, and whether that is more than chance."""
+    out, shown = [], []
+    for name, curve in data["curves"].items():
+        peak, last = curve["measured_peak"], curve["gold"][-1]
+        if peak["n"] == data["n"][-1]:
+            continue
+        shown.append(last["high"] < peak["gold"])
+        said = "that is over-optimisation" if shown[-1] else "the interval there holds the highest mean"
+        out.append(
+            f"- {name}: mean gold is highest at n = {peak['n']} and {curve['lost_after_peak']:.3f} lower at "
+            f"n = {data['n'][-1]}; {said}."
+        )
+    if not any(shown):
+        out.append("- Over-optimisation, a loss of gold beyond chance, is shown by no curve.")
+    return "\n".join(out)
+
+
 def page(data: dict[str, Any]) -> str:
     """docs/experiments/overoptimisation.md."""
-    peaks = {name: curve["measured_peak"]["n"] for name, curve in data["curves"].items()}
-    falls = [name for name, n in peaks.items() if n < data["n"][-1]]
     first = data["first"]
     count = data["num_seeds"]
     return (
@@ -97,9 +113,7 @@ Student's t over {count} seeds (each has its own pool and models); differences a
         + "\n".join(less_first(data, name) for name in data["curves"] if name != first)
         + f"""
 
-- Mean gold is highest before the largest n, the sign of over-optimisation, for: \
-{", ".join(f"{name} (n = {peaks[name]})" for name in falls) or "none"}.
-  How far it falls stands in the table, to be read against the intervals of its line.
+{falls(data)}
 - The proxy goes on to promise more than gold gives: the last column of the first table.
 - The intervals are {len(data["curves"]) - 1} x {len(SHOWN)} looks at the same seeds, not corrected for their number.
 - alpha and beta are fitted to the mean curve; those of each seed are in overoptimisation.json.

@@ -40,3 +40,24 @@ def test_proxies_are_what_their_names_say():
     got = overoptimisation.proxies(np.array([[0.0, 4.0], [2.0, 0.0]]), np.array([7.0, 8.0]))
     want = {"single": [0, 4], "mean": [1, 2], "WCO": [0, 0], "UWO": [1 - 0.5 * 1, 2 - 0.5 * 4], "WARM": [7, 8]}
     assert {name: values.tolist() for name, values in got.items()} == want
+
+
+def test_a_fall_that_its_interval_holds_is_not_over_optimisation():
+    """Highest at n = 2 with 1.0, then 0.9: chance in [0.7, 1.1], not in [0.85, 0.95]. Highest at the end: no fall."""
+
+    def said(low, high, peak=(2, 1.0)):
+        curve = {
+            "measured_peak": {"n": peak[0], "gold": peak[1]},
+            "lost_after_peak": peak[1] - 0.9,
+            "gold": [{"mean": 0.0}, {"mean": 1.0}, {"mean": 0.9, "low": low, "high": high}],
+        }
+        return overoptimisation.falls({"n": [1, 2, 4], "curves": {"one": curve}}).splitlines()
+
+    assert said(0.7, 1.1) == [
+        "- one: mean gold is highest at n = 2 and 0.100 lower at n = 4; the interval there holds the highest mean.",
+        "- Over-optimisation, a loss of gold beyond chance, is shown by no curve.",
+    ]
+    assert said(0.85, 0.95) == [
+        "- one: mean gold is highest at n = 2 and 0.100 lower at n = 4; that is over-optimisation."
+    ]
+    assert said(0.7, 1.1, (4, 0.9)) == ["- Over-optimisation, a loss of gold beyond chance, is shown by no curve."]

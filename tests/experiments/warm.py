@@ -321,6 +321,8 @@ Midpoints:
 |{dashes}
 {_by_seed(unprobed)}
 """
+    else:
+        text += "\nMembers without a common head (trainer.probe_steps=0: every member draws its own) were not run.\n"
     return (
         text
         + """
