@@ -111,7 +111,8 @@ class Log:
 
     def close(self) -> None:
         """Finish the mirrors."""
-        for name, _, close in self.mirrors:
+        mirrors, self.mirrors = self.mirrors, []  # a tracker need not bear to be finished twice
+        for name, _, close in mirrors:
             try:
                 close()
             except Exception as error:  # as in row

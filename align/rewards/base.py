@@ -34,5 +34,5 @@ class Reward(Protocol):
         ...
 
     def close(self) -> None:
-        """Give up processes and memory."""
+        """Give up processes and memory; a second time there is nothing left to do."""
         ...

@@ -49,7 +49,7 @@ class StepReward(Protocol):
         ...
 
     def close(self) -> None:
-        """Give up processes and memory."""
+        """As of Reward."""
         ...
 
 
@@ -60,6 +60,9 @@ class Rewards:
         self.names = tuple(parts)
         self.weights = np.asarray(weights, dtype=np.float64)  # [K]
         self._parts = dict(parts)
+        self._open = contextlib.ExitStack()
+        for part in parts.values():
+            self._open.callback(part.close)
         self.steps_name = next((name for name, part in parts.items() if gives_steps(part)), None)
 
     def score(self, conversations: Sequence[Conversation]) -> np.ndarray:
@@ -90,9 +93,8 @@ class Rewards:
         return {f"{name}/{reason}": n for name, part in self._parts.items() for reason, n in part.counts.items()}
 
     def close(self) -> None:
-        """Give up processes and memory."""
-        for part in self._parts.values():
-            part.close()
+        """Give up processes and memory: of every part once, also where another's close fails."""
+        self._open.close()
 
 
 def components(node: Mapping[str, Any], host: RewardHost) -> Rewards:

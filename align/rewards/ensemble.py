@@ -171,7 +171,7 @@ class _Shared(RewardModel):
             "outputs": [f"member_{m}" for m in range(1, len(members) + 1)],
             "prompts": _prompts(directories, forms),
         }
-        self.network = RewardNetwork(tokenizer, network, stacked, True, host.device)
+        self._network = RewardNetwork(tokenizer, network, stacked, True, host.device)
 
     def member_scores(self, conversations: Sequence[Conversation]) -> np.ndarray:
         """[M, N]; NaN where a member has none."""

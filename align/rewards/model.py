@@ -41,10 +41,16 @@ class RewardModel:
         self, host: Any, *, path: str, revision: str | None, dtype: str, max_tokens: int, output: str | None = None
     ):
         self.host = host
-        self.network: RewardNetwork = load(path, revision, dtype, host.device)
+        self._network: RewardNetwork | None = load(path, revision, dtype, host.device)
         self.output = output_index(self.network, output)
         self.max_tokens = positive_limit(max_tokens)
         self.counts: dict[str, int] = Counter()
+
+    @property
+    def network(self) -> RewardNetwork:
+        """The model, until it is closed."""
+        assert self._network is not None
+        return self._network
 
     def __call__(self, conversations: Sequence[Conversation]) -> np.ndarray:
         """See Reward."""
@@ -98,7 +104,7 @@ class RewardModel:
 
     def close(self) -> None:
         """Give up the model's memory."""
-        del self.network
+        self._network = None
 
 
 def output_index(network: RewardNetwork, output: str | None) -> int:
@@ -158,7 +164,8 @@ class AdapterReward:
         self.counts: dict[str, int] = Counter()
         self.ours = (Path(path) / FILE).is_file()
         self._peft = host.policy.model
-        self.adapter = _free_name(self._peft.peft_config)
+        self.adapter: str = _free_name(self._peft.peft_config)
+        self._open = True
         self.weight = _head(Path(path), host.policy.causal_lm.config.get_text_config().hidden_size).to(host.device)
         with _as_before(self._peft):
             add_adapter(self._peft, path, self.adapter)
@@ -179,7 +186,8 @@ class AdapterReward:
 
     def close(self) -> None:
         """Take the adapter out of the policy's model: what is saved afterwards does not hold it."""
-        if self.adapter in self._peft.peft_config:
+        if self._open:  # a second time the name may be that of another reward's adapter
+            self._open = False
             with _as_before(self._peft):
                 self._peft.delete_adapter(self.adapter)
 

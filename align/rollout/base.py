@@ -125,7 +125,7 @@ class Rollout(Protocol):
         ...
 
     def close(self) -> None:
-        """Give up memory and processes."""
+        """Give up memory and processes; a second time there is nothing left to do."""
         ...
 
 

@@ -104,6 +104,7 @@ class VLLMRollout:
         self.max_model_len = 0  # told by the engine
         self._process: subprocess.Popen[bytes] | None = None
         self._asleep = False
+        self._open = True
         self._scratch: files.Scratch | None = None
         self._log_start = 0
         self._model = host.directory / "model"
@@ -174,6 +175,9 @@ class VLLMRollout:
     def close(self) -> None:
         """End the engine and remove the weights that were written for it; its log stays."""
         self._end()
+        if not self._open:  # the directory may be another rollout's by now
+            return
+        self._open = False
         if self._scratch is not None:
             self._scratch.close()
             self._scratch = None

@@ -149,10 +149,13 @@ class _Work:
 
     def close(self) -> None:
         """End the engine and the rewards' processes."""
-        for part in (self._rollout, self._rewards):
-            if part is not None:
-                part.close()
-        self._rollout = self._rewards = None
+        rollout, rewards, self._rollout, self._rewards = self._rollout, self._rewards, None, None
+        try:
+            if rollout is not None:
+                rollout.close()
+        finally:
+            if rewards is not None:
+                rewards.close()
 
     def summary(self) -> Summary:
         """What stands in the file."""

@@ -115,9 +115,11 @@ class Iteration(Run):
 
     def close(self) -> None:
         """Ends the rewards' processes too."""
-        super().close()
-        if self.rewards is not None:
-            self.rewards.close()
+        try:
+            super().close()
+        finally:
+            if self.rewards is not None:
+                self.rewards.close()
 
     # ------------------------------------------------------------------ what is asked
 

@@ -79,8 +79,9 @@ class Run(ABC):
 
     def close(self) -> None:
         """End what was started: also after an error."""
-        if self._rollout is not None:
-            self._rollout.close()
+        rollout, self._rollout = self._rollout, None
+        if rollout is not None:
+            rollout.close()
 
     # ------------------------------------------------------------------ the model
 

@@ -116,6 +116,16 @@ def starts(tmp_path):
     return [json.loads(line) for line in (tmp_path / "starts").read_text().splitlines()]
 
 
+def test_a_second_close_leaves_the_weights_of_the_next_engine(make, tmp_path):
+    first = make("serve")
+    first.close()
+    assert not (tmp_path / "engine" / "model").exists()
+    second = make("serve")
+    first.close()
+    assert (tmp_path / "engine" / "model").is_dir()
+    assert second.generate([[1, 2]], Sampling(4, seed=11))
+
+
 def test_draws_have_their_own_seeds_and_come_back_in_order(make):
     r = make("serve")
     sampling = Sampling(4, seed=11)
