@@ -42,7 +42,7 @@ align: align language models to human preferences
   align evaluate overoptimisation data.train=FILE out=DIR
                                              best-of-n curves of gold against proxies
   align evaluate run.dir=DIR [data.train=FILE ...] [--json OUT.json]
-                                             ranking and reward accuracy of a finished run on pairs
+                                             how a finished run ranks pairs; of a reward model: align evaluate pairs
   align doctor [run.dir=DIR] [free_gib=N] [--json OUT.json]
                                              what of this machine and environment would stop a run; exit code 1 if so
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.killer import rows_file, settings, shared
+from tests.trainers.online_runs import words_of as online_words
+from tests.trainers.test_iterate import words as iterate_words
 
 SHORT = ["trainer.max_steps=6", "trainer.eval_every=0", "trainer.save_every=6", "optimizer.lr=1e-2", "lora.dropout=0"]
 RUNS = {
@@ -164,3 +166,105 @@ def test_a_run_that_collected_is_evaluated_on_its_pairs(base):
     report = evaluated(run)
     assert list(report["reward_by_set"]) == [str(run / "collect" / "pairs.jsonl")]
     assert report["num_pairs"] == json.loads((run / "collect" / "collect.json").read_text())["pairs"]
+
+
+# ---------------------------------------------------------------------- every kind of run
+
+
+def scored_rows(base: Path) -> Path:
+    """Completions with a reward each."""
+    path = base / "scored.jsonl"
+    rows = [{"prompt": f"question {i}", "completion": "yes", "numbers": {"reward": i % 2}} for i in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def of_pairs(base: Path, run: Path, *more: str) -> list[str]:
+    return settings(base, *SHORT, f"run.dir={run}", *more)
+
+
+def of_scored(base: Path, run: Path, *more: str) -> list[str]:
+    return of_pairs(base, run, f"data.train={scored_rows(base)}", "data.heldout=", *more)
+
+
+def of_prompts(base: Path, run: Path, *more: str) -> list[str]:
+    (base / "online").mkdir(exist_ok=True)
+    return ["train", *online_words(base / "online", f"run.dir={run}", "trainer.max_steps=1", *more)]
+
+
+def of_rounds(base: Path, run: Path, *more: str) -> list[str]:
+    (base / "rounds").mkdir(exist_ok=True)
+    return iterate_words(base / "rounds", run, "trainer.epochs=1", "pairs=wpo_v2", *more)
+
+
+ONLINE = ("objective=policy_gradient", "advantage=remax")
+WHOLE = ("lora.rank=0", "lora.dropout=")
+SCORES = "align evaluate pairs model={run}/final data.train=FILE out=DIR"
+NO_REFERENCE = "no reward accuracy: the run was trained without a reference"
+PAIRS = "give pairs: align evaluate run.dir={run} data.train=FILE"
+# name -> words of the run, what its evaluation on its own data is refused with, and what evaluation on pairs says
+# instead of a reward accuracy; None: it is evaluated, and has one
+KINDS = {
+    "bradley_terry": (of_pairs, ("recipe=reward_model", *WHOLE), SCORES, SCORES),
+    "reward_adapter": (of_pairs, ("recipe=reward_model",), SCORES, SCORES),
+    "general": (of_pairs, ("recipe=gpm", *WHOLE), SCORES, SCORES),
+    "warm": (of_pairs, ("recipe=warm", *WHOLE, "trainer.members=2", "trainer.probe_steps=0", "trainer.max_steps=1",
+                        "reference.cache_dir="), SCORES, SCORES),
+    "simpo": (of_pairs, ("recipe=simpo",), None, NO_REFERENCE),
+    "orpo": (of_pairs, ("recipe=orpo",), None, NO_REFERENCE),
+    "sft": (of_pairs, ("recipe=sft",), None, NO_REFERENCE),
+    "wpo": (of_pairs, ("recipe=wpo",), None, None),
+    "kto": (of_pairs, ("recipe=kto",), None, None),
+    "oreo": (of_scored, ("objective=oreo", "recipe=", "trainer.max_steps=1"), PAIRS, None),
+    "online_kl": (of_prompts, (*ONLINE, "trainer.kl_in_reward=0.05"), PAIRS, None),
+    "online": (of_prompts, ONLINE, PAIRS, NO_REFERENCE),
+    "rounds": (of_rounds, (), PAIRS, "align evaluate run.dir={run}/rounds/02/train"),
+    "rounds_fixed": (of_rounds, ("trainer.reference=fixed",), PAIRS, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_run_is_evaluated_by_what_it_learnt_or_refused(base, name):
+    make, words, own, instead = KINDS[name]
+    run = base / "kinds" / name
+    done = shared().run(make(base, run, *words))
+    assert done.code == 0, done.said
+    pairs = rows_file(base / "pairs.jsonl", 5, 7)
+    for more, refused in (([], own), ([f"data.train={pairs}"], own if own == SCORES else None)):
+        told = shared().run(["evaluate", f"run.dir={run}", *more])
+        said = " ".join(told.said.split())
+        if refused is not None:
+            assert told.code == 2, told.said
+            assert refused.format(run=run) in said
+            assert "Traceback" not in said
+            continue
+        assert told.code == 0, told.said
+        assert ("reward accuracy" in said.replace("no reward accuracy", "")) == (instead is None)
+        assert instead is None or instead.format(run=run) in said
+        assert ("of the model before training" in said) == (instead is not None)
+
+
+def test_a_round_is_compared_with_its_own_reference(base):
+    """As the refusal of the whole run's reward says: what the round before left ranks as the reference."""
+    run = base / "two_rounds"
+    done = shared().run(of_rounds(base, run))
+    assert done.code == 0, done.said
+    pairs = rows_file(base / "pairs.jsonl", 5, 7)
+    first, second = (evaluated(run / "rounds" / n / "train", f"data.train={pairs}") for n in ("01", "02"))
+    for kind in ("ranking", "ranking_normalised"):
+        assert first[kind]["mean"] == second[f"reference_{kind}"]["mean"]
+    assert first["reward"] is not None
+    assert second["reward"] is not None
+
+
+@pytest.mark.parametrize("name", ["simpo", "orpo"])
+def test_without_a_reference_the_ranking_per_token_is_what_the_run_measured(base, name):
+    run = base / "measured" / name
+    done = shared().run(of_pairs(base, run, f"recipe={name}"))
+    assert done.code == 0, done.said
+    measured = json.loads((run / "summary.json").read_text())["metrics"]["accuracy/heldout"]
+    report = evaluated(run)
+    assert report["ranking_normalised"]["mean"] == pytest.approx(measured)
+    assert report["ranking_normalised_by_set"][str(base / "heldout.jsonl")]["mean"] == pytest.approx(measured)
+    assert (report["reward"], report["reward_minus_ranking"], report["reward_by_set"]) == (None, None, {})
+    assert report["ideal"] == []

@@ -30,8 +30,8 @@ class RankingReport:
     ranking_normalised: Interval  # the same per token
     reference_ranking: Interval
     reference_ranking_normalised: Interval
-    reward: Interval  # log policy - log reference is larger for chosen; a tie is wrong
-    reward_minus_ranking: Interval  # paired
+    reward: Interval | None  # log policy - log reference is larger for chosen; a tie is wrong. None: not asked for
+    reward_minus_ranking: Interval | None  # paired
     num_wrong_before: int  # pairs that the reference ranks wrongly
     flipped: Interval | None  # share of those that the policy ranks rightly
     flipped_easy: Interval | None  # of those with difficulty c up to their median
@@ -39,6 +39,7 @@ class RankingReport:
     num_agreement: int  # pairs whose raters' agreement is known
     ideal: tuple[tuple[float, Interval], ...]  # beta, share of those that an ideally trained policy ranks rightly
     reward_by_set: tuple[tuple[str, Interval], ...]  # reward accuracy of each set of pairs, in order of appearance
+    ranking_normalised_by_set: tuple[tuple[str, Interval], ...]
 
 
 def ranked(logps: np.ndarray, lengths: np.ndarray | None = None) -> np.ndarray:
@@ -95,11 +96,14 @@ def ranking_report(
     sets: Sequence[str] | None = None,
     betas: Sequence[float] = BETAS,
     seed: int = 0,
+    rewarded_by_reference: bool = True,
 ) -> RankingReport:
     """All of the above for P >= 1 pairs.
 
     policy_logps, reference_logps, lengths: [P, 2]. agreement: [P], NaN where it is not known; None: nowhere.
     sets: the name of each pair's set, e.g. in and out of distribution. The reference is the policy before training.
+    rewarded_by_reference: whether training compared the policy with it; if not, neither its reward nor the ideal, which
+    is DPO's, means anything, and they are left out.
     Raises ValueError for shapes and numbers that cannot be used.
     """
     policy, reference, counts = (np.asarray(a, dtype=float) for a in (policy_logps, reference_logps, lengths))
@@ -116,29 +120,29 @@ def ranking_report(
         bad = int((~np.isfinite(policy) | ~np.isfinite(reference)).any(1).argmax())
         raise ValueError(f"ranking: a log-prob of pair {bad} is not finite")
     rng = np.random.default_rng(seed)
-    before, after, reward = ranked(reference), ranked(policy), rewarded(policy, reference)
+    before, after, per_token = ranked(reference), ranked(policy), ranked(policy, counts)
+    reward = rewarded(policy, reference) if rewarded_by_reference else None
     c = difficulty(reference)
     wrong = ~before
     easy = wrong & (c <= np.median(c[wrong])) if wrong.any() else wrong
-    rated = ~np.isnan(known)
+    rated = ~np.isnan(known) & rewarded_by_reference
     ideal = [(float(b), ideally_ranked(reference[rated], known[rated], b)) for b in betas] if rated.any() else []
     return RankingReport(
         num_pairs=num_pairs,
         ranking=_share(after, rng),
-        ranking_normalised=_share(ranked(policy, counts), rng),
+        ranking_normalised=_share(per_token, rng),
         reference_ranking=_share(before, rng),
         reference_ranking_normalised=_share(ranked(reference, counts), rng),
-        reward=_share(reward, rng),
-        reward_minus_ranking=_mean(reward.astype(int) - after, rng),
+        reward=None if reward is None else _share(reward, rng),
+        reward_minus_ranking=None if reward is None else _mean(reward.astype(int) - after, rng),
         num_wrong_before=int(wrong.sum()),
         flipped=_share(after[wrong], rng) if wrong.any() else None,
         flipped_easy=_share(after[easy], rng) if easy.any() else None,
         flipped_hard=_share(after[wrong & ~easy], rng) if (wrong & ~easy).any() else None,
         num_agreement=int(rated.sum()),
         ideal=tuple((beta, _share(right, rng)) for beta, right in ideal),
-        reward_by_set=tuple(
-            (name, _share(reward[[n == name for n in names]], rng)) for name in dict.fromkeys(names) if name
-        ),
+        reward_by_set=() if reward is None else _by_set(reward, names, rng),
+        ranking_normalised_by_set=_by_set(per_token, names, rng),
     )
 
 
@@ -146,22 +150,27 @@ def as_dict(report: RankingReport) -> dict[str, Any]:
     """For JSON."""
     out = asdict(report)
     out["ideal"] = [{"beta": beta, **asdict(share)} for beta, share in report.ideal]
-    out["reward_by_set"] = {name: asdict(share) for name, share in report.reward_by_set}
+    for key in ("reward_by_set", "ranking_normalised_by_set"):
+        out[key] = {name: asdict(share) for name, share in getattr(report, key)}
     return out
 
 
 def lines(report: RankingReport) -> list[str]:
     """The report for the terminal."""
+    before = "the model before training" if report.reward is None else "the reference"
     out = [
         f"ranking: {report.num_pairs} pairs; shares with 95 % bootstrap intervals",
-        f"ranking accuracy {_percent(report.ranking)}, of the reference {_percent(report.reference_ranking)}",
-        f"ranking accuracy per token {_percent(report.ranking_normalised)}, of the reference "
+        f"ranking accuracy {_percent(report.ranking)}, of {before} {_percent(report.reference_ranking)}",
+        f"ranking accuracy per token {_percent(report.ranking_normalised)}, of {before} "
         f"{_percent(report.reference_ranking_normalised)}",
-        f"reward accuracy {_percent(report.reward)}, more than ranking accuracy by "
-        f"{_percent(report.reward_minus_ranking)}",
     ]
+    if report.reward is not None and report.reward_minus_ranking is not None:
+        out.append(
+            f"reward accuracy {_percent(report.reward)}, more than ranking accuracy by "
+            f"{_percent(report.reward_minus_ranking)}"
+        )
     if report.flipped is None:
-        out.append("flipped: the reference ranks every pair rightly")
+        out.append(f"flipped: {before} ranks every pair rightly")
     else:
         halves = [
             f"{name} half {_percent(share)}"
@@ -169,9 +178,14 @@ def lines(report: RankingReport) -> list[str]:
             if share is not None
         ]
         out.append(
-            f"flipped {_percent(report.flipped)} of {report.num_wrong_before} pairs that the reference ranks wrongly: "
+            f"flipped {_percent(report.flipped)} of {report.num_wrong_before} pairs that {before} ranks wrongly: "
             + ", ".join(halves)
         )
+    if report.reward is None:
+        return out + [
+            f"ranking accuracy per token on {name} {_percent(share)}"
+            for name, share in report.ranking_normalised_by_set
+        ]
     if report.ideal:
         shares = sorted(share.mean for _, share in report.ideal)
         betas = ", ".join(f"beta {beta:g} {_percent(share)}" for beta, share in report.ideal)
@@ -187,6 +201,10 @@ def lines(report: RankingReport) -> list[str]:
 
 def _percent(share: Interval) -> str:
     return f"{share.mean:.1%} [{share.low:.1%}, {share.high:.1%}]"
+
+
+def _by_set(right: np.ndarray, names: Sequence[str], rng: np.random.Generator) -> tuple[tuple[str, Interval], ...]:
+    return tuple((name, _share(right[[n == name for n in names]], rng)) for name in dict.fromkeys(names) if name)
 
 
 def _share(right: np.ndarray, rng: np.random.Generator) -> Interval:

@@ -1,9 +1,9 @@
-"""`align evaluate`: how a finished run ranks pairs, its own held-out ones or others."""
+"""`align evaluate`: how a finished run ranks pairs, its own held-out ones or others. Reward models: evaluate.score."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from align import build
-from align.config import Config
+from align.config import Config, IterateConfig, OnlineConfig
 from align.data.examples import Wanted
 from align.data.load import load
 from align.device import pick_device, pick_precision
@@ -25,18 +25,22 @@ from align.types import Example, Layout
 
 
 def evaluate_run(config: Config, out: str | None) -> list[str]:
-    """Ranking and reward accuracy of the run's final model, and of each set of pairs: those of data.train and
-    data.heldout that are not the run's own, else the run's held-out sets, else what it was trained on.
+    """Ranking accuracy of the run's final model and, if it was trained against one reference, reward accuracy; of each
+    set of pairs: those of data.train and data.heldout that are not the run's own, else the run's held-out sets, else
+    what it was trained on.
 
-    Returns lines for the terminal; `out` names a JSON file. Raises ValueError.
+    Returns lines for the terminal; `out` names a JSON file. Raises ValueError, also for a reward model.
     """
     assert config.run.dir is not None
     final = Path(config.run.dir) / "final"
+    objective = build.objective(config)
+    _check_policy(objective, final)
     if not (final / "README.md").is_file():
         raise ValueError(f"run.dir={config.run.dir}: holds no final model; let the run finish first")
     base = build.pretrained(config)
     tokenizer = base.tokenizer()
-    sets = {name: _pairs(config, name, tokenizer) for name in _sets(config)}
+    sets = _sets(config, tokenizer)
+    unrewarded = _unrewarded(config, objective)
     device = pick_device()
     precision, _ = pick_precision(_precision(config), device)
     policy = _with_final(base, final).to(device)
@@ -54,22 +58,48 @@ def evaluate_run(config: Config, out: str | None) -> list[str]:
             columns.append(_logps(network, examples, layout, config.trainer.micro_batch_tokens))
     lengths = np.array([[int(row.targets.sum()) for row in e.rows[:2]] for e in examples])
     agreement = np.array([e.numbers.get("agreement", np.nan) for e in examples])
-    report = ranking_report(columns[0], columns[1], lengths, agreement, names)
+    report = ranking_report(columns[0], columns[1], lengths, agreement, names, rewarded_by_reference=unrewarded is None)
     if out is not None:
         Path(out).write_text(json.dumps(as_dict(report), indent=1) + "\n")
-    return lines(report)
+    return lines(report) + ([] if unrewarded is None else [f"no reward accuracy: {unrewarded}"])
 
 
-def _sets(config: Config) -> list[str]:
+def _check_policy(objective: Any, final: Path) -> None:
+    """Raises ValueError for a reward model, whose head scores and whose log-probs mean nothing."""
+    if "scores" in objective.needs:
+        raise ValueError(
+            f"run.dir={final.parent}: the run trained a reward model, which has no log-probs to rank pairs by; use "
+            f"align evaluate pairs model={final} data.train=FILE out=DIR"
+        )
+
+
+def _unrewarded(config: Config, objective: Any) -> str | None:
+    """Why log policy - log reference is no reward that the run has learnt; None: it is one."""
+    trainer = config.trainer
+    if isinstance(trainer, IterateConfig) and trainer.reference == "updated" and trainer.rounds > 1:
+        last = f"{config.run.dir}/rounds/{trainer.rounds:02d}/train"
+        return f"each round had a reference of its own; of the last round: align evaluate run.dir={last}"
+    if "reference" in objective.needs or (isinstance(trainer, OnlineConfig) and trainer.kl_in_reward > 0):
+        return None
+    return "the run was trained without a reference"
+
+
+def _sets(config: Config, tokenizer: Any) -> dict[str, list[Example]]:
+    """The pairs of each file. Raises ValueError for a run whose own data are none, if no others are given."""
     assert config.run.dir is not None
-    run = Path(config.run.dir)
+    run, data = Path(config.run.dir), config.data
     own = OmegaConf.load(run / "config.yaml").data
-    data = config.data
-    named = [_listed(now) for now, then in ((data.train, own.train), (data.heldout, own.heldout)) if now != then]
-    if not any(named):
-        trained = data.train if config.collect is None else str(run / "collect" / "pairs.jsonl")
-        named = [_listed(data.heldout) or _listed(trained)]
-    return list(dict.fromkeys(name for part in named for name in part))
+    given = [_listed(now) for now, then in ((data.train, own.train), (data.heldout, own.heldout)) if now != then]
+    if any(given):
+        return _pairs_of(config, dict.fromkeys(name for part in given for name in part), tokenizer)
+    give = f"give pairs: align evaluate run.dir={run} data.train=FILE"
+    if config.trainer.kind in ("online", "iterate"):
+        raise ValueError(f"run.dir={run}: the run drew its answers itself, its data hold no pairs to rank; {give}")
+    trained = data.train if config.collect is None else str(run / "collect" / "pairs.jsonl")
+    try:
+        return _pairs_of(config, _listed(data.heldout) or _listed(trained), tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{error}. If the run's own rows are no pairs, {give}") from error
 
 
 def _listed(names: Any) -> list[str]:
@@ -85,9 +115,9 @@ def _precision(config: Config) -> str:
     return config.trainer.precision
 
 
-def _pairs(config: Config, name: str, tokenizer: Any) -> list[Example]:
-    data = load(replace(config.data, train=name, heldout=None, heldout_fraction=0.0, repeat=None), tokenizer, Wanted())
-    return data.train
+def _pairs_of(config: Config, names: Iterable[str], tokenizer: Any) -> dict[str, list[Example]]:
+    alone = replace(config.data, heldout=None, heldout_fraction=0.0, repeat=None)
+    return {name: load(replace(alone, train=name), tokenizer, Wanted()).train for name in names}
 
 
 def _with_final(base: Pretrained, final: Path) -> Any:
