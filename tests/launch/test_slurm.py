@@ -243,6 +243,17 @@ def test_what_an_exit_code_leads_to(programs, tmp_path, code, restarts, requeued
     assert ("launch.max_restarts=3" in done.stderr) == (code == 85 and restarts == "3")
 
 
+def test_an_element_of_an_array_requeues_itself_alone(programs, tmp_path):
+    """Also the one whose number is that of the whole array."""
+    assert main(["train", "-m", *WORDS[1:], "seed=1,2", f"launch.container=[{programs / 'recorder'}]"]) == 0
+    (programs.parent / "log" / "code").write_text("85")
+    element = {"SLURM_ARRAY_JOB_ID": "41234", "SLURM_ARRAY_TASK_ID": "1"}
+    done = run_script(submitted(tmp_path, "sweep"), **element)
+    assert done.returncode == 85
+    assert calls(programs, "scontrol") == ["requeue 41234_1"]
+    assert "align: saved; job 41234_1 goes on" in done.stdout
+
+
 def test_a_stop_is_told_by_a_file(programs, tmp_path):
     """The launchers of all nodes end with 0, so that srun ends none that is still leaving."""
     words = 'printf 85 > "$ALIGN_STOPPED"'

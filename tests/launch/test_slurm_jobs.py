@@ -68,8 +68,7 @@ def test_the_time_limit_saves_requeues_and_resumes_two_tasks(slurm, base):
     own = ["launch.nodes=2", "launch.time=30", "launch.save_before_s=90"]
     ((number, log),) = submit(slurm, base, [*slow_start(base, run, "engine=zero0"), *own])
     assert wait_for(lambda: '"step": 1' in text(run / "metrics.jsonl"), 120), text(log)
-    hours, minutes, _ = slurm.job(number)["RunTime"].split(":")
-    slurm.say("scontrol", "update", f"JobId={number}", f"TimeLimit={60 * int(hours) + int(minutes) + 2}")
+    slurm.shorten(number)
     assert wait_for(lambda: slurm.job(number)["Restarts"] == "1", 60), text(log)
     slurm.say("scontrol", "update", f"JobId={number}", "TimeLimit=30")
     whole = slow_start(base, base / "whole", "engine=zero0", "launch.processes=2")
@@ -99,6 +98,28 @@ def test_an_array_has_a_run_for_each_element(slurm, base):
     assert evidence(base / "sweep" / "lr-0.0001") == evidence(alone) != evidence(base / "sweep" / "lr-0.001")
     logs = sorted(p.name for p in log.parent.glob("*.log"))
     assert logs == [f"sweep-{number}_0.log", f"sweep-{number}_1.log"]
+
+
+def test_an_element_that_saves_and_requeues_leaves_the_others_alone(slurm, base):
+    """The second element, whose number is the array's, is warned when the first has ended, which is not run again.
+
+    Its limit is shortened, and lengthened again, as above.
+    """
+    run = base / "uneven"
+    words = slow_start(base, run, "trainer.max_steps=1,20")
+    ((number, log),) = submit(slurm, base, [*words, "launch.time=30", "launch.save_before_s=90"], "-m")
+    assert slurm.ended(f"{number}_0", 120) == "COMPLETED", text(log)
+    assert wait_for(lambda: '"step": 1' in text(run / "max_steps-20" / "metrics.jsonl"), 120), text(log)
+    slurm.shorten(f"{number}_1")
+    assert wait_for(lambda: slurm.job(f"{number}_1")["Restarts"] == "1", 60), text(log)
+    slurm.say("scontrol", "update", f"JobId={number}_1", "TimeLimit=30")
+    assert slurm.ended(f"{number}_1", 240) == "COMPLETED", text(log)
+    assert [slurm.job(f"{number}_{i}")["Restarts"] for i in (0, 1)] == ["0", "1"]
+    first, second = (text(log.with_name(f"sweep-{number}_{i}.log")) for i in (0, 1))
+    assert "start 2, on" not in first
+    assert f"align: saved; job {number}_1 goes on" in second
+    assert f"align: job {number}_1, start 2, on " in second
+    assert re.search(r"resumed .* at step \d+", second)
 
 
 def test_members_of_warm_are_an_array_and_the_average_follows(slurm, base):
