@@ -130,6 +130,7 @@ def test_own_attention_is_the_one_a_model_was_loaded_with():
     assert own_attention_name(tiny_model("llama")) == "sdpa"
     gemma = tiny_model("gemma2", attn_implementation="sdpa")  # as transformers loads it, without its cap of scores
     assert own_attention_name(gemma) == "eager"
+    assert Policy(gemma, "padded").causal_lm.config._attn_implementation == "eager"
     packed = Policy(tiny_model("llama", attn_implementation="eager"), "shared").causal_lm
     assert packed.config._attn_implementation == attention.NAME
     with own_attention(packed):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from align.models import own_attention_name
 from align.rewards.base import Conversation
 from align.rewards.calls import FunctionReward
 from align.rewards.model import batches, count_failures, positive_limit
@@ -287,4 +288,5 @@ def _load(path: str, revision: str | None, dtype: str) -> tuple[Any, Any]:
     )
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):  # an encoder would see what follows a step
         raise ValueError(f"path={path}: {type(model).__name__} reads both ways; a decoder such as Qwen2 is needed here")
+    model.config._attn_implementation = own_attention_name(model)
     return tokenizer, model

@@ -329,3 +329,25 @@ def test_models_that_are_none_are_refused(tmp_path):
     BYTES.save_pretrained(tmp_path / "trunk")
     with pytest.raises(ValueError, match="do not hold score.bias and 1 other weights of LlamaFor"):
         components(node(str(tmp_path / "trunk")), host)
+
+
+def test_a_model_keeps_the_cap_of_its_attention_scores(tmp_path):
+    """Transformers loads it with an attention that ignores the cap."""
+    from transformers import Gemma2Config, Gemma2ForTokenClassification
+
+    config = Gemma2Config(
+        vocab_size=len(BYTES), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, num_labels=2, attn_logit_softcapping=0.1, pad_token_id=0,
+    )  # fmt: skip
+    model = Gemma2ForTokenClassification(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p.data, std=0.5, generator=torch.Generator().manual_seed(p.numel()))
+    model.save_pretrained(tmp_path / "capped")
+    BYTES.save_pretrained(tmp_path / "capped")
+    part = components(node(str(tmp_path / "capped")), RewardHost(tokenizer=BYTES))._parts["r"]
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        model.config._attn_implementation = "eager"
+        torch.testing.assert_close(part.model(ids).logits, model(ids).logits)
+        model.config._attn_implementation = "sdpa"
+        assert (part.model(ids).logits - model(ids).logits).abs().max() > 1e-3
