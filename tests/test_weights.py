@@ -169,7 +169,12 @@ def with_a_token_too_many(directory: Path) -> int:
     return tokenizer.convert_tokens_to_ids("<|new|>")
 
 
-@pytest.mark.parametrize("more", [(), ("recipe=remax", "reward=everyday_gold")], ids=["pairs", "prompts"])
+ROUNDS = ("recipe=online_dpo", "reward=everyday_gold", "trainer.rounds=1", "trainer.prompts_per_round=4")
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("recipe=remax", "reward=everyday_gold"), ROUNDS], ids=["pairs", "prompts", "rounds"]
+)
 def test_tokens_beyond_the_embedding_are_named(directory, tmp_path, capsys, more):
     token = with_a_token_too_many(directory)
     words = [w for w in run_words(tmp_path, directory, *more) if not (more and w == "recipe=dpo")]
@@ -178,6 +183,13 @@ def test_tokens_beyond_the_embedding_are_named(directory, tmp_path, capsys, more
         capsys
     )
     assert_no_step(tmp_path)
+
+
+def test_they_are_named_where_completions_are_only_written(directory, tmp_path, capsys):
+    token = with_a_token_too_many(directory)
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 2, 0)
+    assert main(["generate", f"model={directory}", f"data.train={pairs}", f"out={tmp_path / 'out.jsonl'}"]) == 2
+    assert f"its tokenizer writes '<|new|>' as token {token}" in one_line(capsys)
 
 
 def test_a_reward_model_is_held_to_the_same(tmp_path):

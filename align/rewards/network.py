@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from align.config import HeadConfig
 from align.data.chat import render, render_text
+from align.data.sources import BadRow
 from align.models import ScoreHead, Scorer, choose_layout, is_peft, with_adapter
 from align.packing import micro_batches, num_tokens, pack_groups, to_device
 from align.rewards.worker import resolve
@@ -149,6 +150,7 @@ class RewardNetwork:
     form: dict[str, Any]
     ours: bool
     device: Any = "cpu"
+    name: str = "the reward model"  # for messages
     counts: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -182,6 +184,11 @@ class RewardNetwork:
         targets[found.prompt_length] = True
         return Row(found.row.token_ids, targets)
 
+    def check_tokens(self, rows: Iterable[Row]) -> None:
+        """Raises ValueError if rows hold a token that the model does not have."""
+        size = self.network.causal_lm.get_input_embeddings().weight.shape[0]
+        check_tokens(self.name, self.tokenizer, size, (row.token_ids for row in rows))
+
     @torch.no_grad()
     def scores(
         self,
@@ -195,8 +202,7 @@ class RewardNetwork:
         max_tokens: of a forward; a longer row goes alone.
         """
         network = self.network.eval()
-        size = network.causal_lm.get_input_embeddings().weight.shape[0]
-        check_tokens("its model", self.tokenizer, size, (row.token_ids for rows in groups for row in rows))
+        self.check_tokens(row for rows in groups for row in rows)
         parts = [(g, row) for g, rows in enumerate(groups) for row in _split(rows, network.layout, max_tokens)]
         out: list[list[np.ndarray]] = [[] for _ in groups]
         gates: list[list[np.ndarray]] = [[] for _ in groups]
@@ -273,9 +279,9 @@ def load(path: str, revision: str | None = None, dtype: str = "auto", device: An
     if "not causal" in why:
         raise ValueError(f"path={path}: {why}; reward models that read in both directions are not supported")
     network = Scorer(model, layout, head.requires_grad_(False)).eval()
-    out = RewardNetwork(tokenizer, network, form, (directory / FILE).is_file(), device)
-    ended = out.row([{"role": "user", "content": "?"}], [{"role": "assistant", "content": "!"}]).token_ids
-    check_tokens(f"path={path}", tokenizer, network.causal_lm.get_input_embeddings().weight.shape[0], [ended])
+    out = RewardNetwork(tokenizer, network, form, (directory / FILE).is_file(), device, f"path={path}")
+    with suppress(BadRow):  # a template that cannot write this has nothing to be checked before it is asked
+        out.check_tokens([out.row([{"role": "user", "content": "?"}], [{"role": "assistant", "content": "!"}])])
     return out
 
 

@@ -31,6 +31,7 @@ from align.rewards.base import Conversation
 from align.rewards.build import RewardHost, Rewards, components
 from align.rollout.base import Completion, EngineFailed, Host, Rollout, Sampling, check_request
 from align.trainers.signals import Signals, Stopped
+from align.weights import check_tokens
 
 # Prompts whose samples are written together: a kill loses so many at most. Draws depend on it, see _Work.chunk.
 CHUNK_PROMPTS = 64
@@ -64,7 +65,10 @@ def generate(config: Config, out: Path, say: Callable[[str], None]) -> int:
     say(prompts.audit.lines()[0])
     try:
         with Signals() as signals:
-            work = _Work(config, out, pretrained.model(), tokenizer, prompts.train, sampling, signals.check, say)
+            model = pretrained.model()
+            size = model.get_input_embeddings().weight.shape[0]
+            check_tokens(f"model {pretrained.name}", tokenizer, size, (row.token_ids for row in prompts.train))
+            work = _Work(config, out, model, tokenizer, prompts.train, sampling, signals.check, say)
             try:
                 work.run()
             finally:

@@ -222,6 +222,8 @@ class Iteration(Run):
             self._release()
             self._loaded = self._pretrained_of(number).model()
         model = self.model().to(pick_device())
+        if number == 0:
+            self.check_model(p.token_ids for p in (*self.train, *self.heldout))
         if self.precision == torch.float32:
             model = model.float()  # weights kept in bfloat16 would be computed with in bfloat16
         self._loaded = model

@@ -117,6 +117,7 @@ class Training(Run):
         settings = self.config.collect
         assert settings is not None
         model = self.model()
+        self.check_model([])
         self.pick_precision()
         return Collector(
             settings,
