@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -365,13 +365,26 @@ def weights_hash(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]] |
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Apart:
+    """How far numbers are from those that they should be; inf for what is no number."""
+
+    largest: float
+    beyond_rounding: float  # without what the rounding of the others explains
+
+    @classmethod
+    def of(cls, gaps: torch.Tensor, rounding: torch.Tensor | float) -> Apart:
+        """The largest of gaps >= 0; 0 without any."""
+        found = [float(part.amax()) if part.numel() else 0.0 for part in (gaps, (gaps - rounding).clamp(min=0))]
+        return cls(*(gap if math.isfinite(gap) else math.inf for gap in found))
+
+
 @torch.no_grad()
-def probe_layout(network: Network, examples: Sequence[Example], layout: Layout | None = None) -> float:
+def probe_layout(network: Network, examples: Sequence[Example], layout: Layout | None = None) -> Apart:
     """Largest difference (nats per token; of a reward model in score) between what is trained, the network in a layout,
     its own unless given, with align's head, and the model's own forward: its attention, its logits, one row at a time.
 
-    What align does not know of a model shows here. The rounding of the model's own logits, which are of its own type,
-    is taken off; inf stands for what is no number.
+    What align does not know of a model shows here.
     """
     layout = layout or network.layout
     training = network.training
@@ -382,22 +395,21 @@ def probe_layout(network: Network, examples: Sequence[Example], layout: Layout |
         rows = [row for example in examples for row in example.rows]
         with own_attention(network.causal_lm):
             if isinstance(network, Scorer):
-                gaps = [(out.scores[n] - network.own_scores(row)).abs().amax() for n, row in enumerate(rows)]
-            else:
-                gaps = [_own_gap(network, row, out.token_logps[out.row == n]) for n, row in enumerate(rows)]
+                gaps = [(out.scores[n] - network.own_scores(row)).abs() for n, row in enumerate(rows)]
+                return Apart.of(torch.cat(gaps), 0.0)
+            found = [_own_gaps(network, row, out.token_logps[out.row == n]) for n, row in enumerate(rows)]
+            return Apart.of(*(torch.cat(parts) for parts in zip(*found, strict=True)))
     finally:
         network.train(training)
-    gap = float(torch.stack(gaps).amax())
-    return gap if math.isfinite(gap) else math.inf
 
 
-def _own_gap(network: Network, row: Row, token_logps: torch.Tensor) -> torch.Tensor:
-    """Largest difference of log-probs [number of targets] of a row from the model's own, over up to PROBE_TARGETS of
-    them: logits of all would not fit beside a large model."""
+def _own_gaps(network: Network, row: Row, token_logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Differences of log-probs [number of targets] of a row from the model's own, for up to PROBE_TARGETS of them:
+    logits of all would not fit beside a large model; and how far the rounding of these logits may move each."""
     lm = network.causal_lm
     where = np.flatnonzero(row.targets)
     if not len(where):
-        return token_logps.new_zeros(())
+        return token_logps, token_logps
     chosen = np.unique(np.linspace(0, len(where) - 1, PROBE_TARGETS).round().astype(int))
     ids = torch.from_numpy(row.token_ids.astype(np.int64)).to(network.device)
     at = torch.from_numpy(where[chosen]).to(network.device)
@@ -408,5 +420,4 @@ def _own_gap(network: Network, row: Row, token_logps: torch.Tensor) -> torch.Ten
     rounding = torch.finfo(logits.dtype).eps * logits.abs().amax(-1)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     own = wide.log_softmax(-1).gather(1, ids[at, None])[:, 0]
-    gaps = (token_logps[torch.from_numpy(chosen).to(own.device)] - own).abs() - rounding
-    return gaps.amax().clamp(min=0)
+    return (token_logps[torch.from_numpy(chosen).to(own.device)] - own).abs(), rounding

@@ -11,6 +11,7 @@ import torch
 from align import attention
 from align.device import MemoryPlan, memory_plan, pick_precision, pick_recompute
 from align.models import (
+    Apart,
     Policy,
     ScoreHead,
     Scorer,
@@ -67,7 +68,7 @@ def recurrent_gemma(**overrides):
 )
 def test_log_probs_are_those_of_the_models_own_logits(model, layout, make_pairs):
     # softmax, norms or, of gpt-oss, everything is float32; what is left out would be off by 0.1 and more
-    assert probe_layout(Policy(model(), layout), make_pairs(2)) < 1e-4
+    assert probe_layout(Policy(model(), layout), make_pairs(2)).largest < 1e-4
 
 
 def test_sinks_choose_padded_rows():
@@ -87,28 +88,37 @@ def test_probe_sees_a_head_that_align_does_not_know(layout, scale, make_pairs):
         return out
 
     model.forward = scaled
-    gap = probe_layout(Policy(model, layout), make_pairs(2))
+    gap = probe_layout(Policy(model, layout), make_pairs(2)).largest
     assert (gap > 1) == (scale > 1)
 
 
 def test_probe_sees_an_attention_the_packed_path_does_not_know(make_pairs):
     policy = Policy(tiny_model("qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=0), "shared")
-    assert probe_layout(policy, make_pairs(4)) < 1e-9
+    assert probe_layout(policy, make_pairs(4)).largest < 1e-9
     for layer in policy.model.model.layers:
         layer.self_attn.sliding_window = None  # the own mask still has the window of the config
-    assert probe_layout(policy, make_pairs(4)) > 1e-3
+    assert probe_layout(policy, make_pairs(4)).largest > 1e-3
+
+
+def test_rounding_of_the_own_logits_is_told_apart():
+    # 8 bits of a logit of 20 are good to eps * 20 = 0.16, of two of them; the rest is a difference
+    gaps, logits = torch.tensor([0.1, 0.2]), torch.tensor([20.0, 2.0])
+    found = Apart.of(gaps, torch.finfo(torch.bfloat16).eps * logits)
+    assert found.largest == pytest.approx(0.2)
+    assert found.beyond_rounding == pytest.approx(0.2 - 2 * 2**-7)
+    assert Apart.of(torch.zeros(0), 0.0) == Apart(0.0, 0.0)
 
 
 def test_probe_sees_what_is_no_number(make_pairs):
     policy = Policy(tiny_model("llama"), "shared")
     with torch.no_grad():
         policy.model.model.norm.weight[0] = torch.nan
-    assert probe_layout(policy, make_pairs(2)) == math.inf
+    assert probe_layout(policy, make_pairs(2)).largest == math.inf
 
 
 def test_probe_compares_a_reward_models_scores_with_its_own_trunk(make_pairs):
     scorer = Scorer(gpt_oss(), "padded", ScoreHead(32, 2))
-    assert probe_layout(scorer, make_pairs(2)) < 1e-6
+    assert probe_layout(scorer, make_pairs(2)).largest < 1e-6
     for layer in scorer.causal_lm.model.layers:
         layer.self_attn.config = copy.copy(layer.self_attn.config)
         layer.self_attn.config._attn_implementation = "sdpa"  # which drops the sinks
@@ -120,7 +130,7 @@ def test_probe_compares_a_reward_models_scores_with_its_own_trunk(make_pairs):
         return own(row)
 
     scorer.own_scores = with_sinks
-    assert probe_layout(scorer, make_pairs(2)) > 1e-4
+    assert probe_layout(scorer, make_pairs(2)).largest > 1e-4
 
 
 def test_own_attention_is_the_one_a_model_was_loaded_with():

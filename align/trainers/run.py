@@ -27,6 +27,7 @@ from align.engine.loading import load_model
 from align.engine.world import World, by_lead, join, leave, together
 from align.log import Log
 from align.models import (
+    Apart,
     Network,
     Policy,
     choose_layout,
@@ -168,19 +169,23 @@ class Run(ABC):
         """Largest difference of what is trained from the model's own forward. Raises SelfCheckError."""
         if not examples:
             return 0.0
-        gap, tolerance = self._gap(policy, examples, policy.layout), SELF_CHECK_TOLERANCE[self.precision]
-        if gap <= tolerance:
-            return gap
-        packed = policy.layout != "padded" and self._gap(policy, examples, "padded") <= tolerance
-        cure = "use trainer.layout=padded" if packed else "its head or attention is not known to align"
+        apart, tolerance = self._apart(policy, examples, policy.layout), SELF_CHECK_TOLERANCE[self.precision]
+        if apart.beyond_rounding <= tolerance:
+            return apart.largest
+        packed = policy.layout != "padded"
+        if packed and self._apart(policy, examples, "padded").beyond_rounding <= tolerance:
+            cure = "use trainer.layout=padded"
+        else:
+            cure = "its head or attention is not known to align"
         raise SelfCheckError(
-            f"self-check: log-probs in layout {policy.layout} differ by {gap:.2g} nats per token from those of "
-            f"{type(policy.causal_lm).__name__}'s own forward; {cure}, report the model"
+            f"self-check: log-probs in layout {policy.layout} differ by {apart.largest:.2g} nats per token from those "
+            f"of {type(policy.causal_lm).__name__}'s own forward; {cure}, report the model"
         )
 
-    def _gap(self, policy: Network, examples: list[Example], layout: Layout) -> float:
+    def _apart(self, policy: Network, examples: list[Example], layout: Layout) -> Apart:
+        """Of all processes the one that is furthest off."""
         with self.autocast():
-            return max(self.world.gather(probe_layout(policy, examples, layout)))
+            return max(self.world.gather(probe_layout(policy, examples, layout)), key=lambda a: a.beyond_rounding)
 
     def check_model(self, rows: Iterable[Sequence[int] | np.ndarray]) -> None:
         """Raises ValueError if the model cannot read these rows of token ids, or end a turn."""

@@ -205,7 +205,7 @@ def side_by_side(arguments: argparse.Namespace, objective: str) -> dict[str, Any
     trl = OnDevice(model, reference, objective == "wpo", device, batch)
     engine = LocalEngine(in_layout(model, "shared"), OPTIMIZER, precision)
     with torch.no_grad(), engine.autocast(), tempfile.TemporaryDirectory() as root:
-        off = probe_layout(engine.policy, pairs[:2])
+        off = probe_layout(engine.policy, pairs[:2]).largest
         if not off <= allowed_nats:
             raise Mismatch(f"align: a token's log-prob differs by {off:.2g} nats between shared and padded prompts")
         cache = ReferenceCache(Path(root), "bench", precision)
