@@ -12,6 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from align.data.chat import prompt_ids
+from align.data.chat import prompt_ids, stop_ids
 from align.data.judgements import Verdicts, answer_text, prompt_text, template
 from align.data.sources import BadRow
 from align.models import Policy
@@ -28,6 +29,7 @@ from align.rewards.base import Conversation
 from align.rewards.remote import TICK, TRANSIENT, Call, RemoteReward
 from align.rollout.base import Host, Sampling
 from align.rollout.hf import HFRollout
+from align.weights import check_tokens
 
 _BYTES_PER_TOKEN = 64  # of a judgement in JSON, beside a mebibyte for the rest
 # What a verdict is worth to the answer that is shown first.
@@ -372,6 +374,10 @@ class ModelJudge(_Judge):
         if not self.tokenizer.chat_template:
             raise ValueError(f"path={path}: its tokenizer has no chat template; put a chat_template.jinja beside it")
         model = pretrained.model().to(host.device).eval().requires_grad_(False)
+        with suppress(BadRow):  # what its template cannot write is counted when it is asked
+            asked = [prompt_ids(self.tokenizer, [{"role": "user", "content": "?"}])]
+            asked.append(stop_ids(self.tokenizer, model.generation_config))
+            check_tokens(f"path={path}", self.tokenizer, model.get_input_embeddings().weight.shape[0], asked)
         precision = str(model.dtype).removeprefix("torch.")
         inner = Host(
             Policy(model, "padded").eval(),

@@ -484,3 +484,20 @@ def test_control_tokens_in_an_answer_are_text_to_a_model_in_this_process(tmp_pat
 def test_settings_of_a_model_that_cannot_be(keys, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         local("nowhere", **keys)
+
+
+def test_a_model_that_is_not_whole_or_not_its_tokenizers_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from tests.test_weights import with_a_token_too_many
+
+    writer(tmp_path / "judge", "<A>")
+    path = tmp_path / "judge"
+    whole = load_file(path / "model.safetensors")
+    save_file({k: v for k, v in whole.items() if "q_proj" not in k}, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"^reward\.judge: .*judge: its files do not hold model\.layers\.0"):
+        local(str(path))
+    save_file(whole, path / "model.safetensors", {"format": "pt"})
+    token = with_a_token_too_many(path)
+    with pytest.raises(ValueError, match=rf"^reward\.judge: path=.* writes '<\|new\|>' as token {token}"):
+        local(str(path))
