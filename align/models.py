@@ -25,6 +25,7 @@ from align import attention
 from align.packing import pack, to_device
 from align.stats import Head, stats
 from align.types import Example, Layout, PackedBatch, Row, Stats
+from align.weights import check_finite
 
 Recompute = Literal["off", "selective", "full"]
 
@@ -343,11 +344,12 @@ def with_adapters(lm: Any, directories: Sequence[Path], names: Sequence[str]) ->
 
 
 def add_adapter(model: Any, directory: str, name: str) -> None:
-    """Load a saved adapter into a PEFT model, not to be trained. Raises ValueError if its weights do not fit."""
+    """Load a saved adapter into a PEFT model, not to be trained. Raises ValueError if it does not fit or is not finite."""
     told = model.load_adapter(directory, name, is_trainable=False)
     odd = [*told.unexpected_keys, *told.missing_keys]
     if odd:
         raise ValueError(f"{directory}: its adapter does not fit the model ({odd[0]}); it belongs to another base")
+    check_finite(directory, ((key, p) for key, p in model.named_parameters() if f".{name}." in key))
 
 
 def weights_hash(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]] | None = None) -> str:

@@ -229,6 +229,11 @@ def test_an_adapter_of_another_base_is_refused(directory, tmp_path):
         with_adapter(opened(directory).model(), str(tmp_path / "adapter"))
     fitting = with_adapter(tiny(seed=0, hidden_size=32, num_layers=2).model(), str(tmp_path / "adapter"))
     assert fitting.active_adapter == "default"
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({k: torch.full_like(w, torch.nan) if "lora_B" in k else w for k, w in weights.items()}, file)
+    with pytest.raises(WrongWeights, match=r"adapter: 64 numbers of .*lora_B.default.weight are nan or inf"):
+        with_adapter(tiny(seed=0, hidden_size=32, num_layers=2).model(), str(tmp_path / "adapter"))
 
 
 SCALED = """
