@@ -344,7 +344,7 @@ def with_adapters(lm: Any, directories: Sequence[Path], names: Sequence[str]) ->
 
 
 def add_adapter(model: Any, directory: str, name: str) -> None:
-    """Load a saved adapter into a PEFT model, not to be trained. Raises ValueError if it does not fit or is not finite."""
+    """Load a saved adapter into a PEFT model, frozen. Raises ValueError for one that does not fit or is not finite."""
     told = model.load_adapter(directory, name, is_trainable=False)
     odd = [*told.unexpected_keys, *told.missing_keys]
     if odd:
