@@ -250,6 +250,8 @@ def choose_layout(lm: Any, wanted: str, dropout: float) -> tuple[Layout, str]:
         reason = f"{type(lm).__name__} does not take a registered attention function"
     elif set(getattr(config, "layer_types", None) or ()) - _PACKABLE_LAYERS:
         reason = f"{type(lm).__name__} has layers that are not full or sliding-window attention"
+    elif getattr(lm, "_is_stateful", False):
+        reason = f"{type(lm).__name__} carries a state from token to token"
     elif any(hasattr(module, "sinks") for module in lm.modules()):
         reason = f"{type(lm).__name__} has attention sinks"
     elif getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", False):

@@ -71,9 +71,11 @@ def test_log_probs_are_those_of_the_models_own_logits(model, layout, make_pairs)
     assert probe_layout(Policy(model(), layout), make_pairs(2)).largest < 1e-4
 
 
-def test_sinks_choose_padded_rows():
+def test_sinks_and_states_choose_padded_rows():
     layout, reason = choose_layout(gpt_oss(), "auto", 0.0)
     assert (layout, reason) == ("padded", "GptOssForCausalLM has attention sinks")
+    layout, reason = choose_layout(recurrent_gemma(), "auto", 0.0)
+    assert (layout, reason) == ("padded", "RecurrentGemmaForCausalLM carries a state from token to token")
 
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])
