@@ -48,9 +48,9 @@ SmolLM2-135M-Instruct, LoRA rank 16, one round: trajectories at temperature 0.7 
 Measured on 64 other problems, greedily, with the tool. Made by
 `python -m tests.experiments.multiturn --recipes {recipes} --seeds {seeds}`.
 The change has a 95 % paired bootstrap interval over problems; it holds for these problems, not for other tasks.
-The seeds are two trainings on nearly the same problems: those of seed 1 were those of seed 0 but for one (docs/log.md).
-The task and its temperature were chosen before any training, by the share of right trajectories and of right greedy
-answers at seed 0; the training settings are the first that were tried.
+A seed is that of the training and of the problems, of which two seeds share none. Both recipes of a seed learn from
+the same trajectories. The task, its temperature and the training settings were chosen earlier, on other problems of the
+same kind, and were not changed for these.
 
 | recipe | seed | trajectories | right | pairs | labelled | steps | solved before | after | change |
 |---|---|---|---|---|---|---|---|---|---|
