@@ -60,6 +60,16 @@ def load_model(auto_class: Any, path: str, name: str, unused: Sequence[str] = ()
     return model
 
 
+def load_classifier(auto_class: Any, path: str, revision: str | None, dtype: str) -> Any:
+    """A model with a score head, from safetensors. The head of the language model that it was made of may stay unread.
+
+    dtype: auto, float32 or bfloat16. Raises WrongWeights as load_model does.
+    """
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    own = {"revision": revision, "trust_remote_code": False, "use_safetensors": True, "dtype": wanted}
+    return load_model(auto_class, path, f"path={path}", unused=[r"^lm_head\."], **own)
+
+
 def check_finite(name: str, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Raises WrongWeights if a weight is nan or inf anywhere. Weights of fewer than 16 bits are not looked at."""
     for key, weight in weights:

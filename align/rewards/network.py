@@ -25,7 +25,7 @@ from align.models import ScoreHead, Scorer, choose_layout, is_peft, with_adapter
 from align.packing import micro_batches, num_tokens, pack_groups, to_device
 from align.rewards.worker import resolve
 from align.types import Layout, Row
-from align.weights import check_finite, check_tokens, load_model
+from align.weights import check_finite, check_tokens, load_classifier, load_model
 
 FILE = "reward_model.json"
 HEAD = "score.safetensors"  # beside a LoRA adapter: the head's weight [D, H]
@@ -318,20 +318,10 @@ def _adapted(directory: Path, dtype: str) -> tuple[Any, None]:
 def _whole(path: str, revision: str | None, dtype: str, form: dict[str, Any] | None) -> tuple[Any, nn.Linear]:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    common = {"revision": revision, "trust_remote_code": False}
-    config = AutoConfig.from_pretrained(path, **common)
+    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     if form is None and config.num_labels != 1:
         raise ValueError(f"path={path}: has {config.num_labels} outputs, a reward model has one (num_labels=1)")
-    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = load_model(
-        AutoModelForSequenceClassification,
-        path,
-        f"path={path}",
-        unused=[r"^lm_head\."],  # of the language model that it was made of
-        use_safetensors=True,
-        dtype=wanted,
-        **common,
-    )
+    model = load_classifier(AutoModelForSequenceClassification, path, revision, dtype)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise ValueError(f"path={path}: {type(model).__name__} does not score its last token, which is needed here")
     return model, model.score

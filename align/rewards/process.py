@@ -18,7 +18,7 @@ from align.models import own_attention_name
 from align.rewards.base import Conversation
 from align.rewards.calls import FunctionReward
 from align.rewards.model import batches, count_failures, positive_limit
-from align.weights import load_model
+from align.weights import load_classifier
 
 
 @dataclass(frozen=True)
@@ -276,16 +276,7 @@ def _load(path: str, revision: str | None, dtype: str) -> tuple[Any, Any]:
             f"path={path}: has {config.num_labels} labels, a process reward model has two, wrong and right"
         )
     tokenizer = AutoTokenizer.from_pretrained(path, **common)
-    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = load_model(
-        AutoModelForTokenClassification,
-        path,
-        f"path={path}",
-        unused=[r"^lm_head\."],  # of the language model that it was made of
-        use_safetensors=True,
-        dtype=wanted,
-        **common,
-    )
+    model = load_classifier(AutoModelForTokenClassification, path, revision, dtype)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):  # an encoder would see what follows a step
         raise ValueError(f"path={path}: {type(model).__name__} reads both ways; a decoder such as Qwen2 is needed here")
     model.config._attn_implementation = own_attention_name(model)
