@@ -263,9 +263,10 @@ def test_adapters_are_swapped_and_a_hung_engine_is_replaced(tmp_path, rng):
             assert tokens(told) == tokens(side.hf.generate(asked, sampling))
             assert largest_difference(side, asked, told) < TOLERANCE
             ones = [1] * len(asked)  # several at once: vLLM's LoRA head cannot do that, ours is left out of it
-            # against float64: with random adapters the two float32 results lie on either side of it, 1.1e-4 apart
+            # against float64: with random adapters the two float32 results lie on either side of it; their rounding
+            # grows with the log-prob, and is another one on another processor: up to 1.3e-4 at 10.6 nats was seen
             for ours, exact in zip(side.vllm.logps(asked, ones), exact_logps(adapted, asked), strict=True):
-                np.testing.assert_allclose(ours, exact, rtol=0, atol=TOLERANCE)
+                np.testing.assert_allclose(ours, exact, rtol=2e-5, atol=TOLERANCE)
             seen.append(tokens(told))
         assert all(a != b for a, b in zip(seen, seen[1:], strict=False))
 
