@@ -48,7 +48,7 @@ def below(folder: str) -> list[str]:
         ("packing.py", {"align.types"}),
         ("attention.py", {"align.types"}),
         ("stats.py", {"align.types"}),
-        ("config.py", {"align.engine.settings"}),
+        *((file, {"align.config", "align.engine.settings"}) for file in below("config")),
         ("files.py", set()),
         ("tensor_files.py", set()),
         ("simplex.py", set()),
@@ -69,7 +69,7 @@ def test_objectives_advantages_and_composers_need_torch_only(file):
 @pytest.mark.parametrize(
     "package, allowed",
     [
-        ("hydra", {"cli.py", "config.py", "build.py"}),
+        ("hydra", {"cli.py", "config/compose.py", "config/explain.py", "build.py"}),
         ("deepspeed", {"engine/deepspeed.py"}),
         ("vllm", {"rollout/vllm_engine.py", "rollout/transfer.py", "rollout/serve.py", MAKE}),
         ("wandb", {"log.py"}),

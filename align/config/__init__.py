@@ -1,0 +1,57 @@
+"""The settings of a run: what there is, where it is found, how it is composed and what is refused. Torch-free."""
+
+from align.config.compose import alternatives, compose, compose_run, differences, quoted
+from align.config.explain import keys_with_help, leaves
+from align.config.places import cache_root, options, recipes, shipped_root
+from align.config.schema import (
+    CollectConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EngineConfig,
+    HeadConfig,
+    IterateConfig,
+    LaunchConfig,
+    LogConfig,
+    LoraConfig,
+    OnlineConfig,
+    OptimizerConfig,
+    ReferenceConfig,
+    RunConfig,
+    SamplingConfig,
+    SlurmConfig,
+    TrainerConfig,
+    WarmConfig,
+)
+
+__all__ = [
+    "CollectConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EngineConfig",
+    "HeadConfig",
+    "IterateConfig",
+    "LaunchConfig",
+    "LogConfig",
+    "LoraConfig",
+    "OnlineConfig",
+    "OptimizerConfig",
+    "ReferenceConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "SlurmConfig",
+    "TrainerConfig",
+    "WarmConfig",
+    "alternatives",
+    "cache_root",
+    "compose",
+    "compose_run",
+    "differences",
+    "keys_with_help",
+    "leaves",
+    "options",
+    "quoted",
+    "recipes",
+    "shipped_root",
+]

@@ -1,0 +1,253 @@
+"""The command line's words to checked settings: composition, refusal of unknown keys.
+
+Imports nothing heavy: a misspelt key is refused before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from align.config.explain import explain, leaves, nearest, one_line, written
+from align.config.places import groups as all_groups
+from align.config.places import options, recipes, shipped_root
+from align.config.schema import EVALUATION, KINDS, RESUMABLE, SECTIONS, Config, ConfigError
+from align.config.validate import check_values
+
+
+def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
+    """Checked settings from `key=value` and `group=option` words, in Hydra's syntax.
+
+    config_dir: a directory of your own with configs in the same groups and recipes in recipes/.
+    Raises ConfigError, one line, for anything that is not a setting or not a possible value.
+    """
+    words = list(overrides)
+    for word in words:
+        key, equals, _ = word.lstrip("+~").partition("=")
+        if word.startswith("-") or not equals or not key:
+            raise ConfigError(f"{word}: settings are written key=value, for example optimizer.lr=1e-6")
+        if key.split(".")[0] == "hydra":
+            raise ConfigError(f"{key} is not a setting; `align check --keys` lists them all")
+    # Your own training data never meet the shipped held-out set or its gold rule.
+    if any(w.startswith("data.train=") for w in words) and not any(w.startswith("data=") for w in words):
+        words.append("data=files")
+    known_models = options("model", config_dir)
+    for i, word in enumerate(words):
+        name = word.removeprefix("model=")
+        if name != word and name not in known_models and ("/" in name or Path(name).is_dir()):
+            words[i : i + 1] = ["model=hub", f"model.path={name}"]
+            break
+    # A composer has numbers by component of the reward: new keys.
+    words = [f"++{word}" if word.startswith("composer.") else word for word in words]
+    # So have the weights of an objective over several, also as a part of another, and the functions of data.margins.
+    words = [
+        f"++{word}" if re.match(r"objective\.([^=]+\.)?weights\.|data\.margins\.", word) else word for word in words
+    ]
+    # Your own reward replaces the recipe's; reward=OPTION beside it keeps that one as well.
+    if any(w.startswith("reward.") and "._target_=" in w for w in words) and not any(
+        w.startswith("reward=") for w in words
+    ):
+        words.append("reward=[]")
+    # a component of the reward has a name of the user's own, and DeepSpeed's settings are not listed: new keys
+    words = [f"++{word}" if word.startswith(("reward.", "engine.deepspeed.")) else word for word in words]
+    _register_recipes(config_dir)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str((shipped_root() / "configs").resolve()), version_base="1.3"):
+        if config_dir is not None:
+            quoted = str(config_dir.resolve()).replace("\\", "\\\\").replace("'", "\\'")
+            words.append(f"hydra.searchpath=['file://{quoted}']")
+        try:
+            full = hydra_compose("config", words, return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+            raise ConfigError(explain(words, error, config_dir)) from None
+        choices = {g: o for g, o in full.hydra.runtime.choices.items() if o and not g.startswith("hydra")}
+        groups = [f"{g}={o}" for g, o in choices.items() if g != "recipe"]
+        own = [w for w in words if w.startswith("hydra.")]
+        known = hydra_compose("config", groups + own) if own else _shipped(tuple(groups))
+    OmegaConf.set_struct(full, False)
+    del full["hydra"]
+    _refuse_unknown(full, known, choices)
+    return _typed(full, choices)
+
+
+def compose_run(overrides: Sequence[str]) -> Config:
+    """The settings of an existing run, run.dir=DIR, with other data or sizes of forwards.
+
+    Raises ConfigError as compose does, and for a setting that is part of what the run is.
+    """
+    given = dict(word.partition("=")[::2] for word in overrides)
+    path = Path(given.pop("run.dir", "nowhere")) / "config.yaml"
+    if not path.is_file():
+        raise ConfigError("run.dir=DIR is needed: the directory of a run")
+    tree = OmegaConf.load(path)
+    assert isinstance(tree, DictConfig)
+    # an older run has none, or fewer of their keys
+    for group, option in (("engine", "local"), ("launch", "local"), ("data", "files")):
+        shipped = OmegaConf.load(shipped_root() / "configs" / group / f"{option}.yaml")
+        tree[group] = OmegaConf.merge(shipped, tree.get(group) or {})
+    allowed = {key for key, _ in leaves(tree) if key.split(".")[0] in ("data", "launch") or key in EVALUATION}
+    for key, value in given.items():
+        if key not in allowed:
+            raise ConfigError(f"{key} cannot be set for a finished run{nearest(key, allowed)}")
+        OmegaConf.update(tree, key, yaml.safe_load(value))
+    tree.run.dir = str(path.parent)
+    return _typed(tree, {"objective": str(tree.objective.get("_target_", "")).rpartition(".")[2]})
+
+
+def differences(old: DictConfig, new: DictConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ between a run's config.yaml and now and that may not: key -> (there, now)."""
+    a, b = dict(leaves(old)), dict(leaves(new))
+    changed = {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
+    return {
+        k: v
+        for k, v in changed.items()
+        if not any(k == allowed or (allowed.endswith(".") and k.startswith(allowed)) for allowed in RESUMABLE)
+    }
+
+
+@lru_cache
+def _shipped(groups: tuple[str, ...]) -> DictConfig:
+    """What these options of the shipped groups hold, for reading; a sweep, a plan or a test asks for them again."""
+    return hydra_compose("config", list(groups))
+
+
+def _register_recipes(config_dir: Path | None) -> None:
+    found = []
+    for name, path in recipes(config_dir).items():
+        try:
+            changed = path.stat().st_mtime_ns
+            node = _recipe(path, changed)
+        except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: is not YAML: {one_line(error)}") from None
+        if not isinstance(node, DictConfig):
+            raise ConfigError(f"{path}: must hold settings, `key: value` a line")
+        found.append((name, path, changed))
+    _store_recipes(tuple(found))
+
+
+@lru_cache(maxsize=1)
+def _store_recipes(found: tuple[tuple[str, Path, int], ...]) -> None:
+    """Hand them to Hydra, unless they are those that it was handed last: that takes a quarter of compose."""
+    store = ConfigStore.instance()
+    store.repo.pop("recipe", None)
+    for name, path, changed in found:
+        group, _, option = f"recipe/{name}".rpartition("/")
+        store.store(group=group, name=option, node=_recipe(path, changed), package="_global_")
+
+
+@lru_cache
+def _recipe(path: Path, _changed: int) -> DictConfig | ListConfig:
+    return OmegaConf.load(path)
+
+
+def _refuse_unknown(full: DictConfig, known: DictConfig, choices: dict[str, str]) -> None:
+    """Hydra adds what a recipe invents; here it is an error, as on the command line."""
+    allowed = {key for key, _ in leaves(known)}
+    for key, _ in leaves(full):
+        if key.startswith("composer.") and _by_component(known, key.rpartition(".")[0]):
+            continue
+        if key.startswith("reward.") and key.count(".") > 1:  # its keys are those of what it names
+            continue
+        if key.startswith("engine.deepspeed."):  # the engine knows them
+            continue
+        if key not in allowed and not any(key.startswith(f"{a}.") for a in allowed):
+            if key.replace(".", "/") in all_groups():
+                raise ConfigError(f"{key} is a group of settings: choose one with {key.replace('.', '/')}=...")
+            group = key.split(".")[0]
+            hint = f"; {group}={choices[group]} has no such key" if group in choices else ""
+            raise ConfigError(f"{key} is not a setting{hint}{nearest(key, allowed)}")
+
+
+def _by_component(known: DictConfig, section: str) -> bool:
+    """Whether the names below a section are the reward's components."""
+    if "." not in section:
+        return False
+    node = OmegaConf.select(known, section)
+    return isinstance(node, DictConfig) and "_target_" not in node
+
+
+def alternatives(word: str) -> list[str]:
+    """The words that a word with several values stands for, `seed=1,2` or `seed=range(0,3)`; itself if it has one."""
+    key = word.partition("=")[0]
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException:  # compose says what is wrong with it
+        return [word]
+    if not override.is_sweep_override():
+        return [word]
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+
+
+def quoted(value: str) -> str:
+    """A text as the value of a word, whatever its characters."""
+    if re.fullmatch(r"[A-Za-z0-9_./+-]+", value):
+        return value
+    # a backslash is one except before a quote
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
+
+
+def _typed(tree: DictConfig, choices: dict[str, str]) -> Config:
+    missing = [key for key, value in leaves(tree) if value == "???"]
+    if missing:
+        raise ConfigError(f"{missing[0]} is required: add {missing[0]}=...")
+    try:  # the tree itself keeps its interpolations: an environment variable's value is not for config.yaml
+        values = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise ConfigError(f"{key}{_first_line(error)}") from None
+    assert isinstance(values, dict)
+    sections = {}
+    for name, cls in SECTIONS.items():
+        if values.get(name) is None and name == "collect":
+            sections[name] = None
+            continue
+        if name in KINDS:
+            kind = (values[name] or {}).get("kind")
+            if kind not in KINDS[name]:
+                raise ConfigError(f"{name}.kind={kind}: must be one of {', '.join(KINDS[name])}")
+            cls = KINDS[name][kind]
+        schema = OmegaConf.structured(cls)
+        OmegaConf.set_readonly(schema, False)
+        try:
+            sections[name] = OmegaConf.to_object(OmegaConf.merge(schema, values[name]))
+        except OmegaConfBaseException as error:
+            key = f"{name}.{error.full_key}" if error.full_key else name
+            raise ConfigError(f"{key}={written(OmegaConf.select(tree, key))}: {_first_line(error)}") from None
+    for key, kind in (("seed", int), ("merge", bool)):
+        if not isinstance(values[key], kind) or (kind is int and isinstance(values[key], bool)):
+            given = written(values[key])
+            raise ConfigError(f"{key}={given}: must be {'true or false' if kind is bool else 'an integer'}")
+    config = Config(
+        seed=values["seed"],
+        merge=values["merge"],
+        model=tree.model,
+        objective=tree.objective,
+        rollout=tree.rollout,
+        advantage=tree.get("advantage"),
+        reward=tree.get("reward"),
+        composer=tree.get("composer"),
+        pairs=tree.get("pairs"),
+        choices=choices,
+        tree=tree,
+        **sections,
+    )
+    check_values(config)
+    return config
+
+
+def _first_line(error: OmegaConfBaseException) -> str:
+    """OmegaConf's message without the key and type that it appends."""
+    return str(error.msg or error).splitlines()[0]
