@@ -163,6 +163,7 @@ def _varlen(
         q, k, v, cu_q, cu_k, max_q, max_k,
         scale=scaling, window_size=window, enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
+    assert isinstance(out, torch.Tensor)  # its log-sum-exp was not asked for
     return out.unsqueeze(0)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from align.packing import pack, to_device
 from align.stats import Head, stats
 from align.types import Example, Layout, PackedBatch, Row, Stats
 from align.weights import check_finite
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Recompute = Literal["off", "selective", "full"]
 
@@ -41,6 +44,8 @@ class Network(nn.Module):
     hang when ranks differ in the number of module calls.
     """
 
+    layout: Layout
+
     def __init__(self, model: nn.Module, layout: Layout):
         super().__init__()
         self.model = model
@@ -53,7 +58,7 @@ class Network(nn.Module):
     @property
     def causal_lm(self) -> Any:
         """The transformers model, LoRA layers inside if there are any."""
-        return self.model.get_base_model() if is_peft(self.model) else self.model
+        return base_model(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -185,7 +190,12 @@ def prompt_ends(batch: PackedBatch) -> torch.Tensor:
     return batch.target_index[first]
 
 
-def is_peft(model: nn.Module) -> bool:
+def base_model(model: nn.Module) -> Any:
+    """The transformers model, below PEFT's wrapping if there is one."""
+    return model.get_base_model() if is_peft(model) else model
+
+
+def is_peft(model: nn.Module) -> TypeGuard[PeftModel]:
     """Whether a model carries PEFT adapters."""
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
@@ -318,7 +328,7 @@ def lora(lm: Any, *, rank: int, alpha: float, dropout: float, targets: str | lis
             lm,
             LoraConfig(
                 r=rank,
-                lora_alpha=alpha,
+                lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  declared as int, multiplied as a number
                 lora_dropout=dropout,
                 target_modules=targets if isinstance(targets, str) else list(targets),
                 task_type="CAUSAL_LM",
@@ -365,7 +375,7 @@ def weights_hash(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]] |
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
         for part in flat.split(1 << 28):  # on the host a piece at a time
-            digest.update(memoryview(part.cpu().numpy()))
+            digest.update(part.cpu().numpy().data)
     return digest.hexdigest()
 
 

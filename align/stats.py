@@ -240,7 +240,7 @@ class _Gradients:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         # summed over chunks, hence in float32 even for bfloat16 weights
         self.of_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        self.of_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
+        self.of_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
         self.of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
 
     def add(self, part: slice, d: Tensor) -> None:

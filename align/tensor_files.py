@@ -73,7 +73,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
 
 def read_into(path: Path, begin: int, out: Tensor) -> bool:
     """Fill a tensor with the bytes from `begin`; False if the file ends before."""
-    view = memoryview(raw(out))
+    view = raw(out).data
     with path.open("rb", buffering=0) as stream:
         stream.seek(begin)
         while len(view):

@@ -157,5 +157,5 @@ def _write_file(path: Path, tensors: Sequence[Planned], produce: Callable[[str],
         for tensor in ordered:
             for span in produce(tensor.key):
                 assert span.dtype == tensor.dtype
-                stream.write(raw(span.contiguous()))
+                stream.write(raw(span.contiguous()).data)
             assert stream.tell() - len(start) == header[tensor.key]["data_offsets"][1]

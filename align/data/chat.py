@@ -17,10 +17,21 @@ from typing import Any
 import numpy as np
 
 from align.data.sources import BadRow
-from align.data.template import Layout, Message, Template, Turn, check_said, json_of, map_texts, quote, texts_of, tidy
+from align.data.template import (
+    Layout,
+    Message,
+    Template,
+    Tools,
+    Turn,
+    check_said,
+    json_of,
+    map_texts,
+    quote,
+    texts_of,
+    tidy,
+)
 from align.types import Row
 
-Tools = list[dict[str, Any]]
 _Region = tuple[int, int, str, int | None, bool]  # characters from, to; role, message, target
 _CONTEXT = 64  # characters before a text that its tokenisation is told of: longer than any control token
 
@@ -248,7 +259,8 @@ def _cuts(
     notes = []
     for i, message in enumerate(messages):
         texts, places = texts_of(message), layout.places[i]
-        found = [m for start, end in places if start is not None for m in special.finditer(layout.text, start, end)]
+        known = [(start, end) for start, end in places if start is not None and end is not None]
+        found = [match for start, end in known for match in special.finditer(layout.text, start, end)]
         unsure = [said for said, place in zip(texts, places, strict=True) if place[0] is None or i in layout.repeated]
         if any(special.search(text) for text in [*unsure, json_of(map_texts(message, lambda _: ""))]):
             raise BadRow("template", f"message {i + 1} holds the text of a control token; remove it")

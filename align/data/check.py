@@ -327,7 +327,7 @@ def _dead(found: Any, loaded: Loaded) -> Iterator[Finding]:
     a, b = trained(loaded, "chosen"), trained(loaded, "rejected")
     if a is None or b is None:
         return
-    prompts = [r.row.token_ids[: r.prompt_length] for r in loaded.renderings.values()]
+    prompt, other = (r.row.token_ids[: r.prompt_length] for r in loaded.renderings.values())
     same_tokens = np.array_equal(a.token_ids, b.token_ids)
     same_targets = np.array_equal(a.token_ids[a.targets], b.token_ids[b.targets])
     if same_tokens and np.array_equal(a.targets, b.targets) and _same_weights(a.weights, b.weights):
@@ -336,7 +336,7 @@ def _dead(found: Any, loaded: Loaded) -> Iterator[Finding]:
     elif same_tokens:
         detail = "chosen and rejected have the same tokens and differ only in which are targets or in their weight"
         yield found("dead_pair", "warning", detail + "; see that this is meant")
-    elif same_targets and np.array_equal(*prompts):  # else it is one answer to two prompts
+    elif same_targets and np.array_equal(prompt, other):  # else it is one answer to two prompts
         detail = "chosen and rejected have the same targets and differ only in what stands between them; see that "
         yield found("dead_pair", "warning", detail + "this is meant")
 
@@ -415,7 +415,8 @@ def _lengths(name: str, rows: Sequence[Loaded]) -> Iterator[Finding]:
     points of a bootstrap over pairs.
     """
     both = [[trained(loaded, k) for k in ("chosen", "rejected")] for loaded in rows if loaded.kind == "pair"]
-    lengths = np.array([[row.targets.sum() for row in pair] for pair in both if None not in pair], dtype=float)
+    whole = [(a, b) for a, b in both if a is not None and b is not None]
+    lengths = np.array([[a.targets.sum(), b.targets.sum()] for a, b in whole], dtype=float)
     lengths = lengths[(lengths > 0).all(1)] if len(lengths) else lengths
     if not len(lengths):
         return

@@ -16,7 +16,7 @@ import numpy as np
 from align.config import DataConfig
 from align.data.audit import NOT_USED
 from align.data.chat import Rendering, Span, prompt_ids, render, render_text
-from align.data.formats import Dialogue, Record, Tokenised
+from align.data.formats import Dialogue, Message, Record, Tokenised
 from align.data.margins import margin_numbers
 from align.data.sources import BadRow
 from align.packing import common_prefix_length
@@ -60,7 +60,7 @@ class Loaded:
 
     source: str  # "file:line"
     kind: Kind
-    renderings: dict[str, Rendering] | None  # by the names of Record.sides; None unless they were asked for
+    renderings: dict[str, Rendering]  # by the names of Record.sides; empty unless they were asked for
     # what generation would start from, tokenised alone, for each rendering; None for rows that came as tokens, and
     # unless renderings were asked for
     prompts: dict[str, tuple[int, ...] | None]
@@ -75,9 +75,10 @@ def loaded(record: Record, source: str, tokenizer: Any, config: DataConfig, want
 
     Raises BadRow for a row that cannot be used, ValueError for a kind of data that the objective cannot use.
     """
-    wanted = wanted if wanted.kind is not None else replace(wanted, kind=record.kind)
-    if not _serves(record.kind, wanted.kind):
-        raise ValueError(_cure(source, record.kind, wanted.kind))
+    kind = wanted.kind or record.kind
+    wanted = replace(wanted, kind=kind)
+    if not _serves(record.kind, kind):
+        raise ValueError(_cure(source, record.kind, kind))
     renderings: dict[str, Rendering] = {}
     truncated = 0
     for name, side in record.sides.items():
@@ -102,7 +103,7 @@ def loaded(record: Record, source: str, tokenizer: Any, config: DataConfig, want
     finished = {name: side.finished for name, side in record.sides.items()}
     alone = {name: _alone(record.sides[name], shown, tokenizer) if keep else None for name, shown in renderings.items()}
     chat = not any(isinstance(side, Dialogue) and isinstance(side.prompt, str) for side in record.sides.values())
-    return Loaded(source, record.kind, renderings if keep else None, alone, finished, truncated, examples, chat)
+    return Loaded(source, record.kind, renderings if keep else {}, alone, finished, truncated, examples, chat)
 
 
 # ---------------------------------------------------------------------- renderings
@@ -114,6 +115,7 @@ def _rendering(side: Dialogue | Tokenised, tokenizer: Any, config: DataConfig) -
     if isinstance(side.prompt, str):
         return render_text(tokenizer, side.prompt, str(side.completion), side.finished)
     roles = tuple(config.target_roles)
+    assert not isinstance(side.completion, str)  # both are texts or neither
     return render(
         tokenizer,
         [*side.prompt, *side.completion],
@@ -242,12 +244,15 @@ def _examples(
 
 def _said(side: Dialogue | Tokenised, row: Row, tokenizer: Any) -> tuple[str, str, bool]:
     """Prompt, completion and whether it was finished, as a function that scores it gets them."""
-    if isinstance(side, Dialogue) and isinstance(side.completion, str):
-        return side.question, side.completion, side.finished
     if isinstance(side, Dialogue):
-        said = [m.get("content") or "" for m in side.completion if m["role"] == "assistant"]
-        return side.question, "\n".join(said), side.finished
+        return side.question, _text(side.completion), side.finished
     return side.question, tokenizer.decode(row.token_ids[row.targets], skip_special_tokens=True), side.finished
+
+
+def _text(completion: str | tuple[Message, ...]) -> str:
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(m.get("content") or "" for m in completion if m["role"] == "assistant")
 
 
 def _prompt(side: Dialogue | Tokenised, rendering: Rendering, tokenizer: Any) -> Prompt:
@@ -264,7 +269,8 @@ def _alone(side: Dialogue | Tokenised, rendering: Rendering, tokenizer: Any) -> 
     if isinstance(side, Tokenised):
         return None
     prompt, first = side.prompt, _first(rendering)
-    if not isinstance(prompt, str) and first.role == "assistant":  # weights and target_roles can move it
+    # weights and target_roles can move the first target
+    if not isinstance(prompt, str) and not isinstance(side.completion, str) and first.role == "assistant":
         prompt = (*prompt, *side.completion)[: first.message]
     return tuple(prompt_ids(tokenizer, prompt, tools=side.tools)) if prompt else ()
 

@@ -106,4 +106,4 @@ def _account(audit: SplitAudit, rows: list[Loaded], examples: list[Example]) -> 
 def _prompt(row: Loaded) -> Sequence[int]:
     """A row without a prompt stands for itself."""
     first = row.examples[0]
-    return first.prompt.token_ids or first.rows[0].token_ids
+    return first.prompt.token_ids or first.rows[0].token_ids.tolist()

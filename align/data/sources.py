@@ -203,6 +203,6 @@ def _table(source: Source) -> Any:
         ) from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
-            raise ValueError(f"{source.name}: holds the splits {', '.join(data)}; save one of them alone")
+            raise ValueError(f"{source.name}: holds the splits {', '.join(map(str, data))}; save one of them alone")
         data = data[split]
     return data

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from align.data.sources import BadRow
 
 Message = dict[str, Any]
+Tools = Sequence[Mapping[str, Any]]  # as JSON schemas
 Place = tuple[int | None, int | None]  # of a text in a rendering; None: not to be told
 REASONING = ("reasoning_content", "reasoning", "thinking")  # fields that hold it; templates differ in the name
 _SAID = (*REASONING, "content")
@@ -76,11 +77,11 @@ class Template:
     """The chat template of a tokenizer, with the tools of one conversation."""
 
     tokenizer: Any
-    tools: list[dict[str, Any]] | None
+    tools: Tools | None
     habits: Habits
 
     @staticmethod
-    def of(tokenizer: Any, tools: list[dict[str, Any]] | None = None) -> Template:
+    def of(tokenizer: Any, tools: Tools | None = None) -> Template:
         """Raises ValueError when the tokenizer has none."""
         if not tokenizer.chat_template:
             raise ValueError(
@@ -153,7 +154,8 @@ class Template:
         """Where generation would begin message i, and findings."""
         text, floor = layout.text, layout.before(i)
         starts = [place[0] for place in layout.places[i]]
-        first = None if None in starts else min(starts, default=None)
+        known = [start for start in starts if start is not None]
+        first = min(known, default=None) if len(known) == len(starts) else None
         stop = layout.region(i)[1] if starts else layout.after(i)
         opening = self.habits.generation
         prompt = self.write(messages[:i], generation=True) if i > 0 else ""

@@ -138,7 +138,7 @@ def parameter_groups(
 
 def shape_of(p: nn.Parameter) -> torch.Size:
     """The shape of a whole weight, also while this process holds only its shard."""
-    return p.ds_shape if hasattr(p, "ds_shape") else p.shape  # DeepSpeed leaves an empty tensor in its place
+    return getattr(p, "ds_shape", p.shape)  # DeepSpeed leaves an empty tensor in its place
 
 
 def seed_generators(seed: int, step: int, rank: int) -> None:

@@ -67,6 +67,7 @@ class DeepSpeedEngine:
         deepspeed = load_deepspeed(world, settings.timeout_s)
         self.policy = policy
         self.config = config
+        assert settings.stage is not None  # engine=local is another class
         self.stage = settings.stage
         self.precision = precision
         self.world = world
@@ -176,7 +177,7 @@ class DeepSpeedEngine:
             with moving(self.parameters, along) as move:
                 yield move
             return
-        shards = {name: self.parameters[name].ds_tensor for name in along}
+        shards = {name: _linked(self.parameters[name]).ds_tensor for name in along}
         try:
             with moving(shards, along) as move:
 
@@ -208,7 +209,7 @@ class DeepSpeedEngine:
         for name in names:
             piece = self._piece(name)
             length = 0 if piece is None else piece.length
-            out[name] = found[self.parameters[name].ds_id].detach().view(-1)[:length].float().clone()
+            out[name] = found[_linked(self.parameters[name]).ds_id].detach().view(-1)[:length].float().clone()
         self._zero.zero_grad()
         return out
 
@@ -293,7 +294,7 @@ class DeepSpeedEngine:
 
     def _piece(self, name: str) -> Piece | None:
         """This process's piece of a trained weight; None if it has none of it."""
-        p = self.parameters[name]
+        p = _linked(self.parameters[name])
         if self.stage == 0:
             return Piece(0, p.numel(), p, 0)
         if self.stage < 3:
@@ -481,12 +482,18 @@ def _numel(value: Tensor) -> int:
 # ---------------------------------------------------------------------- DeepSpeed itself
 
 
+def _linked(p: nn.Parameter) -> Any:
+    """A weight with the attributes that DeepSpeed has given it."""
+    return p
+
+
 def load_deepspeed(world: World, timeout_s: float) -> Any:
     """The module, on this run's process group; a process alone gets a group of one, without a port."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     import deepspeed
+    import deepspeed.runtime.zero.utils
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")

@@ -31,7 +31,7 @@ class TensorWriter:
         if [*tensor.shape] != entry["shape"] or CODES[tensor.dtype] != entry["dtype"]:
             raise ValueError(f"{name} is {tensor.dtype} {[*tensor.shape]}, announced {entry['dtype']} {entry['shape']}")
         self._stream.seek(self._first + entry["data_offsets"][0])
-        self._stream.write(raw(tensor.detach().cpu().contiguous()))
+        self._stream.write(raw(tensor.detach().cpu().contiguous()).data)
         self._missing.discard(name)
 
     def close(self, complete: bool = True) -> None:

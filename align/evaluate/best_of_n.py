@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_Scores = Sequence[float] | np.ndarray
+
 
 @dataclass(frozen=True)
 class BestOfN:
@@ -59,7 +61,7 @@ def rank_weights(num_samples: int, n: int) -> np.ndarray:
     return out
 
 
-def best_of_n(proxy: Sequence[Sequence[float]], gold: Sequence[Sequence[float]], ns: Sequence[int]) -> BestOfN:
+def best_of_n(proxy: Sequence[_Scores], gold: Sequence[_Scores], ns: Sequence[int]) -> BestOfN:
     """Unbiased estimate for each n of the scores of the best of n by proxy, from N completions of each of Q prompts.
 
     proxy, gold: [Q][N], in any order, N may differ between prompts; ns: 1 <= n <= the smallest N. With proxy ascending,

@@ -153,11 +153,11 @@ def _scores(d: np.ndarray, prompts: Sequence[str] | None, num_bins: int, seed: i
     columns[:, num_bins] = 1
     error: Callable[[np.ndarray], np.ndarray] = lambda s: np.abs(s[:, :-1]).sum(1) / s[:, -1]  # noqa: E731
     value = float(error(columns.sum(0, keepdims=True))[0])
-    names = None if prompts is None else np.asarray(prompts, dtype=object)
+    named = None if prompts is None else np.asarray(prompts, dtype=object)
     rows = []
     for i in np.unique(bins):
         here = bins == i
-        accuracy = over_prompts(right[here], None if names is None else names[here], seed, f"bin {i}")
+        accuracy = over_prompts(right[here], None if named is None else named[here].tolist(), seed, f"bin {i}")
         rows.append(
             {
                 "low": 0.5 + i / (2 * num_bins),

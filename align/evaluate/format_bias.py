@@ -241,7 +241,7 @@ def _list(text: str, rng: np.random.Generator) -> str:
 
 
 def _one_of(choices: Sequence[str], join: Callable[[str, str], str]) -> Callable[[str, np.random.Generator], str]:
-    return lambda text, rng: join(text, choices[rng.integers(len(choices))])
+    return lambda text, rng: join(text, choices[int(rng.integers(len(choices)))])
 
 
 _EDITS: dict[str, Callable[[str, np.random.Generator], str]] = {

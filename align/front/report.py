@@ -55,7 +55,7 @@ def read_run(directory: Path, components: Sequence[str], measured: Sequence[str]
         # the last step of an epoch may have fewer prompts: data/epoch tells prompts in passes
         share = (row["data/epoch"] - passed) / rows[0]["data/epoch"]
         # with trainer.extra_draws a step draws more than it learns from
-        drawn = int(row.get("rollout/drawn_prompts", round(batch * share))) * n
+        drawn = int(row.get("rollout/drawn_prompts") or round(batch * share)) * n
         passed = row["data/epoch"]
         completions += drawn
         tokens += drawn * row["rollout/tokens"]

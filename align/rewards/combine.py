@@ -60,7 +60,7 @@ def disagreement(scores: np.ndarray) -> np.ndarray:
 
 def incomplete(scores: np.ndarray) -> np.ndarray:
     """Whether a completion lacks the score of a member [N] bool."""
-    return ~np.isfinite(_checked(scores)).all(0)
+    return np.logical_not(np.isfinite(_checked(scores)).all(0))
 
 
 def check_combine(combine: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from align.models import ScoreHead, Scorer, choose_layout, with_adapters
+from align.models import ScoreHead, Scorer, choose_layout, is_peft, with_adapters
 from align.rewards.base import Conversation
 from align.rewards.combine import check_combine, check_uncertainty, combined, disagreement, incomplete
 from align.rewards.model import RewardModel, by_prompt, count_failures, output_index, positive_limit
@@ -177,9 +177,10 @@ class _Shared(RewardModel):
         """[M, N]; NaN where a member has none."""
         if not self._adapters:
             return self._table(conversations)
-        rows = []
+        rows, model = [], self.network.network.model
+        assert is_peft(model)
         for m, name in enumerate(self._adapters):
-            self.network.network.model.set_adapter(name, inference_mode=True)
+            model.set_adapter(name, inference_mode=True)
             rows.append(self._table(conversations)[m])
         return np.stack(rows)
 

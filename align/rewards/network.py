@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from align.config import HeadConfig
 from align.data.chat import render, render_text
 from align.data.sources import BadRow
-from align.models import ScoreHead, Scorer, choose_layout, is_peft, with_adapter
+from align.models import ScoreHead, Scorer, base_model, choose_layout, is_peft, with_adapter
 from align.packing import micro_batches, num_tokens, pack_groups, to_device
 from align.rewards.worker import resolve
 from align.types import Layout, Row
@@ -106,7 +106,7 @@ def write(network: Scorer, form: Mapping[str, Any], tokenizer: Any, merge: bool,
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.head.state_dict().items()}
     score = tensors.pop("score.weight", None)
     if is_peft(network.model) and not merge:
-        network.model.save_pretrained(directory)
+        network.model.save_pretrained(str(directory))
         if score is not None:
             save_file({"weight": score}, directory / HEAD)
     else:
@@ -275,7 +275,7 @@ def load(path: str, revision: str | None = None, dtype: str = "auto", device: An
     head = _head(directory, form, model, linear)
     if form is None:
         form = {"kind": "bradley_terry", "outputs": ["reward"]}
-    layout, why = choose_layout(model.get_base_model() if is_peft(model) else model, "auto", 0.0)
+    layout, why = choose_layout(base_model(model), "auto", 0.0)
     if "not causal" in why:
         raise ValueError(f"path={path}: {why}; reward models that read in both directions are not supported")
     network = Scorer(model, layout, head.requires_grad_(False)).eval()
@@ -334,8 +334,7 @@ def _head(directory: Path, form: dict[str, Any] | None, model: Any, linear: nn.L
         head = ScoreHead(linear.in_features, linear.out_features)
         head.score = linear.float()
         return head
-    lm = model.get_base_model() if is_peft(model) else model
-    width = lm.config.get_text_config().hidden_size
+    width = base_model(model).config.get_text_config().hidden_size
     if "head" in form:  # of several layers; only ours may be named by a file
         if not str(form["head"]).startswith("align."):
             raise ValueError(f"{directory / FILE}: head={form['head']} is none of align's")

@@ -231,6 +231,7 @@ class ProcessRewardModel:
         long = sum(len(row) > self.max_tokens for row in rows)
         if long:
             count_failures(self.counts, "too_long", long, f"longer than max_tokens={self.max_tokens}", self.host)
+        assert self.model is not None, "closed"
         trunk, head = getattr(self.model, self.model.base_model_prefix), self.model.score
         bias = None if head.bias is None else head.bias.float()
         for part in batches(sorted(fitting, key=lambda i: (len(rows[i]), i)), rows, self.host.micro_batch_tokens):

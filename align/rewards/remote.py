@@ -84,10 +84,10 @@ class RemoteReward:
                 self._failed(reason, message, len(part))
                 continue
             for k, value in enumerate(map(number, values)):
-                if isinstance(value, float):
-                    out[start + k] = value
-                else:
+                if isinstance(value, tuple):
                     self._failed(*value)
+                else:
+                    out[start + k] = value
         return out
 
     def close(self) -> None:

@@ -167,6 +167,7 @@ class HFRollout:
         beginning = torch.tensor([list(prompts[0][:shared])], device=device)
         lm.get_decoder()(input_ids=beginning, past_key_values=cache, use_cache=True)
         for layer in cache.layers:
+            assert isinstance(layer, _Buffer)
             layer.spread(len(prompts), capacity)
         return cache, shared
 

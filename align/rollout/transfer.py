@@ -56,7 +56,7 @@ def write_adapter(policy: Policy, directory: Path) -> None:
         raise ValueError("the policy has no LoRA adapter to write; set lora.rank")
     with own_attention(policy.causal_lm):
         # PEFT would ask the hub whether the vocabulary was resized; the adapter holds no embedding
-        policy.model.save_pretrained(directory, save_embedding_layers=False, selected_adapters=["default"])
+        policy.model.save_pretrained(str(directory), save_embedding_layers=False, selected_adapters=["default"])
 
 
 def named_tensors(policy: Policy, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -172,7 +172,8 @@ def register() -> None:
 
         def receive_weights(self, update_info: Update) -> None:
             """Load one file, a tensor at a time."""
-            self.loaded |= self.model.load_weights(_tensors(update_info.path)) or set()
+            load: Any = self.model.load_weights  # of vLLM's models, not of every module
+            self.loaded |= load(_tensors(update_info.path)) or set()
 
         def finish_weight_update(self) -> None:
             """Raises RuntimeError if a weight got no new values: vLLM would keep the old ones with a warning."""

@@ -16,7 +16,7 @@ from align.engine.build import make_engine
 from align.engine.local import learning_rate
 from align.engine.world import together
 from align.evaluate.samples import paired_bootstrap
-from align.models import Network, Policy, Scorer, choose_layout, is_peft, weights_hash
+from align.models import Network, Policy, Scorer, base_model, choose_layout, weights_hash
 from align.pretrained import Pretrained
 from align.rewards import network
 from align.trainers.anchors import Anchors
@@ -154,7 +154,7 @@ class Training(Run):
         """What the objective trains: a policy, or a reward model."""
         if not self.scores:
             return Policy(model, layout, "values" in self.objective.needs)
-        causal_lm = model.get_base_model() if is_peft(model) else model
+        causal_lm = base_model(model)
         network.check_classes(causal_lm.config, self.pretrained.name)
         if self.config.head.only:
             model.requires_grad_(False)
