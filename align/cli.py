@@ -6,10 +6,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from align.config import Config
 
 USAGE = """\
 align: align language models to human preferences
@@ -121,35 +117,18 @@ def _check(words: list[str], config_dir: Path | None) -> int:
         print("\n".join(keys_with_help()))
         return 0
     config = compose(words, config_dir)
-    _validate(config)
+    from align.config.validate import validate
+
+    validate(config)
     choices = ", ".join(f"{g}={o}" for g, o in sorted(config.choices.items()))
     print(f"ok: {choices}")
     return 0
 
 
-def _validate(config: Config) -> None:
-    """Raises ValueError for what can be known to be wrong without a model."""
-    from align.build import check_margins, function, objective, pretrained
-    from align.data.sources import locate_all
-
-    check_margins(config, objective(config))
-    pretrained(config)
-    locate_all(config.data.train, "data.train")
-    if config.data.heldout is not None:
-        locate_all(config.data.heldout, "data.heldout")
-    if config.data.gold is not None:
-        function(config.data.gold, "data.gold")
-    if config.composer is not None and config.trainer.kind == "online":
-        from align.build import advantage
-        from align.trainers import composing
-
-        composing.check(config, advantage(config))
-
-
 def _front(words: list[str], config_dir: Path | None) -> int:
     from align.front.command import run
 
-    return run(words, config_dir, _validate, print, _tell)
+    return run(words, config_dir, print, _tell)
 
 
 def _recipes(words: list[str], config_dir: Path | None) -> int:

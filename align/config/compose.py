@@ -25,7 +25,7 @@ from align.config.explain import explain, leaves, nearest, one_line, written
 from align.config.places import groups as all_groups
 from align.config.places import options, recipes, shipped_root
 from align.config.schema import EVALUATION, KINDS, RESUMABLE, SECTIONS, Config, ConfigError
-from align.config.validate import check_values
+from align.config.values import check_values
 
 
 def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:

@@ -13,6 +13,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from align.config import Config, ConfigError, differences
+from align.config.validate import validate
 from align.files import write_whole
 from align.front.plan import check_reading, planned, read_plan, write_plan
 from align.front.words import parse
@@ -23,11 +24,10 @@ from align.launch.command import one_after_the_other
 def run(
     words: Sequence[str],
     config_dir: Path | None,
-    check: Callable[[Config], None],
     show: Callable[[str], None],
     tell: Callable[[str], None],
 ) -> int:
-    """Train what is not complete, then report; returns the exit code. check: raises ValueError for bad settings.
+    """Train what is not complete, then report; returns the exit code.
 
     Raises ValueError for what is wrong in any run before the first starts.
     """
@@ -45,7 +45,7 @@ def run(
     plan, found = planned(asked, before, config_dir, show)
     for element in found:
         try:
-            check(element.config)
+            validate(element.config)
         except ValueError as error:
             raise ConfigError(f"{element.name}: {error}") from error
         _compare(asked.out / element.name, element.config)

@@ -31,6 +31,8 @@ def train(
     config = found[0].config
     if config.launch.kind == "slurm":
         return slurm.submit(found, config_dir, dry, show)
+    for element in found:
+        _check(element)
     if dry:
         raise ConfigError("--dry-run shows what launch=slurm would submit; without it `align check` is what to use")
     if many:
@@ -40,6 +42,16 @@ def train(
             raise ConfigError("launch.port has no effect on one process; leave it out")
         return _here(words, config)
     return _together(words, config, config_dir, tell)
+
+
+def _check(element: sweep.Element) -> None:
+    """Raises ValueError for settings with which this run would end at once, naming it if there are several."""
+    from align.config.validate import validate  # settings that cannot be composed are refused before its imports
+
+    try:
+        validate(element.config)
+    except ValueError as error:
+        raise ConfigError(f"{element.name}: {error}" if element.name else str(error)) from error
 
 
 def _here(words: Sequence[str], config: Config) -> int:
@@ -57,6 +69,7 @@ def _as_node(words: Sequence[str], config_dir: Path | None, tell: Callable[[str]
     """The launcher of a node: signals are held from the first moment, since a scheduler tells them once."""
     with local.Held() as held:
         config = compose(words, config_dir)
+        _check(sweep.Element("", tuple(words), config))
         code = _start(words, config, config_dir, held, tell)
     # srun ends the other nodes at the first exit code other than 0, and they may still be leaving
     stopped = os.environ.get("ALIGN_STOPPED")

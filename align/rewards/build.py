@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 
 from align.rewards.base import Conversation, Reward
 from align.rewards.calls import FunctionReward
-from align.rewards.worker import Refused, resolve
+from align.rewards.worker import Refused, bound, resolve
 
 # Of a component that the command line names without an option of configs/reward.
 DEFAULT_WEIGHT = 1.0
@@ -105,23 +106,59 @@ def components(node: Mapping[str, Any], host: RewardHost) -> Rewards:
     """
     if not node:
         raise ValueError("no reward: choose reward=everyday_gold, or name one: reward.NAME._target_=my.module.function")
-    settings = {str(name): _checked(str(name), part) for name, part in node.items()}
+    settings = {str(name): _checked(str(name), part, node) for name, part in node.items()}
     parts: dict[str, Reward | StepReward] = {}
     try:
         for name, (target, _, seconds, keys) in settings.items():
             parts[name] = _component(name, target, seconds, keys, replace(host, name=name))
         stepped = [name for name, part in parts.items() if gives_steps(part)]
-        if len(stepped) > 1:
-            raise ValueError(f"reward: {' and '.join(stepped)} give rewards of steps; keep one of them")
+        _one_of_steps(stepped)
     except BaseException:
         for part in parts.values():
             part.close()
         raise
-    weights = []
-    for name, (_, weight, _, _) in settings.items():
-        usual = STEPS_WEIGHT if name in stepped else DEFAULT_WEIGHT
-        weights.append(usual if weight is None else weight)
-    return Rewards(parts, weights)
+    return Rewards(parts, [_weight(weight, name in stepped) for name, (_, weight, _, _) in settings.items()])
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a component is, known before it is built."""
+
+    weight: float
+    steps: bool  # it gives rewards of steps
+    columns: tuple[str, ...]  # that each row must have; empty for one that runs in the trainer's process
+
+
+def examined(node: Mapping[str, Any]) -> dict[str, Part]:
+    """Each component without its model: a function of ours is bound to its keys here, the user's in a process of its
+    own, and of a class that runs in the trainer's process the signature is read.
+
+    Raises ValueError as `components` does, for all that needs no model.
+    """
+    out = {}
+    for name, part in node.items():
+        target, weight, seconds, keys = _checked(str(name), part, node)
+        steps, columns = _examined(str(name), target, seconds, keys)
+        out[str(name)] = Part(_weight(weight, steps), steps, columns)
+    _one_of_steps([name for name, part in out.items() if part.steps])
+    return out
+
+
+def _examined(name: str, target: str, seconds: float | None, keys: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
+    """Whether it gives rewards of steps, and the columns that it needs."""
+    if not target.startswith("align."):
+        reward = FunctionReward(name, target, keys, seconds=seconds or DEFAULT_SECONDS)
+        reward.close()
+        if not reward.in_process:
+            return False, tuple(reward.required)
+    try:
+        found = resolve(target)
+        if not getattr(found, "in_process", False):
+            return False, bound(target, keys)[1].required
+    except Refused as error:
+        raise ValueError(f"reward.{name}._target_={target}: {error}") from error
+    _bound_in_process(name, found, seconds, keys)
+    return gives_steps(found), ()
 
 
 def counted(node: Mapping[str, Any]) -> dict[str, float]:
@@ -131,16 +168,25 @@ def counted(node: Mapping[str, Any]) -> dict[str, float]:
     """
     out = {}
     for name, part in node.items():
-        target, weight, _, _ = _checked(str(name), part)
-        if weight is None:
-            stepped = False
-            if target.startswith("align."):
-                with contextlib.suppress(Refused):  # who builds it says why
-                    stepped = gives_steps(resolve(target))
-            weight = STEPS_WEIGHT if stepped else DEFAULT_WEIGHT
-        if weight != 0:
+        target, weight, _, _ = _checked(str(name), part, node)
+        stepped = False
+        if weight is None and target.startswith("align."):
+            with contextlib.suppress(Refused):  # who builds it says why
+                stepped = gives_steps(resolve(target))
+        if weight := _weight(weight, stepped):
             out[str(name)] = weight
     return out
+
+
+def _weight(given: float | None, steps: bool) -> float:
+    if given is not None:
+        return given
+    return STEPS_WEIGHT if steps else DEFAULT_WEIGHT
+
+
+def _one_of_steps(names: Sequence[str]) -> None:
+    if len(names) > 1:
+        raise ValueError(f"reward: {' and '.join(names)} give rewards of steps; keep one of them")
 
 
 def _finite(row: np.ndarray) -> np.ndarray:
@@ -152,12 +198,15 @@ def gives_steps(part: Any) -> bool:
     return getattr(part, "gives_steps", False)
 
 
-def _checked(name: str, part: Any) -> tuple[str, float | None, float | None, dict[str, Any]]:
+def _checked(name: str, part: Any, node: Mapping[str, Any]) -> tuple[str, float | None, float | None, dict[str, Any]]:
     """Target, weight, seconds (None: not given) and the keys for the target."""
     if not name.isidentifier():
         raise ValueError(f"reward.{name}: a name of letters, digits and _ is needed, for the metrics")
     if not isinstance(part, Mapping) or "_target_" not in part:
-        raise ValueError(f"reward.{name}._target_ is missing: give the dotted path of a function or class")
+        named = [str(n) for n, other in node.items() if isinstance(other, Mapping) and "_target_" in other]
+        near = difflib.get_close_matches(name, named, 1)
+        tip = f", or did you mean reward.{near[0]}?" if near else ""
+        raise ValueError(f"reward.{name}._target_ is missing: give the dotted path of a function or class{tip}")
     keys = {str(key): value for key, value in part.items()}
     target = keys.pop("_target_")
     if not isinstance(target, str):
@@ -196,15 +245,24 @@ def _component(
 
 
 def _in_process(name: str, found: Any, seconds: float | None, keys: dict[str, Any], host: RewardHost) -> Reward:
-    takes_seconds = "seconds" in inspect.signature(found).parameters
-    if seconds is not None and not takes_seconds:
-        raise ValueError(
-            f"reward.{name}.seconds has no effect: {found.__name__} runs in the trainer's process; remove it"
-        )
-    if takes_seconds:
-        keys = keys | {"seconds": seconds or DEFAULT_SECONDS}
+    keys = _bound_in_process(name, found, seconds, keys)
     try:
-        inspect.signature(found).bind(host, **keys)
         return found(host, **keys)
     except (TypeError, ValueError, OSError, RuntimeError) as error:  # of PEFT and transformers
         raise ValueError(f"reward.{name}: {' '.join(str(error).split())[:400]}") from error
+
+
+def _bound_in_process(name: str, found: Any, seconds: float | None, keys: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a class that runs in the trainer's process. Raises ValueError for others than it takes."""
+    signature = inspect.signature(found)
+    if "seconds" in signature.parameters:
+        keys = keys | {"seconds": seconds or DEFAULT_SECONDS}
+    elif seconds is not None:
+        raise ValueError(
+            f"reward.{name}.seconds has no effect: {found.__name__} runs in the trainer's process; remove it"
+        )
+    try:
+        signature.bind(None, **keys)
+    except TypeError as error:
+        raise ValueError(f"reward.{name}: {' '.join(str(error).split())[:400]}") from error
+    return keys

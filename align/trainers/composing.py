@@ -7,7 +7,6 @@ moved, evaluated after an evaluation. All of a step's completions are known here
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +21,7 @@ from align import build
 from align.advantages.base import estimate as with_metrics
 from align.composers.base import Composer, Observed
 from align.composers.fixed import disagreement
-from align.composers.invariance import columns_of
-from align.config import Config, OnlineConfig
+from align.config import Config
 from align.data.prompts import PromptRow
 from align.data.reasoning import final_answer
 from align.rewards.build import counted
@@ -234,85 +232,6 @@ def composing(config: Config, advantage: Any, say: Callable[[str], None] = lambd
     node = OmegaConf.to_container(config.reward, resolve=True)  # type: ignore[arg-type]
     assert isinstance(node, dict)
     return Composing(build.composer(config.composer, tuple(counted(node))), advantage, list(map(str, node)), say)
-
-
-def check(config: Config, advantage: Any) -> None:
-    """Raises ValueError for a composer that does not go with the other settings, before a model is loaded."""
-    found = composing(config, advantage)
-    if found is None:
-        return
-    t, choice, name = config.trainer, config.choices["advantage"], config.choices["composer"]
-    assert isinstance(t, OnlineConfig)
-    composer = found.composer
-    for component, weight in counted(OmegaConf.to_container(config.reward, resolve=True)).items():  # type: ignore[arg-type]
-        if weight != 1:
-            raise ValueError(
-                f"reward.{component}.weight={weight:g} has no effect with composer={name}, which has weights of its "
-                f"own; use 1, or 0 to measure {component} only"
-            )
-    if t.extra_draws > 0 and "kl_stream" in composer.needs:
-        raise ValueError(
-            f"trainer.extra_draws={t.extra_draws}: with composer={name} every prompt teaches the KL, none is replaced; "
-            "use 0"
-        )
-    if t.kl_target is not None and "kl_stream" in composer.needs and composer.whiten:  # type: ignore[attr-defined]
-        raise ValueError(
-            f"trainer.kl_target={t.kl_target:g} has no effect with composer={name}, which whitens the KL's stream; use "
-            "null, or composer.whiten=false"
-        )
-    if "kl_stream" in composer.needs and t.kl_in_reward == 0:
-        raise ValueError(
-            f"composer={name} has the KL as a stream of its own, which trainer.kl_in_reward=0 leaves empty; set "
-            "trainer.kl_in_reward=0.05, or composer.objective.kl=0 with another composer.objective.NAME=1"
-        )
-    if composer.target == "advantage":
-        odd = sorted(columns_of(advantage) - {"advantages", "returns", "old_values"})
-        if "steps" in advantage.needs or odd:
-            raise ValueError(
-                f"composer.target=advantage: advantage={choice} gives more than one advantage for a reward; use "
-                "composer.target=reward, or advantage=rloo, grpo, remax, reinforce_pp or ppo"
-            )
-    _check_evaluations(config, t, composer, name)
-    if "uncertainty" in composer.needs and config.sampling.n == 1:
-        raise ValueError(f"composer={name} compares the completions of a prompt: use sampling.n=2 or more")
-    if "influence" in composer.needs and "steps" in advantage.needs:
-        raise ValueError(f"composer={name}: advantage={choice} learns from steps, which no component has alone")
-    if "influence" in composer.needs and "values" in advantage.needs and composer.target == "reward":
-        raise ValueError(
-            f"composer.target=reward: advantage={choice} has one value for the composed reward, and none for that of a "
-            "component alone; use composer.target=advantage, or an estimator without values"
-        )
-    if "influence" in composer.needs and composer.measure == "exact" and config.engine.stage == 3:  # type: ignore[attr-defined]
-        raise ValueError(
-            "composer.measure=exact needs whole gradients, which engine.stage=3 never holds; use "
-            "composer.measure=directional composer.max_norm=null, or engine=zero2"
-        )
-    pattern = getattr(composer, "parameters", None)
-    if pattern is not None:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"composer.parameters={pattern}: is no regular expression ({error})") from error
-    composer.check(advantage, choice, t.kl_in_reward > 0)
-
-
-def _check_evaluations(config: Config, t: OnlineConfig, composer: Composer, name: str) -> None:
-    if not composer.needs & {"validation", "gold"}:
-        return
-    if t.num_samples == 0 or (config.data.heldout is None and config.data.heldout_fraction == 0):
-        raise ValueError(
-            f"composer={name} learns from held-out prompts: set data.heldout, and trainer.num_samples above 0"
-        )
-    if "validation" in composer.needs and t.eval_every == 0:
-        raise ValueError(f"composer={name} learns from evaluations: set trainer.eval_every, for example to 5")
-    if composer.gold_metric is not None:
-        assert config.reward is not None
-        known = [f"{part}_greedy" for part in ("total", *map(str, config.reward))]
-        if t.heldout_n > 0:
-            known += [*map(str, config.reward), "pass@1"]
-        metric = composer.gold_metric
-        if metric not in known and not (t.heldout_n > 0 and metric.startswith("pass@")):
-            raise ValueError(f"composer.search.metric={metric}: there are {', '.join(known)}")
 
 
 def _moments(raw: np.ndarray) -> dict[str, Tensor]:

@@ -84,18 +84,12 @@ def _with_system(messages: Sequence[Mapping[str, Any]], text: str) -> tuple[Any,
 
 
 def directional(config: Config) -> Directional | None:
-    """The composer of a run that keeps the best completions; None without one. Raises ValueError for any other."""
+    """The composer of a run that keeps the best completions; None without one."""
     if config.composer is None:
         return None
     node = OmegaConf.to_container(config.reward, resolve=True)  # type: ignore[arg-type]
     assert isinstance(node, dict)
-    composer = build.composer(config.composer, tuple(counted(node)))
-    if "direction" not in composer.needs:
-        raise ValueError(
-            f"composer={config.choices['composer']} composes what an online step learns from: use trainer=online, or "
-            "composer=directional"
-        )
-    return composer
+    return build.composer(config.composer, tuple(counted(node)))
 
 
 def scorer(composer: Directional, names: Sequence[str]) -> Scorer:

@@ -26,7 +26,6 @@ from align.config import Config, IterateConfig, TrainerConfig
 from align.data.chat import prompt_ids
 from align.data.pairs import MaxMin
 from align.data.prompts import PromptRow, load_prompts, prompts_fingerprint
-from align.data.sources import locate_all
 from align.device import pick_device
 from align.evaluate.heldout import changes, heldout_metrics
 from align.log import Log
@@ -46,13 +45,6 @@ from align.trainers.online import ENGINE_TOLERANCE, PROBE_PROMPTS
 from align.trainers.run import Run, SelfCheckError, start
 from align.types import Example, Prompt, Row
 
-# Which kinds of objective learn from what is selected.
-_KINDS = {
-    "pairs": ("pair", "labelled"),
-    "best_of_n": ("single",),
-    "labelled": ("labelled",),
-    "collect": ("pair", "labelled"),
-}
 _DRAW, _TRAIN, _HELDOUT = range(3)  # the first key of the seeds of each stage
 _LAST = ("loss/", "accuracy/", "reward/margin", "wpo/", "nll/", "kl/")  # of a round's training, told with the round
 
@@ -60,8 +52,6 @@ _LAST = ("loss/", "accuracy/", "reward/margin", "wpo/", "nll/", "kl/")  # of a r
 def train(config: Config, command: str) -> int:
     """Run or resume; returns the exit code. Raises ValueError for what the user can cure."""
     objective = build.objective(config)
-    _check(config, objective)
-    directional(config)
     return start(config, command, objective, Iteration)
 
 
@@ -165,12 +155,6 @@ class Iteration(Run):
                 f"tokens; use at least {longest}"
             )
         self.rewards = components(self._node("reward"), self._reward_host())
-        if not self.rewards.weights.any():
-            raise ValueError("reward: no component has a weight, so nothing tells completions apart; set one")
-        if t.pass_component not in (None, *self.rewards.names):
-            raise ValueError(
-                f"trainer.pass_component={t.pass_component}: must be one of {', '.join(self.rewards.names)}"
-            )
 
     def _node(self, name: str) -> dict[str, Any]:
         node = OmegaConf.to_container(self.config.tree[name], resolve=True)
@@ -571,80 +555,3 @@ class Iteration(Run):
                 shutil.copy2(path, target / path.name)
         plain = replace(self.config, merge=self.config.lora.rank > 0)
         (target / "README.md").write_text(model_card(plain, self.pretrained.name, self.command, summary))
-
-
-def _check(config: Config, objective: Any) -> None:
-    """Raises ValueError for settings that cannot be or that would have no effect: before a model is loaded."""
-    t = config.trainer
-    assert isinstance(t, IterateConfig)
-    name, kind = config.choices["objective"], getattr(objective, "kind", "pair")
-    if kind == "rollout":
-        raise ValueError(f"objective={name} learns from rollouts: use trainer=online")
-    if kind not in _KINDS[t.select]:
-        fitting = [select for select, kinds in _KINDS.items() if kind in kinds]
-        raise ValueError(
-            f"trainer.select={t.select} gives no rows for objective={name}: use trainer.select={' or '.join(fitting)}"
-        )
-    collects = t.select == "collect"
-    if collects != (config.collect is not None):
-        raise ValueError("trainer.select=collect and collect=... belong together, with data=collected")
-    if collects and config.reward:
-        raise ValueError("reward has no effect with trainer.select=collect: the task's verifier says what is right")
-    if not collects and not config.reward:
-        raise ValueError("trainer=iterate needs a reward: add reward.NAME._target_=module.function, or reward=...")
-    _check_unused(config, t)
-    _check_reference(config, t, objective)
-    if t.offline_data is not None:
-        locate_all(t.offline_data, "trainer.offline_data")
-    if not collects:
-        if config.sampling.temperature == 0:
-            raise ValueError("sampling.temperature=0: all completions of a prompt would be the same; use 1.0")
-        if t.select != "best_of_n" and config.sampling.n + t.greedy < 2:
-            raise ValueError(
-                f"sampling.n={config.sampling.n}: trainer.select={t.select} compares completions; use at least 2"
-            )
-        if config.pairs is not None:
-            build.pair_rule(config)
-
-
-def _check_unused(config: Config, t: IterateConfig) -> None:
-    limited = t.select == "best_of_n" or (t.select == "labelled" and t.min_score is not None)
-    for key, unused in (
-        ("trainer.eval_every", t.eval_every != 0),
-        ("trainer.min_score", t.min_score is not None and t.select in ("pairs", "collect")),
-        ("trainer.max_pairs_per_prompt", t.max_pairs_per_prompt is not None and (limited or t.select == "collect")),
-        ("pairs", config.pairs is not None and (limited or t.select == "collect")),
-        ("trainer.greedy", t.greedy and t.select == "collect"),
-        ("trainer.heldout_n", t.heldout_n > 0 and t.select == "collect"),
-        ("trainer.pass_component", t.pass_component is not None and t.heldout_n == 0),
-        ("data.gold", config.data.gold is not None and "everyday" not in config.choices["data"]),
-    ):
-        if unused:
-            cure = {"trainer.eval_every": "rounds are evaluated at their end", "data.gold": "name it as a reward"}
-            why = cure.get(key, f"it does nothing for trainer.select={t.select}")
-            if key == "trainer.pass_component":
-                why = "pass@k needs trainer.heldout_n"
-            raise ValueError(f"{key} has no effect with trainer=iterate: {why}; remove it")
-
-
-def _check_reference(config: Config, t: IterateConfig, objective: Any) -> None:
-    name, path = config.choices["objective"], config.reference.path
-    if "reference" not in objective.needs:
-        if t.reference == "fixed" or path is not None:
-            key = "reference.path" if path is not None else "trainer.reference=fixed"
-            raise ValueError(f"{key} has no effect: {name} has no reference; remove it")
-        return
-    if t.reference == "updated":
-        if path is not None:
-            raise ValueError(
-                f"reference.path={path} has no effect with trainer.reference=updated; use trainer.reference=fixed"
-            )
-        if "start" in objective.needs:
-            raise ValueError(
-                f"objective={name} needs trainer.reference=fixed: updated makes its two anchors the same policy"
-            )
-    elif config.reference.mode == "adapter":
-        raise ValueError(
-            "reference.mode=adapter with trainer.reference=fixed: the adapter switched off is the policy that the "
-            "round starts from; use reference.mode=cached or model"
-        )

@@ -34,27 +34,7 @@ _NOUNS = {"pair": "pairs", "labelled": "labelled rows", "single": "rows", "ranke
 def train(config: Config, command: str) -> int:
     """Run or resume; returns the exit code. Raises ValueError for what the user can cure."""
     objective = build.objective(config)
-    if getattr(objective, "kind", "pair") == "rollout":
-        raise ValueError(f"objective={config.choices['objective']} learns from rollouts: use trainer=online")
-    if config.reward:
-        raise ValueError("reward has no effect with trainer.kind=offline; data.gold scores held-out answers")
-    if config.data.gold is not None:
-        build.function(config.data.gold, "data.gold")
-    if "scores" in objective.needs:
-        check_reward_model(config)
     return start(config, command, objective, Training)
-
-
-def check_reward_model(config: Config) -> None:
-    """Raises ValueError for settings that have no effect on a reward model."""
-    if config.trainer.num_samples:
-        raise ValueError(
-            f"trainer.num_samples={config.trainer.num_samples} has no effect: a reward model writes no answers; set 0"
-        )
-    if config.collect is not None:
-        raise ValueError("collect has no effect: a reward model writes no trajectories; leave it out")
-    if config.head.only and config.lora.rank:
-        raise ValueError(f"lora.rank={config.lora.rank} has no effect with head.only=true; set lora.rank=0")
 
 
 class Training(Run):

@@ -57,63 +57,8 @@ class RewardsMissing(ValueError):
 def train(config: Config, command: str) -> int:
     """Run or resume; returns the exit code. Raises ValueError for what the user can cure."""
     objective = build.objective(config)
-    if getattr(objective, "kind", "pair") != "rollout":
-        raise ValueError(
-            f"objective={config.choices['objective']} learns from data: use trainer=offline, or another objective"
-        )
     advantage = build.advantage(config)
-    if "values" in advantage.needs and "values" not in objective.needs:
-        raise ValueError(f"advantage={config.choices['advantage']} needs a value head: set objective.value_coefficient")
-    if "values" in objective.needs and "values" not in advantage.needs:
-        raise ValueError(
-            f"objective.value_coefficient has no effect: advantage={config.choices['advantage']} uses no values"
-        )
-    if config.lora.dropout > 0:
-        raise ValueError("lora.dropout must be 0 with trainer=online: the policy that learns is the one that drew")
-    if config.data.gold is not None and "everyday" not in config.choices["data"]:
-        raise ValueError("data.gold has no effect with trainer=online: name it as a component of the reward")
-    _check(config, objective, advantage)
-    composing.check(config, advantage)
     return start(config, command, objective, partial(OnlineTraining, advantage))
-
-
-def _check(config: Config, objective: Any, advantage: Any) -> None:
-    """Raises ValueError for settings that do not go together, before a model is loaded."""
-    t, n = config.trainer, config.sampling.n
-    assert isinstance(t, OnlineConfig)
-    assert config.reward is not None
-    names = [str(name) for name in config.reward]
-    if config.sampling.temperature == 0:
-        raise ValueError("sampling.temperature=0: all completions of a prompt would be the same; use 1.0")
-    if n == 1 and "group" in advantage.needs:
-        raise ValueError(
-            f"sampling.n=1: advantage={config.choices['advantage']} compares the completions of a prompt and would "
-            "have no baseline; use sampling.n=2 or more, or advantage=remax"
-        )
-    if n == 1 and t.extra_draws > 0 and "greedy" not in advantage.needs:
-        raise ValueError(
-            f"trainer.extra_draws={t.extra_draws}: all completions of a prompt are the same one with sampling.n=1; "
-            "use sampling.n=2 or more"
-        )
-    if t.inner_batches > t.batch_size:
-        raise ValueError(
-            f"trainer.inner_batches={t.inner_batches}: the trainer.batch_size={t.batch_size} prompts of a step cannot "
-            "be divided among so many; use at most as many"
-        )
-    if t.pass_component not in (None, *names):
-        raise ValueError(f"trainer.pass_component={t.pass_component}: must be one of {', '.join(names)}")
-    if t.pass_component is not None and t.heldout_n == 0:
-        raise ValueError(f"trainer.pass_component={t.pass_component} has no effect with trainer.heldout_n=0")
-    if t.kl_target is not None and t.kl_in_reward == 0:
-        raise ValueError(
-            f"trainer.kl_target={t.kl_target:g} has no effect with trainer.kl_in_reward=0; set trainer.kl_in_reward, "
-            "for example to 0.05"
-        )
-    if config.reference.path is not None and "reference" not in objective.needs and t.kl_in_reward == 0:
-        raise ValueError(
-            f"reference.path={config.reference.path} has no effect: nothing here has a reference; set "
-            "trainer.kl_in_reward or objective.kl_coefficient"
-        )
 
 
 class OnlineTraining(Run):
@@ -171,7 +116,6 @@ class OnlineTraining(Run):
         self.restore(self.engine, state)
         host = self._reward_host()
         self.rewards = together(self.world, lambda: components(self._reward_node(), host))
-        self._check_rewards()
         self.transcripts = Transcripts(self.out, self.rewards.names, self.trainer.samples_every)
         steps = "steps" in self.advantage.needs
         whole = self.whole(self.engine)
@@ -258,25 +202,6 @@ class OnlineTraining(Run):
         node = OmegaConf.to_container(self.config.reward, resolve=True)
         assert isinstance(node, dict)
         return node  # type: ignore[return-value]
-
-    def _check_rewards(self) -> None:
-        """Raises ValueError for components from which this advantage cannot learn."""
-        advantage, name = self.config.choices["advantage"], self.rewards.steps_name
-        if "steps" in self.advantage.needs:
-            if name is None:
-                raise ValueError(
-                    f"advantage={advantage} needs rewards of steps, which no component of reward gives; add "
-                    "reward.steps._target_=align.rewards.process.StepFunction, or use reward=[steps,...] or "
-                    "reward=[process,...]"
-                )
-            return
-        if name is not None and self.rewards.weights[self.rewards.names.index(name)] == 0:
-            raise ValueError(
-                f"reward.{name} has no effect: advantage={advantage} reads no steps; use advantage=pure or pure_min, "
-                f"or set reward.{name}.weight, by which the smallest step counts"
-            )
-        if not self.rewards.weights.any():
-            raise ValueError("reward: no component has a weight, so nothing can be learnt; set reward.NAME.weight")
 
     def _reward_host(self) -> RewardHost:
         policy = self.whole(self.engine)

@@ -383,37 +383,14 @@ def _held(stage: int | None, processes: int) -> float:
     return (4 + 8 / processes) / 12 if stage == 1 else 1 / processes
 
 
-def _check_four_bit(config: Config) -> None:
-    """Raises ValueError for what weights of 4 bits cannot do."""
-    if config.lora.rank == 0:
-        raise ValueError("model.four_bit=true: weights of 4 bits cannot be trained; set lora.rank=16")
-    if config.merge:
-        raise ValueError("model.four_bit=true: merge=true would round the adapter to 4 bits; leave merge out")
-    if config.engine.stage == 3:
-        raise ValueError("model.four_bit=true: engine=zero3 cannot shard weights of 4 bits; use engine=zero2")
-    if config.reference.mode == "model":
-        raise ValueError("model.four_bit=true: reference.mode=model would hold the model twice; use adapter")
-    if "vllm" in str(config.rollout.get("_target_")) and config.trainer.kind != "offline":
-        raise ValueError("model.four_bit=true: vLLM would draw from weights that are not these; use rollout=hf")
-
-
 def start(config: Config, command: str, objective: Any, make: Callable[..., Run]) -> int:
     """Run or resume; returns the exit code. Raises ValueError for what the user can cure."""
-    head = config.head
-    if "scores" not in objective.needs and (head.path is not None or head.only or head.dropout):
-        raise ValueError(
-            f"head has no effect: objective={config.choices['objective']} trains no reward model; leave it"
-        )
-    if config.model.get("four_bit"):
-        _check_four_bit(config)
-    build.check_margins(config, objective)
     if config.launch.threads is not None:
         torch.set_num_threads(config.launch.threads)
     if not torch.cuda.is_available():  # DeepSpeed, which PEFT imports, warns of what everyone here knows
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     world = join(config.engine.timeout_s)
     try:
-        _check_trainer(config)
         return _in_directory(config, command, objective, make, world)
     finally:
         leave()
@@ -426,19 +403,6 @@ def _fill(network: Network | None, engine: Engine) -> None:
         for name, weight in engine.weights():
             if own:
                 own[name].copy_(weight)
-
-
-def _check_trainer(config: Config) -> None:
-    """Raises ValueError for what an engine of several processes cannot do."""
-    if config.engine.stage is None:
-        return
-    if config.trainer.kind not in ("offline", "online"):
-        raise ValueError(f"trainer={config.trainer.kind} runs in one process: use engine=local")
-    if config.collect is not None:
-        raise ValueError(
-            "collect runs in one process: use engine=local; with trainer.max_steps=1 it collects, and its pairs are "
-            "data.train of another run"
-        )
 
 
 def _in_directory(config: Config, command: str, objective: Any, make: Callable[..., Run], world: World) -> int:

@@ -29,7 +29,7 @@ from align.rewards.network import RewardNetwork
 from align.rewards.network import load as load_network
 from align.rollout.base import seed_of
 from align.rundir import RunDirectory, default_name
-from align.trainers.offline import Training, check_reward_model
+from align.trainers.offline import Training
 from align.trainers.run import Run, start
 from align.types import Example
 
@@ -41,20 +41,7 @@ def train(config: Config, command: str) -> int:
     trainer = config.trainer
     assert isinstance(trainer, WarmConfig)
     objective = build.objective(config)
-    if "scores" not in objective.needs:
-        raise ValueError(f"objective={config.choices['objective']}: trainer=warm averages reward models only")
-    if config.head.path is not None and trainer.probe_steps:
-        raise ValueError("head.path has no effect with trainer.probe_steps above 0; set one of them")
-    if config.head.only:
-        raise ValueError("head.only has no effect with trainer=warm; the head alone is what trainer.probe_steps trains")
-    check_reward_model(config)
     if trainer.only is not None:
-        if trainer.only > trainer.members:
-            raise ValueError(f"trainer.only={trainer.only}: there are trainer.members={trainer.members}")
-        if trainer.only == 0 and not trainer.probe_steps:
-            raise ValueError(
-                "trainer.only=0 trains the head, and trainer.probe_steps=0 says that there is none to train"
-            )
         # its own directory is its lock: members can run side by side
         part = settings_of(config, trainer.only)
         _begin(part)

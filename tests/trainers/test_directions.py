@@ -8,9 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from align import build
 from align.cli import main
-from align.config import compose
 from align.data.prompts import PromptRow
 from align.pretrained import byte_tokenizer
 from align.trainers.directions import directed, direction_of, scorer
@@ -107,15 +105,6 @@ def test_the_best_in_its_direction_is_imitated(tmp_path):
     kept = [json.loads(line) for line in (tmp_path / "run/rounds/01/data.jsonl").read_text().splitlines()]
     assert len(kept) == len(drawn) == 6
     assert sorted(row["token_ids"] for row in kept) == sorted(drawn.values())
-
-
-def test_other_composers_do_not_choose_completions():
-    from align.trainers.directions import directional
-
-    config = compose(["recipe=best_of_n", "reward=[topic,brief]", "composer=fixed"])
-    assert build.objective(config) is not None
-    with pytest.raises(ValueError, match="composer=fixed composes what an online step learns from: use trainer=online"):
-        directional(config)
 
 
 def dpa_run(base, name, *words):

@@ -8,15 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align import build
 from align.cli import main
-from align.config import compose
 from align.data.prompts import PromptRow
 from align.packing import micro_batches
 from align.rollout.base import Completion, EngineFailed
 from align.rollout.hf import HFRollout
 from align.trainers.experience import Group, examples, reward_metrics
-from align.trainers.online import _check
 from tests.killer import Hook, evidence, shared
 from tests.trainers.online_runs import FAMILY, REMAX, REWARDS, left, prompts_file, ready, rows_of, samples_of, words_of
 
@@ -524,14 +521,6 @@ def test_completions_of_different_lengths_fit_a_micro_batch_with_their_padding(l
         rows = [e.rows for e in parts]
         assert {len(part) for part in rows} == {size}
         assert sum(len(chosen) for chosen in micro_batches(rows, [""] * len(rows), layout, budget)) == len(rows)
-
-
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "copo"])
-def test_one_completion_of_a_prompt_is_no_group(tmp_path, name):
-    """What compares completions of a prompt would be REINFORCE without a baseline."""
-    config = compose(words_of(tmp_path, "objective=policy_gradient", f"advantage={name}", "sampling.n=1"))
-    with pytest.raises(ValueError, match=f"sampling.n=1: advantage={name} compares the completions of a prompt"):
-        _check(config, build.objective(config), build.advantage(config))
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # PEFT puts it right by itself for GPT-2
