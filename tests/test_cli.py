@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import resource
+import shlex
+import shutil
 import subprocess
 import sys
-from importlib import metadata
+from importlib import import_module, metadata
 
 import pytest
+import yaml
+from omegaconf import OmegaConf
 
-from align.cli import main
-from align.config import keys_with_help, recipes
+from align.cli import main, table
+from align.cli.complete import candidates
+from align.config import compose, keys_with_help, recipes
 from align.pretrained import byte_tokenizer
 
 ROW = {"prompt": "What is red?", "chosen": "A colour.", "rejected": "A fruit."}
@@ -151,3 +156,155 @@ def test_template_error_is_one_line(tmp_path, capfd):
     assert f"  {rows}:1: template: the chat template refuses the conversation: first line second line" in (
         capfd.readouterr().out
     )
+
+
+@pytest.mark.parametrize("command", table.COMMANDS, ids=lambda c: c.name)
+def test_each_command_has_a_page_of_help(command, capfd):
+    """With its usage, its own words and options, two examples or one that says it all, and exit codes."""
+    assert main([*command.name.split(), "--help"]) == 0
+    page = capfd.readouterr().out
+    assert page.startswith(f"align {command.name}")
+    for word in command.words:
+        assert f"\n  {word.key}={word.value}" in page
+    for option in command.all_options():
+        assert f"\n  {option.name}" in page
+    examples = page.partition("\nExamples\n")[2].partition("\n\n")[0].splitlines()
+    assert examples
+    assert all(table.find(shlex.split(line, comments=True)[1:]) for line in examples if line.startswith("  align "))
+    assert "\nExit codes\n  0 " in page
+    assert all(len(line) <= 120 for line in page.splitlines())
+    module, _, name = command.run.partition(":")
+    assert callable(getattr(import_module(module), name))
+
+
+def test_the_overview_names_every_command_and_a_group_its_own(capfd):
+    assert main(["--help"]) == 0
+    overview = capfd.readouterr().out
+    assert all(f"\n  align {command.name}" in overview for command in table.COMMANDS)
+    assert all(len(line) <= 120 for line in overview.splitlines())
+    assert main(["data", "--help"]) == 0
+    group = capfd.readouterr().out
+    assert "align data check" in group
+    assert "align train" not in group
+    assert main(["help", "evaluate", "pairs"]) == 0
+    assert capfd.readouterr().out.startswith("align evaluate pairs ")
+
+
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        (["train", "--cfg", "job"], "`align show recipe=NAME` prints the composed settings"),
+        (["train", "--dryrun"], "did you mean --dry-run?"),
+        (["train", "--learning-rate=1e-5"], "settings are written key=value; here it is optimizer.lr"),
+        (["train", "--xyzzy"], "it has -m, --multirun, --dry-run, --config-dir; settings are written key=value"),
+        (["average", "a", "b", "--chek"], "did you mean --check?"),
+        (["doctor", "--xyzzy"], "it has --json"),
+        (["doctor", "--config-dir", "."], "align doctor has no configs; leave --config-dir out"),
+        (["chat"], "`align generate`"),
+        (["dpo"], "did you mean `align train recipe=dpo`?"),
+        (["GRPO", "model=tiny"], "did you mean `align train recipe=grpo`?"),
+        (["evaluat"], "did you mean `align evaluate`?"),
+        (["completion", "tcsh"], "say align completion bash, zsh or fish"),
+        (["check", "--keys", "seed=1"], "leave seed=1 out"),
+    ],
+)
+def test_wrong_commands_and_options_send_the_user_the_right_way(words, text):
+    assert text in one_line(light(*words))
+
+
+def test_show_prints_what_is_composed(capfd, monkeypatch):
+    monkeypatch.setenv("ALIGN_TEST_SECRET", "hunter2")
+    words = ["recipe=wpo", "model=tiny", "objective.beta=0.3", "log.wandb_project=${oc.env:ALIGN_TEST_SECRET}"]
+    assert main(["show", *words]) == 0
+    shown = capfd.readouterr().out
+    assert yaml.safe_load(shown)["objective"]["beta"] == 0.3
+    assert OmegaConf.create(shown) == compose(words).tree
+    assert "hunter2" not in shown
+
+
+def test_values_of_files_may_begin_with_a_tilde(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rows = [ROW | {"prompt": f"Question {i}?"} for i in range(2)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["data", "check", "model=tiny", f"data.train={tmp_path}/rows.jsonl", "--json=~/out.json"]) == 0
+    assert (tmp_path / "out.json").is_file()
+    assert main(["data", "judgements", "pairs=~/rows.jsonl", "out=~/prompts.jsonl"]) == 0
+    assert (tmp_path / "prompts.jsonl").is_file()
+    capfd.readouterr()
+
+
+# ---------------------------------------------------------------------- completion
+
+
+@pytest.mark.parametrize(
+    "line, wanted, unwanted",
+    [
+        ("align tr", ["train"], ["check"]),
+        ("align data ", ["check", "pairs", "judgements"], ["train", "recipe="]),
+        ("align evaluate ", ["pairs", "overoptimisation", "run.dir="], ["recipe="]),
+        ("align train --d", ["--dry-run"], ["--json"]),
+        ("align train recipe=dp", ["recipe=dpo", "recipe=dpa"], ["recipe=wpo"]),
+        ("align train recipe=paper/wpo", ["recipe=paper/wpo_zephyr_7b"], ["recipe=wpo"]),
+        ("align check objective/loss=s", ["objective/loss=sigmoid"], ["objective/loss=hinge"]),
+        ("align check optimizer.", ["optimizer.lr=", "optimizer.betas="], ["optimizer.", "optimizer="]),
+        ("align check ", ["trainer.", "trainer=", "recipe=", "seed="], ["trainer.epochs=", "recipes."]),
+        ("align check objective.l", ["objective.loss."], ["objective.loss.label_smoothing="]),
+        ("align average ", ["out=", "method="], ["recipe=", "seed="]),
+        ("align completion ", ["bash", "zsh", "fish"], []),
+        ("align data.train=", [], ["data.train="]),
+        ("align train data.train=", [], ["data.train="]),  # the shell offers files
+        ("align nonsense ", [], ["recipe="]),
+    ],
+)
+def test_completion_offers(line, wanted, unwanted):
+    offered = candidates(line)
+    assert set(wanted) <= set(offered)
+    assert not set(unwanted) & set(offered)
+    assert all(word.startswith(line.rpartition(" ")[2]) for word in offered)
+
+
+def test_completion_knows_ones_own_recipes(tmp_path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.yaml").write_text("seed: 3\n")
+    assert "recipe=mine" in candidates(f"align train --config-dir {tmp_path} recipe=m")
+
+
+BASH = """
+PATH={bin}:$PATH
+eval "$(align completion bash)"
+complete -p align
+COMP_LINE={line} COMP_POINT=${{#COMP_LINE}}
+COMP_WORDS=({words}) COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+_align align "${{COMP_WORDS[COMP_CWORD]}}"
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.mark.parametrize(
+    "line, words, wanted",  # words: the line as bash cuts it, at = too
+    [
+        ("align tra", "align tra", ["train"]),
+        ("align train recipe=onli", "align train recipe = onli", ["online_dpo", "online_wpo"]),
+        ("align check objective/loss=sigmoid_", "align check objective/loss = sigmoid_", ["sigmoid_norm"]),
+        ("align check optimizer.max", "align check optimizer.max", ["optimizer.max_grad_norm="]),
+    ],
+)
+def test_completion_in_a_real_bash(tmp_path, line, words, wanted):
+    (tmp_path / "align").write_text(f'#!/bin/sh\nexec {sys.executable} -m align.cli "$@"\n')
+    (tmp_path / "align").chmod(0o755)
+    program = BASH.format(bin=tmp_path, line=shlex.quote(line), words=words)
+    done = subprocess.run(["bash", "--norc", "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, *offered = done.stdout.splitlines()
+    assert first.endswith("-F _align align")
+    assert offered == wanted
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_are_the_shells_own(shell, capfd):
+    """Read by the shell itself where it is installed."""
+    assert main(["completion", shell]) == 0
+    script = capfd.readouterr().out
+    assert "align complete" in script
+    if shutil.which(shell):
+        subprocess.run([shell, "-n", "/dev/stdin"], input=script, text=True, check=True)

@@ -2,7 +2,6 @@
 
 from align.config.compose import alternatives, compose, compose_run, differences, quoted
 from align.config.explain import keys_with_help, leaves
-from align.config.places import cache_root, options, recipes, shipped_root
 from align.config.schema import (
     CollectConfig,
     Config,
@@ -23,6 +22,7 @@ from align.config.schema import (
     TrainerConfig,
     WarmConfig,
 )
+from align.vocabulary import cache_root, options, recipes, shipped_root
 
 __all__ = [
     "CollectConfig",

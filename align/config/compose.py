@@ -22,10 +22,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from align.config.explain import explain, leaves, nearest, one_line, written
-from align.config.places import groups as all_groups
-from align.config.places import options, recipes, shipped_root
 from align.config.schema import EVALUATION, KINDS, RESUMABLE, SECTIONS, Config, ConfigError
 from align.config.values import check_values
+from align.vocabulary import groups as all_groups
+from align.vocabulary import options, recipes, shipped_root
 
 
 def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:

@@ -14,7 +14,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from align.config.places import groups, options, recipes, shipped_root
+from align.config.foreign import hint
+from align.vocabulary import groups, options, recipes, settings_of, shipped_root
 
 
 def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -61,7 +62,8 @@ def explain(words: Sequence[str], error: Exception, config_dir: Path | None) -> 
     for word in words:
         key = word.lstrip("+~").partition("=")[0]
         if word not in with_groups and key not in allowed | sections:
-            return f"{key} is not a setting{_elsewhere(key, config_dir) or nearest(key, allowed | set(found))}"
+            tip = _elsewhere(key, config_dir) or hint(key) or nearest(key, allowed | set(found))
+            return f"{key} is not a setting{tip}"
     return text
 
 
@@ -112,21 +114,6 @@ def keys_with_help() -> list[str]:
     for path in sorted(root.rglob("*.yaml")):
         group = path.parent.relative_to(root).as_posix().replace("/", ".")
         lines.append(f"[{path.relative_to(root).with_suffix('').as_posix()}]")
-        comment: list[str] = []
-        sections: list[str] = []
-        for line in path.read_text().splitlines():
-            stripped = line.strip()
-            if stripped.startswith("#"):
-                comment.append(stripped.lstrip("# "))
-            elif match := re.match(r"^((?:  )*)([a-z_0-9]+):\s*(.*)$", line):
-                indent, key, value = match.groups()
-                sections = sections[: len(indent) // 2]
-                if value:
-                    prefix = "" if group == "." else f"{group}."
-                    lines.append(f"  {prefix}{'.'.join([*sections, key])}={value}  {' '.join(comment)}")
-                else:
-                    sections.append(key)
-                comment = []
-            else:
-                comment = []
+        prefix = "" if group == "." else f"{group}."
+        lines += [f"  {prefix}{key}={value}  {comment}" for key, value, comment in settings_of(path)]
     return lines

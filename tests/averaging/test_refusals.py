@@ -248,11 +248,15 @@ def test_averaging_does_not_import_trainers_or_networks():
 def test_every_method_is_in_the_usage_and_the_document():
     from pathlib import Path
 
-    from align.averaging.command import USAGE
+    from align.cli import pages, table
 
+    found = table.find(["average"])
+    assert found
+    usage = pages.page(found[0])
     page = (Path(__file__).parents[2] / "docs" / "averaging.md").read_text()
     for name, (needed, allowed) in METHODS.items():
-        assert name in USAGE
+        assert name in usage
         assert f"`{name}`" in page
         for key in (*needed, *allowed):
             assert f"{key}=" in page
+            assert found[0].takes(key)

@@ -1,14 +1,19 @@
-"""Where settings are found: the shipped configs and recipes, and a user's own beside them."""
+"""What stands in configs/ and recipes/, the shipped ones and a user's own: found and read as text.
+
+Imports nothing heavy: the completion of a shell waits for it. What the settings mean together is align.config's.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 
 def shipped_root() -> Path:
     """The directory that holds configs, recipes and launch: inside a wheel, or the checkout."""
-    package = Path(__file__).parent.parent
+    package = Path(__file__).parent
     shipped = package / "_shipped"
     return shipped if shipped.is_dir() else package.parent
 
@@ -34,5 +39,24 @@ def options(group: str, config_dir: Path | None = None) -> list[str]:
 
 
 def groups() -> list[str]:
+    """Names of the groups of options, objective/loss among them."""
     root = shipped_root() / "configs"
     return sorted({p.parent.relative_to(root).as_posix() for p in root.rglob("*.yaml")} - {"."})
+
+
+def settings_of(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Dotted key inside the file, default and comment above it, of each setting of an option's file."""
+    comment: list[str] = []
+    sections: list[str] = []
+    for line in path.read_text().splitlines():
+        if line.strip().startswith("#"):
+            comment.append(line.strip().lstrip("# "))
+            continue
+        if match := re.match(r"^((?:  )*)([a-z_0-9]+):\s*(.*)$", line):
+            indent, key, value = match.groups()
+            sections = sections[: len(indent) // 2]
+            if value:
+                yield ".".join([*sections, key]), value, " ".join(comment)
+            else:
+                sections.append(key)
+        comment = []

@@ -1,0 +1,78 @@
+"""align data check, align data pairs, align data judgements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from align.cli.parse import Call
+from align.cli.show import show
+
+
+def check(call: Call) -> int:
+    """1 if rows are wrong, else 0."""
+    from align.config import compose
+
+    config = compose(call.settings, call.config_dir)
+    from align.build import check_margins, objective, tokenizer
+    from align.data.check import check, failed, lines
+    from align.data.examples import Wanted
+    from align.data.load import load
+    from align.data.report import write_html, write_json
+
+    # rows are shown as an objective gets them if one is chosen, else as what they are
+    chosen = any(word.split("=")[0] in ("recipe", "objective") for word in call.settings)
+    wanted = Wanted(kind=None)
+    if chosen:
+        reader = objective(config)
+        check_margins(config, reader)
+        wanted = Wanted.by(reader)
+    tokens = tokenizer(config)
+    data = load(config.data, tokens, wanted, config.seed, keep=True, to_the_end=True)
+    findings = check(data, tokens, config.data, wanted.mismatched)
+    for line in lines(findings, data.audit):
+        show(line)
+    for option, write in (("--json", write_json), ("--html", write_html)):
+        if option in call.options:
+            write(call.options[option], data, findings, tokens)
+            show(f"written {call.options[option]}")
+    return 1 if failed(findings) else 0
+
+
+def pairs(call: Call) -> int:
+    """Pairs of scored samples by a rule, or of the steps of search trees."""
+    scored, trees, out, limit = (call.own.get(key, "") for key in ("scored", "trees", "out", "max_per_prompt"))
+    if bool(scored) == bool(trees) or not out:
+        raise ValueError("give scored=FILE (or trees=FILE) and out=FILE; several files as scored=A.jsonl,B.jsonl")
+    if trees:
+        from align.data.search import build_step_pairs
+
+        if call.settings or limit:
+            raise ValueError("trees=FILE takes out=FILE only: its pairs are the steps of each tree")
+        told = build_step_pairs(_names(trees), Path(out))
+        show(f"pairs: {told['pairs_out']} steps from {told['trees_in']} trees, skipped {told['steps_skipped']}")
+        return 0
+    if limit and not limit.isdecimal():
+        raise ValueError(f"max_per_prompt={limit}: must be a whole number")
+    rule = [] if any(word.startswith("pairs=") for word in call.settings) else ["pairs=max_min"]
+    from align.config import compose
+
+    config = compose([*call.settings, *rule], call.config_dir)
+    from align.build import pair_rule
+    from align.data.pairs import build_pairs
+
+    account = build_pairs(_names(scored), pair_rule(config), Path(out), int(limit) if limit else None, config.seed)
+    for line in account.lines():
+        show(line)
+    return 0
+
+
+def judgements(call: Call) -> int:
+    """See align.data.judgements."""
+    from align.data.judgements import run
+
+    return run(call.words, show)
+
+
+def _names(value: str) -> list[str]:
+    """A.jsonl, A.jsonl,B.jsonl or [A.jsonl,B.jsonl]"""
+    return [name.strip() for name in value.removeprefix("[").removesuffix("]").split(",")]
