@@ -42,20 +42,6 @@ def test_trains_alone_and_in_two_processes(tmp_path, model):
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
-@pytest.mark.parametrize(
-    ("word", "said"),
-    [
-        ("lora.rank=0", "weights of 4 bits cannot be trained; set lora.rank=16"),
-        ("merge=true", "merge=true would round the adapter to 4 bits"),
-        ("engine=zero3", "engine=zero3 cannot shard weights of 4 bits"),
-        ("reference.mode=model", "reference.mode=model would hold the model twice"),
-    ],
-)
-def test_what_it_cannot_do(tmp_path, model, capsys, word, said):
-    assert main(settings(tmp_path, *SHORT, model, f"run.dir={tmp_path / 'run'}", word)) == 2
-    assert said in capsys.readouterr().err
-
-
 def test_vllm_would_draw_from_other_weights(tmp_path, capsys):
     words = words_of(tmp_path, "recipe=remax", *SHORT[:4], "model.path=nosuch", "lora.rank=4", "rollout=vllm")
     assert main(["train", *words, f"run.dir={tmp_path / 'run'}"]) == 2

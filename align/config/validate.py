@@ -7,12 +7,15 @@ leaves what a trainer or a group of settings forbids to checks_*.py. Nothing is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from align import build
 from align.config import checks_iterate, checks_offline, checks_online
-from align.config.schema import Config
+from align.config.schema import Config, WarmConfig
+from align.data import gym
 from align.data.sources import locate_all
+from align.launch import local, slurm
 
 # trainer.kind -> what it refuses, given the settings and the objective
 _TRAINERS: dict[str, Callable[[Config, Any], None]] = {
@@ -32,6 +35,7 @@ def validate(config: Config) -> None:
     _check_head(config, objective)
     build.check_margins(config, objective)
     _check_processes(config)
+    _check_launch(config)
 
 
 def check_model(config: Config) -> None:
@@ -39,13 +43,31 @@ def check_model(config: Config) -> None:
     if config.model.get("four_bit"):
         _check_four_bit(config)
     build.pretrained(config)
+    named = {"model.path": config.model.get("path"), "reference.path": config.reference.path}
+    if isinstance(config.trainer, WarmConfig):
+        named |= {f"trainer.starts[{i}]": path for i, path in enumerate(config.trainer.starts or ())}
+    for key, path in named.items():
+        check_path(key, path)
+
+
+def check_path(key: str, path: Any) -> None:
+    """Raises ValueError for what can only be a directory and is none; names on the hub are NAME or OWNER/NAME."""
+    if not isinstance(path, str) or Path(path).expanduser().exists():
+        return
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise ValueError(f"{key}={path}: no such directory; give a hub name or a directory in Hugging Face format")
 
 
 def check_data(config: Config) -> None:
     """Raises ValueError for sources that are not there and for a gold function that cannot be imported."""
-    locate_all(config.data.train, "data.train")
-    if config.data.heldout is not None:
-        locate_all(config.data.heldout, "data.heldout")
+    for key, names in (("data.train", config.data.train), ("data.heldout", config.data.heldout)):
+        if names is None or (config.collect is not None and key == "data.train"):
+            continue
+        for source in locate_all(names, key):
+            if source.kind == "gym":
+                gym.check_task(gym.parse_name(source.name).task, source.name)
+    if config.collect is not None:
+        gym.check_task(config.collect.task, f"collect.task={config.collect.task}")
     if config.data.gold is not None:
         build.function(config.data.gold, "data.gold")
 
@@ -69,6 +91,17 @@ def _check_four_bit(config: Config) -> None:
         raise ValueError("model.four_bit=true: reference.mode=model would hold the model twice; use adapter")
     if "vllm" in str(config.rollout.get("_target_")) and config.trainer.kind != "offline":
         raise ValueError("model.four_bit=true: vLLM would draw from weights that are not these; use rollout=hf")
+
+
+def _check_launch(config: Config) -> None:
+    """Raises ValueError for a launch that its scheduler or the engine would not take."""
+    if config.launch.kind == "slurm":
+        slurm.check(config)
+    elif not local.in_job():
+        local.check_engine(config, config.launch.processes or 1, 1)
+        one = config.choices.get("engine", "local") == "local" or config.launch.processes == 1
+        if one and config.launch.port is not None:
+            raise ValueError("launch.port has no effect on one process; leave it out")
 
 
 def _check_processes(config: Config) -> None:

@@ -5,16 +5,21 @@ What a task is and how its answers are scored is reasoning-gym's (github.com/ope
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from align.data.reasoning import TooFew, draw
 
 PREFIX = "gym:"
+_TASK = re.compile(r'(?:DATASET_NAME\s*=|register_dataset\()\s*"(\w+)"')
 _CURE = "write gym:TASK/size:256/seed:0, and settings of the task in the same way"
 
 
@@ -55,6 +60,25 @@ def parse_name(name: str) -> Gym:
         if type(value) is not int or value < low:
             raise ValueError(f"{name}: {key}:{value} must be a whole number of at least {low}")
     return Gym(name, task, settings=MappingProxyType(given), **whole)
+
+
+def check_task(task: str, key: str) -> None:
+    """Raises ValueError for a task that reasoning-gym has not, by the names in its sources: its import takes seconds.
+    key: how the user named it. Of a package that is not there the one who draws says so."""
+    known = _tasks()
+    if known and task not in known:
+        near = difflib.get_close_matches(task, known, 1)
+        tip = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{key}: reasoning-gym has no task {task}{tip}")
+
+
+@lru_cache
+def _tasks() -> tuple[str, ...]:
+    spec = find_spec("reasoning_gym")
+    if spec is None or spec.origin is None:
+        return ()
+    texts = (path.read_text() for path in Path(spec.origin).parent.rglob("*.py"))
+    return tuple(sorted({name for text in texts for name in _TASK.findall(text)}))
 
 
 def rows(gym: Gym) -> list[dict[str, Any]]:

@@ -38,8 +38,6 @@ def train(
     if many:
         return one_after_the_other(found, config_dir, show, tell)
     if local.processes(config) == 1:
-        if config.launch.port is not None:
-            raise ConfigError("launch.port has no effect on one process; leave it out")
         return _here(words, config)
     return _together(words, config, config_dir, tell)
 

@@ -47,15 +47,16 @@ class Job:
 
 def submit(found: Sequence[Element], config_dir: Path | None, dry: bool, show: Callable[[str], None]) -> int:
     """Submit the runs, or with `dry` show what would be; returns the exit code. Raises ConfigError if it cannot be."""
-    settings = _checked(found[0].config)
+    settings = found[0].config.launch
+    assert isinstance(settings, SlurmConfig)
+    for element in found:  # errors are told here, not in a log after hours in a queue
+        check(element.config)
     jobs = _jobs(found)
     if settings.server_nodes and any(job.array for job in jobs):
         raise ConfigError(
             f"launch.server_nodes={settings.server_nodes} is for one run; name servers of another job as rollout.urls"
         )
     lines = [[_command(settings, _node_words(settings, run), config_dir) for run in job.runs] for job in jobs]
-    for element in found:  # errors are told here, not in a log after hours in a queue
-        check_engine(element.config, processes(settings), settings.nodes)
     compose(_node_words(settings, found[0].words), config_dir)
     directory = _directory(settings)
     scripts = [render(settings, job, own, directory) for job, own in zip(jobs, lines, strict=True)]
@@ -134,7 +135,8 @@ def seconds(text: str) -> int:
     return numbers[0] * 60 + (numbers[1] if len(numbers) == 2 else 0)
 
 
-def _checked(config: Config) -> SlurmConfig:
+def check(config: Config) -> None:
+    """Raises ConfigError for settings of launch=slurm that cannot be."""
     s = config.launch
     assert isinstance(s, SlurmConfig)
     if not _NAME.fullmatch(s.name):
@@ -163,7 +165,7 @@ def _checked(config: Config) -> SlurmConfig:
             raise ConfigError(f"launch.options={option!r}: each is one option of sbatch, such as --mem=64G, without '")
         if name in _OURS:
             raise ConfigError(f"launch.options={option!r}: the template sets {name}; its setting is {_OURS[name]}")
-    return s
+    check_engine(config, processes(s), s.nodes)
 
 
 def _jobs(found: Sequence[Element]) -> list[Job]:

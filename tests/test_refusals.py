@@ -1,0 +1,154 @@
+"""What `align train` refuses without a model, `align check` refuses in the same words."""
+
+from __future__ import annotations
+
+import pytest
+
+from align.cli import main
+
+SLURM = ["recipe=dpo", "launch=slurm"]
+FOUR = ["recipe=dpo", "model=hub", "model.path=nosuch", "model.four_bit=true"]
+
+# words, and what the sentence must hold
+REFUSED = [
+    # values
+    (["recipe=dpo", "optimizer.lr=-1"], "optimizer.lr=-1.0: must be greater than 0"),
+    (["recipe=dpo", "optimizer.schedule=cosin"], "must be one of cosine, linear, constant; did you mean cosine?"),
+    (["recipe=dpo", "optimizer.betas=[0.9]"], "optimizer.betas=[0.9]: must be two numbers in [0, 1)"),
+    (["recipe=dpo", "trainer.epochs=many"], "trainer.epochs=many"),
+    (["recipe=dpo", "seed=true"], "seed=true: must be an integer"),
+    (["recipe=dpo", "lora.targets=5"], "lora.targets=5: must be all-linear or a list of names"),
+    (["recipe=dpo", "lora.rank=8", "lora.dropout=0.1", "trainer.layout=shared"], "use trainer.layout=packed"),
+    (["recipe=dpo", "lora.rank=0", "lora.dropout=0.1"], "lora.dropout has no effect with lora.rank=0"),
+    (["recipe=dpo", "lora.rank=0", "merge=true"], "merge=true has no effect with lora.rank=0"),
+    (["recipe=dpo", "lora.rank=0", "reference.mode=adapter"], "reference.mode=adapter needs LoRA"),
+    (["recipe=dpo", "data.repeat=x"], "data.repeat=x: must be a list of numbers"),
+    (["recipe=dpo", "data.margins=x"], "data.margins=x: must be names of components"),
+    (["recipe=dpo", "data.target_roles=[robot]"], "must be a list of system, user, assistant, tool"),
+    (["recipe=dpo", "data=collected"], "data.train=collected and collect=... belong together"),
+    # parts by their dotted paths
+    (["recipe=dpo", "objective.beta=-1"], "objective"),
+    (["recipe=dpo", "objective._target_=os.system"], "objective (os.system)"),
+    (["recipe=dpo", "data.gold=align.no.such"], "data.gold=align.no.such: cannot be imported"),
+    (["recipe=dpo", "data.margins.a=align.no.such"], "data.margins.a has no effect: objective=dpo reads no margins"),
+    (["recipe=grpo", "advantage=reinforce_pp", "advantage.gamma=2"], "gamma"),
+    # models
+    (["recipe=dpo", "model=hub", "model.path=/nowhere"], "model.path=/nowhere: no such directory"),
+    (["recipe=dpo", "reference.path=./nowhere"], "reference.path=./nowhere: no such directory"),
+    (["recipe=warm", "trainer.starts=[./nowhere]"], "trainer.starts[0]=./nowhere: no such directory"),
+    (["recipe=dpo", "model=hub", "model.path=x", "model.dtype=float8"], "model.dtype=float8: must be one of"),
+    ([*FOUR, "lora.rank=0"], "weights of 4 bits cannot be trained; set lora.rank=16"),
+    ([*FOUR, "lora.rank=4", "merge=true"], "merge=true would round the adapter to 4 bits"),
+    ([*FOUR, "lora.rank=4", "engine=zero3"], "engine=zero3 cannot shard weights of 4 bits"),
+    ([*FOUR, "lora.rank=4", "reference.mode=model"], "reference.mode=model would hold the model twice"),
+    # data
+    (["recipe=dpo", "data.train=nosuch.jsonl"], "nosuch.jsonl: no such file"),
+    (["recipe=dpo", "data.train=5"], "data.train=5: must be a file"),
+    (["recipe=dpo", "data.heldout=./nosuch"], "./nosuch: no such file"),
+    (["recipe=grpo", "data.train=align:nosuch.jsonl"], "no such data file ships with the package"),
+    (["recipe=grpo", "data.train=gym:nosuchtask"], "gym:nosuchtask: how many problems?"),
+    (["recipe=grpo", "data.train=gym:chain_sums/size:4"], "has no task chain_sums; did you mean chain_sum?"),
+    (["recipe=multiturn_dpo", "collect.task=nosuch"], "collect.task=nosuch: reasoning-gym has no task nosuch"),
+    # offline
+    (["recipe=dpo", "reward=topic"], "reward has no effect with trainer.kind=offline"),
+    (["objective=policy_gradient"], "objective=policy_gradient learns from rollouts: use trainer=online"),
+    (["recipe=dpo", "advantage=rloo"], "advantage has no effect with trainer.kind=offline"),
+    (["recipe=dpo", "composer=fixed"], "composer has no effect with trainer.kind=offline"),
+    (["recipe=dpo", "head.only=true"], "head has no effect: objective=dpo trains no reward model"),
+    (["recipe=reward_model", "trainer.num_samples=4"], "a reward model writes no answers; set 0"),
+    (["recipe=reward_model", "data=collected", "collect=chain_sum"], "collect has no effect: a reward model writes no"),
+    (["recipe=reward_model", "head.only=true", "lora.rank=4"], "lora.rank=4 has no effect with head.only=true"),
+    # warm
+    (["recipe=dpo", "trainer=warm"], "objective=dpo: trainer=warm averages reward models only"),
+    (["recipe=warm", "head.path=x"], "head.path has no effect with trainer.probe_steps above 0"),
+    (["recipe=warm", "head.only=true"], "head.only has no effect with trainer=warm"),
+    (["recipe=warm", "trainer.only=9"], "trainer.only=9: there are trainer.members="),
+    (["recipe=warm", "trainer.only=0", "trainer.probe_steps=0"], "says that there is none to train"),
+    # online
+    (["recipe=dpo", "trainer=online"], "trainer=online needs an estimator of advantages"),
+    (["trainer=online", "advantage=rloo", "reward=topic", "objective=dpo"], "learns from data: use trainer=offline"),
+    (["recipe=grpo", "reward=[]"], "trainer=online needs a reward"),
+    (["recipe=remax", "lora.dropout=0.1"], "lora.dropout must be 0 with trainer=online"),
+    (["recipe=grpo", "sampling.n=1"], "sampling.n=1: advantage=grpo compares the completions of a prompt"),
+    *(
+        (["recipe=grpo", "sampling.n=1", f"advantage={name}"], f"sampling.n=1: advantage={name} compares")
+        for name in ("dr_grpo", "rloo", "reinforce_pp_baseline", "copo")
+    ),
+    (["recipe=grpo", "sampling.temperature=0"], "sampling.temperature=0: all completions of a prompt would be the"),
+    (["recipe=grpo", "advantage=ppo"], "advantage=ppo needs a value head: set objective.value_coefficient"),
+    (["recipe=ppo", "advantage=rloo"], "objective.value_coefficient has no effect: advantage=rloo uses no values"),
+    (["recipe=grpo", "trainer.batch_size=2", "trainer.inner_batches=3"], "trainer.inner_batches=3: the trainer.batch"),
+    (["recipe=grpo", "trainer.pass_component=x"], "trainer.pass_component=x: must be one of"),
+    (["recipe=grpo", "trainer.kl_in_reward=0", "trainer.kl_target=1"], "trainer.kl_target=1 has no effect with"),
+    (["recipe=grpo", "data.gold=align.rewards.functions.everyday_gold", "data=files", "data.train=align:nosuch.jsonl"],
+     "no such data file ships"),
+    # rewards
+    (["recipe=grpo", "reward.everyday_gld.weight=2"], "did you mean reward.everyday_gold?"),
+    (["recipe=grpo", "reward.x._target_=no.such.function"], "reward.x._target_=no.such.function: cannot be imported"),
+    (["recipe=grpo", "reward.x._target_=align.rewards.functions.nosuch"], "cannot be found"),
+    (["recipe=grpo", "reward.x._target_=nodots"], "is not a dotted path such as my.module.function"),
+    (["recipe=grpo", "reward.x._target_=math.atan2"], "reward.x._target_=math.atan2: cannot be called with"),
+    (["recipe=grpo", "reward.everyday_gold.wieght=2"], "takes other keys: wieght"),
+    (["recipe=grpo", "reward.everyday_gold.weight=x"], "reward.everyday_gold.weight=x: must be a finite number"),
+    (["recipe=grpo", "reward.everyday_gold.seconds=0"], "seconds=0: must be a finite number greater than 0"),
+    (["recipe=grpo", "reward=numeric"], "asks for the column answer, which no row of data.train has"),
+    (["recipe=grpo", "reward=numeric", "reward.correct.tolerance=-1"], "must be 0 or greater"),
+    (["recipe=grpo", "reward=model", "reward.preference.path=x", "reward.preference.seconds=3"],
+     "reward.preference.seconds has no effect: RewardModel runs in the trainer's process"),
+    (["recipe=grpo", "reward=model", "reward.preference.path=x", "reward.preference.pth=x"], "argument 'pth'"),
+    (["recipe=grpo", "reward.everyday_gold.weight=0"], "reward: no component has a weight, so nothing can be learnt"),
+    (["recipe=grpo", "advantage=pure"], "advantage=pure needs rewards of steps, which no component of reward gives"),
+    (["recipe=grpo", "reward=[topic,steps]", "reward.steps.function=x.y"], "reward.steps has no effect"),
+    # composers
+    (["recipe=constrained_mu", "reward.topic.weight=2"], "reward.topic.weight=2 has no effect with composer="),
+    (["recipe=grpo", "composer=fixed"], "1 component with a weight, nothing to compose"),
+    (["recipe=constrained_mu", "trainer.kl_in_reward=0"], "which trainer.kl_in_reward=0 leaves empty"),
+    (["recipe=constrained_mu", "composer.thresholds.nosuch=1"], "composer.thresholds.nosuch"),
+    (["recipe=dynamic_gradient", "composer.parameters='('"], "composer.parameters=(: is no regular expression"),
+    # rounds
+    (["recipe=online_dpo", "trainer.select=labelled"], "trainer.select=labelled gives no rows for objective=dpo"),
+    (["trainer=iterate", "reward=topic", "objective=policy_gradient"], "learns from rollouts: use trainer=online"),
+    (["recipe=online_dpo", "reward=[]"], "trainer=iterate needs a reward"),
+    (["recipe=online_dpo", "trainer.eval_every=5"], "trainer.eval_every has no effect with trainer=iterate"),
+    (["recipe=online_dpo", "sampling.n=1", "trainer.greedy=false"], "sampling.n=1: trainer.select=pairs compares"),
+    (["recipe=online_dpo", "trainer.offline_data=nosuch.jsonl"], "nosuch.jsonl: no such file"),
+    (["recipe=online_dpo", "trainer.reference=updated", "reference.path=x"], "has no effect with trainer.reference=up"),
+    (["recipe=online_dpo", "trainer.select=collect"], "trainer.select=collect and collect=... belong together"),
+    (["recipe=best_of_n", "reward=[topic,brief]", "composer=fixed"], "composes what an online step learns from"),
+    (["recipe=best_of_n", "trainer.heldout_n=2", "trainer.pass_component=x"], "trainer.pass_component=x: must be one"),
+    # engines and launch
+    (["recipe=warm", "engine=zero2"], "trainer=warm runs in one process: use engine=local"),
+    (["recipe=online_dpo", "engine=zero2"], "trainer=iterate runs in one process: use engine=local"),
+    (["recipe=multiturn_dpo", "engine=zero2"], "collect runs in one process: use engine=local"),
+    (["recipe=dpo", "engine.offload_optimizer=true"], "needs ZeRO stage 1, 2 or 3: use engine=zero2"),
+    (["recipe=dpo", "engine=zero2", "engine.deepspeed.fp16=x"], "engine.deepspeed.fp16 is set by align"),
+    (["recipe=dpo", "launch.processes=2"], "launch.processes=2: engine=local is one process"),
+    (["recipe=dpo", "launch.port=2000"], "launch.port has no effect on one process"),
+    ([*SLURM, "launch.name=a/b"], "launch.name='a/b': letters, digits and . _ - only"),
+    ([*SLURM, "launch.nodes=2"], "launch.nodes=2: engine=local is one process"),
+    ([*SLURM, "launch.time=soon"], "launch.time=soon: must be minutes, HH:MM:SS or D-HH:MM:SS"),
+    ([*SLURM, "launch.options=['-J x']"], "the template sets -J; its setting is launch.name"),
+]  # fmt: skip
+
+
+def test_there_are_many_and_none_stands_twice():
+    assert len({tuple(words) for words, _ in REFUSED}) == len(REFUSED) >= 60
+
+
+@pytest.mark.parametrize(("words", "sentence"), REFUSED, ids=[" ".join(words) for words, _ in REFUSED])
+def test_check_and_train_refuse_alike(tmp_path, capsys, monkeypatch, words, sentence):
+    def loaded(*_):
+        raise AssertionError("training began")
+
+    monkeypatch.setattr("align.launch.command._here", loaded)
+    monkeypatch.setattr("align.launch.command._start", loaded)
+    own = [*words, *([] if any(w.startswith("model=") for w in words) else ["model=tiny"])]
+    said = []
+    for command in ("check", "train"):
+        assert main([command, *own, f"run.dir={tmp_path / 'run'}"]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        said.append(err)
+    assert said[0] == said[1]
+    assert sentence in said[0]
+    assert not (tmp_path / "run").exists()
