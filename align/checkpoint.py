@@ -59,11 +59,10 @@ def save(
     step: int,
     progress: dict[str, Any],
     write: Callable[[Path], None],
-    keep: int,
     needed: int | None = None,
     world: World | None = None,
 ) -> Path:
-    """Write step-NNNNNN below `directory` and remove all but the newest `keep` checkpoints.
+    """Write step-NNNNNN below `directory`.
 
     write: puts this process's files into a directory. world: the processes that write together. Raises WriteFailed
     when the disk is full; what was written is removed and older checkpoints stay.
@@ -78,12 +77,20 @@ def save(
 
     # one of the same step, from an interrupted evaluation, is replaced: the newer one knows more
     atomic_directory(target, fill, needed, world)
-    if world.lead:
-        for old in steps(directory)[:-keep]:
-            gone = directory / f"{_SCRATCH}{old.name}"  # never half a checkpoint under a checkpoint's name
-            os.rename(old, gone)
-            shutil.rmtree(gone)
     return target
+
+
+def retain(directory: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints below `directory`."""
+    for old in steps(directory)[:-keep]:
+        remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a directory that was written whole, never leaving half of it under its name."""
+    gone = path.with_name(f"{_SCRATCH}{path.name}")
+    os.rename(path, gone)
+    shutil.rmtree(gone)
 
 
 def atomic_directory(

@@ -110,6 +110,14 @@ class RunDirectory:
         text = self.read(name)
         return None if text is None else json.loads(text)
 
+    def resolved(self) -> dict[str, Any]:
+        """What the settings that are auto came out as; all processes must ask."""
+        return self.read_json("resolved.json") or {}
+
+    def resolve(self, **found: str) -> None:
+        """Keep what they came out as, for the next start."""
+        self.write_json("resolved.json", self.resolved() | found)
+
     def close(self) -> None:
         """Give the directory to the next start."""
         if self._lock is not None:

@@ -37,7 +37,9 @@ def state(step: int, value: float = 0.0, **progress) -> State:
 
 
 def save(directory: Path, content: State, keep: int) -> Path:
-    return checkpoint.save(directory, content.step, content.progress, content.write, keep)
+    path = checkpoint.save(directory, content.step, content.progress, content.write)
+    checkpoint.retain(directory, keep)
+    return path
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

@@ -148,7 +148,7 @@ def test_a_run_that_is_not_finished_is_refused(base, tmp_path):
     run = tmp_path / "run"
     assert (
         shared()
-        .run(settings(base, *SHORT, "recipe=dpo", f"run.dir={run}"), [Hook("align.trainers.run:write_final", 1)])
+        .run(settings(base, *SHORT, "recipe=dpo", f"run.dir={run}"), [Hook("align.trainers.trained:write_final", 1)])
         .code
         == -9
     )

@@ -47,8 +47,8 @@ def _elsewhere() -> list[Hook]:
     hooks += [Hook("os:fsync", seeded.randint(5, 80)) for _ in range(2)]
     hooks += [
         Hook("align.reference:ReferenceCache._write", 1, when="after"),
-        Hook("align.trainers.run:write_final", 1),
-        Hook("align.trainers.run:write_final", 1, when="after"),
+        Hook("align.trainers.trained:write_final", 1),
+        Hook("align.trainers.trained:write_final", 1, when="after"),
     ]
     return hooks
 
@@ -125,7 +125,7 @@ DEATHS = [
     Hook(ENGINE + "step", 5, when="after"),
     Hook("align.engine.local:save_file", 4),
     Hook("align.trainers.offline:evaluate", 2),
-    Hook("align.trainers.run:write_final", 1, when="after"),
+    Hook("align.trainers.trained:write_final", 1, when="after"),
 ]
 CACHED = ("kto", "aot", "inpo", "mix")
 

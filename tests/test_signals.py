@@ -21,7 +21,7 @@ STAGES = {
     "step": (Hook(STEP, 7), "step-000007"),
     "evaluation": (Hook("align.trainers.offline:evaluate", 2), "step-000010"),
     "last evaluation": (Hook("align.trainers.offline:evaluate", 6), "step-000030"),
-    "save": (Hook("align.engine.local:save_file", 4), "step-000007"),
+    "save": (Hook("align.engine.local:save_file", 4), "step-000006"),
     "samples after": (Hook("align.rollout.hf:HFRollout.generate", 2), "step-000030"),
 }
 CODES = {signal.SIGTERM: 85, signal.SIGUSR1: 85, signal.SIGINT: 130}

@@ -26,7 +26,8 @@ class Anchors:
     what the run found.
 
     examples: those whose log-probs are cached. check is called between forwards and may raise. probe compares a network
-    with its model's own forward and may raise: see Run.check_layout.
+    with its model's own forward and may raise: see selfcheck.check_layout. foreign: a reference that
+    reference.path cannot name.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Anchors:
         log: Log,
         check: Callable[[], None],
         probe: Callable[[Policy], object],
+        foreign: Pretrained | None = None,
     ):
         self.config = config
         self.engine = engine
@@ -50,7 +52,7 @@ class Anchors:
         self.probe = probe
         path = config.reference.path
         # a reference that is not the model the run starts from
-        self.foreign = None if path is None else from_hub(path, None, False, False, None, "auto")
+        self.foreign = foreign if path is None else from_hub(path, None, False, False, None, "auto")
 
     def of(self, objective: Any) -> tuple[Anchor | None, Anchor | None]:
         """Reference and start as far as an objective needs them. Raises ValueError for a setting without effect."""

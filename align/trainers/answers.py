@@ -11,7 +11,9 @@ from align.engine.world import by_lead
 from align.evaluate.samples import Sample, sequence_kl
 from align.rollout.base import Completion, Sampling
 from align.trainers.drawing import drawn
-from align.trainers.run import Run
+from align.trainers.rollouts import Rollouts
+from align.trainers.session import Session
+from align.trainers.trained import Whole
 from align.types import Example, PackedBatch, Stats
 
 # The KL needs samples of its own, at temperature 1; so many bound its cost.
@@ -21,19 +23,20 @@ MAX_KL_PROMPTS = 32
 class Answers:
     """Asks the policy the first trainer.num_samples distinct held-out prompts."""
 
-    def __init__(self, run: Run, engine: Engine, heldout: list[Example]):
-        self.run = run
-        self.config = run.config
+    def __init__(self, session: Session, engine: Engine, whole: Whole, rollouts: Rollouts, heldout: Sequence[Example]):
+        self.session = session
+        self.config = session.config
         self.engine = engine
-        self.tokenizer = run.tokenizer
+        self.whole = whole
+        self.rollouts = rollouts
         seen = dict.fromkeys((e.prompt.token_ids, e.prompt.text) for e in heldout if e.prompt.token_ids)
         self.prompts = list(seen)[: self.config.trainer.num_samples]
-        self.path = run.out.path / "samples.jsonl"
+        self.path = session.out.path / "samples.jsonl"
         self.gold = build.function(self.config.data.gold, "data.gold") if self.config.data.gold else None
 
     def before(self) -> None:
         """Greedy answers of the untrained policy; a resumed run already has them."""
-        if self.prompts and self.run.out.read(self.path.name) is None:
+        if self.prompts and self.session.out.read(self.path.name) is None:
             self._write(self._answer("before", 0))
 
     def after(self, step: int) -> list[Sample]:
@@ -60,14 +63,14 @@ class Answers:
 
     def _answer(self, phase: str, step: int) -> list[Sample]:
         completions = self._generate([ids for ids, _ in self.prompts], f"samples {phase}", None)
-        world = self.run.world
+        world = self.session.world
         told = by_lead(world, lambda: self._samples(phase, step, completions))
         return world.share(told)
 
     def _samples(self, phase: str, step: int, completions: Sequence[Completion]) -> list[Sample]:
         out = []
         for (_, prompt), completion in zip(self.prompts, completions, strict=True):
-            text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            text = self.session.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
             score = None if self.gold is None else float(self.gold(prompt, text, completion.finished))
             out.append(Sample(phase, step, prompt, text, completion.finished, len(completion.token_ids), score))
         return out
@@ -76,12 +79,12 @@ class Answers:
         limit = self.config.trainer.sample_tokens
         sampling = Sampling(limit, temperature=0.0) if seed is None else Sampling(limit, seed=seed)
         # before the first step there is nothing to save, after the last one it is saved: stopping is safe
-        with self.run.showing(what):
-            rollout = self.run.rollout(self.run.whole(self.engine))
-            return [row[0] for row in drawn(self.run.world, rollout, prompts, sampling)]
+        with self.rollouts.showing(what):
+            rollout = self.rollouts.of(self.whole())
+            return [row[0] for row in drawn(self.session.world, rollout, prompts, sampling)]
 
     def _read(self) -> list[Sample]:
-        return [Sample(**json.loads(line)) for line in (self.run.out.read(self.path.name) or "").splitlines()]
+        return [Sample(**json.loads(line)) for line in (self.session.out.read(self.path.name) or "").splitlines()]
 
     def _write(self, samples: list[Sample]) -> None:
-        self.run.out.write(self.path.name, "".join(json.dumps(s.as_dict()) + "\n" for s in samples))
+        self.session.out.write(self.path.name, "".join(json.dumps(s.as_dict()) + "\n" for s in samples))

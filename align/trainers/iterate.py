@@ -28,21 +28,21 @@ from align.data.pairs import MaxMin
 from align.data.prompts import PromptRow, load_prompts, prompts_fingerprint
 from align.device import pick_device
 from align.evaluate.heldout import changes, heldout_metrics
-from align.log import Log
 from align.models import Policy, weights_hash
 from align.pretrained import Pretrained, from_hub
 from align.rewards.build import RewardHost, components
 from align.rollout.base import Sampling, seed_of
-from align.rundir import RunDirectory, environment
-from align.trainers import rounds
+from align.rundir import environment
+from align.trainers import offline, resume, rounds, selfcheck, trained
 from align.trainers.collect import Collector, problems_of
 from align.trainers.directions import directed, directed_rounds, directional, scorer
 from align.trainers.experience import Experience
 from align.trainers.final import final_table, model_card
 from align.trainers.loop import token_values
-from align.trainers.offline import Training, solved_summary
-from align.trainers.online import ENGINE_TOLERANCE, PROBE_PROMPTS
-from align.trainers.run import Run, SelfCheckError, start
+from align.trainers.offline import solved_summary
+from align.trainers.online.probe import ENGINE_TOLERANCE, PROBE_PROMPTS
+from align.trainers.rollouts import Rollouts
+from align.trainers.session import SelfCheckError, Session, start
 from align.types import Example, Prompt, Row
 
 _DRAW, _TRAIN, _HELDOUT = range(3)  # the first key of the seeds of each stage
@@ -52,15 +52,22 @@ _LAST = ("loss/", "accuracy/", "reward/margin", "wpo/", "nll/", "kl/")  # of a r
 def train(config: Config, command: str) -> int:
     """Run or resume; returns the exit code. Raises ValueError for what the user can cure."""
     objective = build.objective(config)
-    return start(config, command, objective, Iteration)
+    return start(config, command, objective, lambda session: Iteration(session).run())
 
 
-class Iteration(Run):
+class Iteration:
     """Rounds of training on the policy's own completions, in the order they happen."""
 
-    def __init__(self, config: Config, *rest: Any):
-        super().__init__(config, *rest)
+    def __init__(self, session: Session):
+        config = session.config
         assert isinstance(config.trainer, IterateConfig)
+        self.session = session
+        self.config = config
+        self.objective = session.objective
+        self.out = session.out
+        self.log = session.log
+        self.tokenizer = session.tokenizer
+        self.rollouts = Rollouts(session)
         self.trainer = config.trainer
         s = config.sampling
         self.sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p, s.top_k, tuple(s.stop), config.seed)
@@ -70,24 +77,24 @@ class Iteration(Run):
         self.heldout: list[PromptRow] = []
         self._at = 0  # the round that left the policy in memory
         self._policy: Policy | None = None
+        self._loaded: Any = None
         self._hash = ""
 
-    def run(self, command: str) -> int:
+    def run(self) -> int:
         """Everything from prompts to final/."""
-        self.command = command
         t, log = self.trainer, self.log
-        self.out.write_json("environment.json", environment(command))
+        self.out.write_json("environment.json", environment(self.session.command))
         self._load()
-        state = self.restore_point(self.data_hash)
+        state = resume.restore_point(self.session, self.data_hash)
         done = state.step if state is not None else 0
-        if done == t.rounds and self.complete(done):
+        if done == t.rounds and resume.complete(self.session, done):
             log.say(f"{self.out.path} is complete after round {done}")
             return 0
-        log.say(f"precision {self._precision_and_why()}")
+        log.say(f"precision {self.session.precision_name} ({self.session.precision_why})")
         if done == 0 or t.reference == "fixed":
             self._load_policy(0)
             self.start_hash = self._hash
-            self.check_weights(state, self.start_hash)
+            resume.check_weights(self.session, state, self.start_hash)
         else:
             assert state is not None
             self.start_hash = state.progress["model"]
@@ -102,14 +109,6 @@ class Iteration(Run):
             self._save(number)
         self._finish()
         return 0
-
-    def close(self) -> None:
-        """Ends the rewards' processes too."""
-        try:
-            super().close()
-        finally:
-            if self.rewards is not None:
-                self.rewards.close()
 
     # ------------------------------------------------------------------ what is asked
 
@@ -155,6 +154,7 @@ class Iteration(Run):
                 f"tokens; use at least {longest}"
             )
         self.rewards = components(self._node("reward"), self._reward_host())
+        self.session.closing.callback(self.rewards.close)
 
     def _node(self, name: str) -> dict[str, Any]:
         node = OmegaConf.to_container(self.config.tree[name], resolve=True)
@@ -166,15 +166,11 @@ class Iteration(Run):
             None,  # a policy is in memory for one round only
             self.tokenizer,
             pick_device(),
-            self.autocast,
+            self.session.autocast,
             self.trainer.micro_batch_tokens,
-            self.signals.check,
+            self.session.signals.check,
             self.log.say,
         )
-
-    def _precision_and_why(self) -> str:
-        why = self.pick_precision()
-        return f"{self.precision_name} ({why})"
 
     # ------------------------------------------------------------------ policies
 
@@ -188,14 +184,14 @@ class Iteration(Run):
     def _pretrained_of(self, number: int) -> Pretrained:
         """What round `number` left; 0: what the run starts from. The tokenizer is the same throughout."""
         if number == 0:
-            return self.pretrained
+            return self.session.pretrained
         path = self._final(number)
         fault = checkpoint.problem(path)
         if fault:
             raise ValueError(f"{path} is damaged ({fault}); restore it from a copy, or give another run.dir")
         trust = bool(self.config.model.get("trust_remote_code", False))
         found = from_hub(str(path), None, trust, False, None, "auto")
-        return replace(found, tokenizer=self.pretrained.tokenizer)
+        return replace(found, tokenizer=self.session.pretrained.tokenizer)
 
     def _load_policy(self, number: int) -> Policy:
         """The policy that round `number` left, in memory and in the rollout. Always from its files: what was trained in
@@ -205,15 +201,18 @@ class Iteration(Run):
         if number or self._policy is not None:
             self._release()
             self._loaded = self._pretrained_of(number).model()
-        model = self.model().to(pick_device())
+        if self._loaded is None:
+            self._loaded = trained.load(self.session)
+        model = self._loaded.to(pick_device())
         if number == 0:
-            self.check_model(p.token_ids for p in (*self.train, *self.heldout))
-        if self.precision == torch.float32:
+            rows = (p.token_ids for p in (*self.train, *self.heldout))
+            selfcheck.check_tokens_of(self.session, model, rows)
+        if self.session.precision == torch.float32:
             model = model.float()  # weights kept in bfloat16 would be computed with in bfloat16
         self._loaded = model
         self._policy, self._at = Policy(model, "padded").eval(), number
         self._hash = weights_hash(model)
-        self.rollout(self._policy).sync(self._policy)
+        self.rollouts.of(self._policy).sync(self._policy)
         self._prove(number)
         return self._policy
 
@@ -232,11 +231,11 @@ class Iteration(Run):
         probe = [ids for ids in self._probe() if len(ids) > 1][:PROBE_PROMPTS]
         if not probe:
             return
-        there = self.rollout(policy).logps(probe, [1] * len(probe))
+        there = self.rollouts.of(policy).logps(probe, [1] * len(probe))
         rows = [Row(np.array(ids, dtype=np.int32), np.arange(len(ids)) > 0) for ids in probe]
 
         def network(batch: Any) -> Any:
-            with self.autocast():
+            with self.session.autocast():
                 return policy(batch)
 
         here = token_values(
@@ -247,7 +246,7 @@ class Iteration(Run):
             policy.device,
         )["token_logps"]
         apart = max(float(np.abs(np.array(a) - b).max()) for a, (b,) in zip(there, here, strict=True))
-        if not apart <= ENGINE_TOLERANCE[self.precision_name]:
+        if not apart <= ENGINE_TOLERANCE[self.session.precision_name]:
             raise SelfCheckError(
                 f"round {number + 1}: the rollout's log-probs differ from the policy's by up to {apart:.2g} nats; the "
                 "weights did not reach it whole, or it computes in another precision"
@@ -304,11 +303,11 @@ class Iteration(Run):
         tree = OmegaConf.to_container(self.config.tree, resolve=True)
         assert isinstance(tree, dict)
         settings = {name: tree.get(name) for name in ("seed", "sampling", "rollout", "reward", "composer")}
-        return {"weights": self._hash, "precision": self.precision_name, **settings}
+        return {"weights": self._hash, "precision": self.session.precision_name, **settings}
 
     def _experience(self, policy: Policy) -> Experience:
         by = None if self.composer is None else scorer(self.composer, self.rewards.names)
-        return Experience(self.rollout(policy), self.rewards, self.tokenizer, scorer=by)
+        return Experience(self.rollouts.of(policy), self.rewards, self.tokenizer, scorer=by)
 
     def _draw(self, number: int, policy: Policy) -> tuple[Path, dict[str, float]]:
         """The round's completions, scored, a chunk of prompts at a time, and the rows made of them."""
@@ -317,7 +316,7 @@ class Iteration(Run):
         experience = self._experience(policy)
         chunks = range(-(-len(part) // t.chunk_prompts))
         lines: list[rounds.Line] = []
-        for k in self.shown(f"round {number}: completions")(chunks, len(chunks)):
+        for k in self.session.shown(f"round {number}: completions")(chunks, len(chunks)):
             path = directory / f"samples-{k:03d}.jsonl"
             if not path.exists():
                 places = part[k * t.chunk_prompts : (k + 1) * t.chunk_prompts]
@@ -362,14 +361,14 @@ class Iteration(Run):
         assert self._policy is not None
         collector = Collector(
             settings,
-            self.rollout(self._policy),
+            self.rollouts.of(self._policy),
             self.tokenizer,
             self.tool,
             self._directory(number),
             seed=seed_of(self.config.seed, _DRAW, number),
             max_tokens=self.config.data.max_tokens,
-            key={"model": self._hash, "precision": self.precision_name, "problems": [part.start, part.stop]},
-            progress=self.shown(f"round {number}: trajectories"),
+            key={"model": self._hash, "precision": self.session.precision_name, "problems": [part.start, part.stop]},
+            progress=self.session.shown(f"round {number}: trajectories"),
         )
         problems = collector.problems
         collector.problems = replace(problems, train=tuple(problems.train[i] for i in part))
@@ -405,17 +404,11 @@ class Iteration(Run):
         self.log.say(f"round {number}/{t.rounds}: training in {directory}")
         # the reference stays: from the second round on it is no longer what the training starts from
         stays = t.reference == "fixed" and number > 1 and self.config.reference.path is None
-        out = RunDirectory(settings)
-        log = Log(out.path, settings.log, {})
-        training = Training(settings, self.objective, out, log, self.signals)
+        part = self.session.part(settings)
         try:
-            training.given(policy.model, self.pretrained if stays else None)
-            training.run(self.command)
+            offline.run(part, offline.Given(policy.model, self.session.pretrained if stays else None))
         finally:
-            training.close()
-            log.close()
-            out.close()
-        del training
+            part.close()
         self._release()
         last = rounds.read_rows(directory / "metrics.jsonl")[-1]
         told = {name: value for name, value in last.items() if name.startswith(_LAST) and value is not None}
@@ -425,7 +418,7 @@ class Iteration(Run):
         """A round's training as the settings of an offline run."""
         config, t = self.config, self.trainer
         own = {f.name: getattr(t, f.name) for f in fields(TrainerConfig)}
-        own |= {"kind": "offline", "precision": self.precision_name, "num_samples": 0}
+        own |= {"kind": "offline", "precision": self.session.precision_name, "num_samples": 0}
         more = t.offline_data
         sources = [str(data), *([more] if isinstance(more, str) else more or [])]
         changed: dict[str, Any] = {
@@ -491,7 +484,7 @@ class Iteration(Run):
         if not path.exists():
             sampling = replace(self.sampling, max_new_tokens=t.sample_tokens).at(_HELDOUT)
             experience = self._experience(policy)
-            with self.showing(f"round {number}: held-out prompts"):
+            with self.rollouts.showing(f"round {number}: held-out prompts"):
                 groups = experience.draw(self.heldout, sampling, t.heldout_n, greedy=True)
             rounds.write_rows(path, [rounds.line_of(group, self.rewards.names, self.tokenizer) for group in groups])
         return heldout_metrics(*rounds.heldout(rounds.read_rows(path)), self.rewards.names, t.pass_component)
@@ -515,7 +508,8 @@ class Iteration(Run):
         """A round is done: a checkpoint without weights, which are in its final/."""
         self.log.flush()
         progress = {"data": self.data_hash, "model": self.start_hash}
-        checkpoint.save(self.out.checkpoints, number, progress, lambda _: None, 2)
+        checkpoint.save(self.out.checkpoints, number, progress, lambda _: None)
+        checkpoint.retain(self.out.checkpoints, 2)
 
     def _finish(self) -> None:
         number = self.trainer.rounds
@@ -524,7 +518,7 @@ class Iteration(Run):
         summary: dict[str, Any] = {
             "step": number,
             "merged": self.config.merge,
-            "seconds": time.perf_counter() - self.started,
+            "seconds": self.session.seconds(),
             "heldout": f"{len(self.heldout)} prompts",
             "metrics": {k: v for k, v in rows[-1].items() if k.startswith(kept) and v is not None},
             "kl": None,
@@ -554,4 +548,5 @@ class Iteration(Run):
             if path.name not in (checkpoint.MANIFEST, "README.md"):
                 shutil.copy2(path, target / path.name)
         plain = replace(self.config, merge=self.config.lora.rank > 0)
-        (target / "README.md").write_text(model_card(plain, self.pretrained.name, self.command, summary))
+        card = model_card(plain, self.session.pretrained.name, self.session.command, summary)
+        (target / "README.md").write_text(card)

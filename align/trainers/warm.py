@@ -6,7 +6,6 @@ probe/, member-1/, member-2/, ...; final/ is the average and serves like any rew
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,14 +22,13 @@ from align.data.examples import Wanted
 from align.data.load import fingerprint, load
 from align.device import pick_device
 from align.evaluate.samples import paired_bootstrap
-from align.log import Log
 from align.rewards.combine import mean
 from align.rewards.network import RewardNetwork
 from align.rewards.network import load as load_network
 from align.rollout.base import seed_of
-from align.rundir import RunDirectory, default_name
-from align.trainers.offline import Training
-from align.trainers.run import Run, start
+from align.rundir import default_name
+from align.trainers import offline, resume
+from align.trainers.session import Session, start
 from align.types import Example
 
 _MEMBER = 7  # names the stream of the members' seeds
@@ -45,8 +43,8 @@ def train(config: Config, command: str) -> int:
         # its own directory is its lock: members can run side by side
         part = settings_of(config, trainer.only)
         _begin(part)
-        return start(part, command, objective, Training)
-    return start(config, command, objective, Warm)
+        return start(part, command, objective, offline.run)
+    return start(config, command, objective, lambda session: Warm(session).run())
 
 
 def directory_of(config: Config, number: int) -> Path:
@@ -103,30 +101,37 @@ def _begin(part: Config) -> None:
     Path(str(part.run.dir)).mkdir(parents=True, exist_ok=True)
 
 
-class Warm(Run):
+class Warm:
     """The head, the members one after the other, the average, and what each of them is worth."""
 
-    def run(self, command: str) -> int:
+    def __init__(self, session: Session):
+        self.session = session
+        self.config = session.config
+        self.objective = session.objective
+        self.out = session.out
+        self.log = session.log
+
+    def run(self) -> int:
         """Everything from data to final/."""
         config, log = self.config, self.log
         t = config.trainer
         assert isinstance(t, WarmConfig)
-        data = load(config.data, self.tokenizer, Wanted.by(self.objective), config.seed)
-        self.account(data.audit, command)
+        data = load(config.data, self.session.tokenizer, Wanted.by(self.objective), config.seed)
+        self.session.account(data.audit)
         hashes = {"data.train": fingerprint(data.train), "data.heldout": fingerprint(data.heldout)}
-        state = self.restore_point(hashes)
+        state = resume.restore_point(self.session, hashes)
         done = state.step if state is not None else 0
-        if done == t.members and self.complete(done):
+        if done == t.members and resume.complete(self.session, done):
             log.say(f"{self.out.path} is complete")
             return 0
-        self.pick_precision()  # one for all members
         for number in range(0 if t.probe_steps else 1, t.members + 1):
             if number > done or number == 0 == done:
                 what = "the head alone" if number == 0 else f"member {number} of {t.members}"
-                self._part(settings_of(config, number, self.precision_name), what, command)
+                self._part(settings_of(config, number, self.session.precision_name), what)  # one precision for all
             if number > done:
                 progress = {"data": hashes, "schedule_steps": None}
-                checkpoint.save(self.out.checkpoints, number, progress, lambda _: None, 2)
+                checkpoint.save(self.out.checkpoints, number, progress, lambda _: None)
+                checkpoint.retain(self.out.checkpoints, 2)
         members = [directory_of(config, k) / "final" for k in range(1, t.members + 1)]
         if checkpoint.problem(self.out.final):
             log.say(f"average of {t.members} members")
@@ -138,23 +143,19 @@ class Warm(Run):
         log.say(f"model {self.out.final}, evidence {self.out.path}")
         return 0
 
-    def _part(self, part: Config, what: str, command: str) -> None:
+    def _part(self, part: Config, what: str) -> None:
         _begin(part)
         self.log.say(f"{what}: {part.run.dir}")
-        out = RunDirectory(part)
-        log = Log(out.path, part.log, {})
-        training = Training(part, self.objective, out, log, self.signals)
+        session = self.session.part(part)
         try:
-            training.run(command)
+            offline.run(session)
         finally:
-            training.close()
-            log.close()
-            out.close()
+            session.close()
 
     def _summary(self, members: Sequence[Path], heldout: Sequence[Example]) -> dict[str, Any]:
         """Held-out accuracy of each member, of the mean of their scores (ENS) and of the mean of their weights."""
         out: dict[str, Any] = {"members": len(members), "step": len(members), "merged": self.config.merge}
-        out["seconds"] = time.perf_counter() - self.started
+        out["seconds"] = self.session.seconds()
         if not heldout or getattr(self.objective, "kind", "pair") != "pair" or len(self.objective.outputs) > 1:
             return out
         scores = [self._scores(path, heldout) for path in members]  # M times [P, 2]
@@ -185,7 +186,8 @@ class Warm(Run):
         """[P, 2] of the pairs' chosen and rejected."""
         network: RewardNetwork = load_network(str(path), device=pick_device())
         sign = -1.0 if network.kind == "cost" else 1.0
-        found, _ = network.scores([e.rows for e in heldout], self.config.trainer.micro_batch_tokens, self.signals.check)
+        budget, check = self.config.trainer.micro_batch_tokens, self.session.signals.check
+        found, _ = network.scores([e.rows for e in heldout], budget, check)
         return sign * np.stack([values[:2, 0] for values in found])
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from align import build
 from align.config import compose
-from align.log import Log
-from align.rundir import RunDirectory
-from align.trainers.online import OnlineTraining
-from align.trainers.signals import Signals
+from align.trainers.composing import composing
+from align.trainers.online.run import prepared, prompts_of
+from align.trainers.online.task import Online
+from align.trainers.resume import planned
+from align.trainers.session import Session, open_session
 from tests.killer import Hook, evidence, leftovers, shared
 
 REWARDS = "tests.trainers.online_rewards."
@@ -87,22 +89,41 @@ def samples_of(run: Path, step: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "samples" / f"step-{step:06d}.jsonl").read_text().splitlines()]
 
 
-class Ready(OnlineTraining):
-    """A training with all its parts that has not begun."""
+class Ready:
+    """An online run with all its parts that has not begun."""
 
-    def _fit(self, _: Any) -> None:
-        self.position = 0
+    def __init__(self, session: Session, task: Online):
+        self.session = session
+        self.task = task
+        self.draws = task.draws
+        self.learner = task.learner
+        self.experience = task.experience
+        self.engine = task.learner.trainee.engine
+        self.advantage = task.learner.advantage
+        self.composing = task.composing
+        self.rewards = task.experience.rewards
+        self.tokenizer = session.tokenizer
+        self.sampling = task.draws.sampling
+        self.train = task.draws.train
 
-    def _finish(self, _: str) -> None:
-        pass
+    def budget(self, max_tokens: int) -> None:
+        """Other micro-batches from here on."""
+        self.learner.trainee = replace(self.learner.trainee, max_tokens=max_tokens)
+
+    def close(self) -> None:
+        """See Session."""
+        self.session.close()
 
 
 def ready(directory: Path, *more: str) -> Ready:
-    """A training before its first step; its reward's process is ended by close."""
+    """An online run before its first step; its reward's process is ended by close."""
     config = compose(words_of(directory, f"run.dir={directory / 'run'}", *more))
-    out = RunDirectory(config)
-    log = Log(out.path, config.log, {})
-    training = Ready(build.advantage(config), config, build.objective(config), out, log, Signals())
-    training.run("a test")
-    out.close()
-    return training
+    session, advantage = open_session(config, "a test", build.objective(config)), build.advantage(config)
+    try:
+        composer = composing(config, advantage)
+        asked = prompts_of(session, composer)
+        plan = planned(session, None, len(asked.train))
+        return Ready(session, prepared(session, advantage, composer, asked, plan, None).task)
+    except BaseException:
+        session.close()
+        raise

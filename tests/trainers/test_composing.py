@@ -100,14 +100,15 @@ def test_advantages_are_estimated_alone_whitened_and_mixed(tmp_path, name):
     words = (*RLOO_WORDS, *KL, *MU, f"advantage={name}", "lora.rank=4")
     training = ready(tmp_path, *words)
     try:
-        training.advantage = training.composing.advantage = ESTIMATORS[name]
+        training.composing.advantage = ESTIMATORS[name]
         greedy = name == "remax"
-        groups, _ = training._draw(1, greedy)
+        training.draws.greedy = greedy
+        groups, _ = training.draws.of(1)
         rewards = torch.from_numpy(np.concatenate([g.rewards for g in groups]))
         counts = torch.tensor([len(c.token_ids) for g in groups for c in g.completions])
         penalties = torch.randn(int(counts.sum()), dtype=torch.float64)
         rows = _rows(groups)
-        told = episodes(groups, rows, training.advantage.needs, [penalties.numpy()], None)
+        told = episodes(groups, rows, ESTIMATORS[name].needs, [penalties.numpy()], None)
         found, metrics = training.composing.estimate(groups, told)
         streams = []
         for k in (0, 1, None):
@@ -338,14 +339,14 @@ def test_what_is_remarked_on_is_said_once(tmp_path):
 # --- kills
 
 ENGINE = "align.engine.local:LocalEngine."
-TRAINING = "align.trainers.online:OnlineTraining."
+HELDOUT = "align.trainers.online.heldout:Heldout."
 DEATHS = [
     Hook("align.rollout.hf:HFRollout.generate", 1),
     Hook("align.trainers.composing:Composing.estimate", 3, when="after"),
     Hook("align.trainers.composing:Composing.learnt", 3, when="after"),
     Hook("align.trainers.composing:Composing.evaluated", 1, when="after"),
     Hook(f"{ENGINE}step", 4),
-    Hook(f"{TRAINING}_answers", 3, when="after"),
+    Hook(f"{HELDOUT}answers", 3, when="after"),
     Hook("align.engine.local:save_file", 3),
     Hook("align.log:Log.row", 3, when="after"),
 ]
@@ -364,7 +365,7 @@ def test_killed_anywhere(straight, tmp_path, name, hook):
 
 
 STOPS = [
-    ("search", Hook(f"{TRAINING}_answers", 2)),  # between the step and its evaluation
+    ("search", Hook(f"{HELDOUT}answers", 2)),  # between the step and its evaluation
     ("gradient", Hook("align.trainers.influence:measure", 2)),
     ("directional", Hook(f"{ENGINE}gradient_norm", 2)),  # heeded while the weights are moved for the difference
     ("hypervolume", Hook("align.rollout.hf:HFRollout.generate", 2)),  # the reference point is there, no step is

@@ -67,7 +67,7 @@ def test_the_coefficient_reaches_the_penalties(tmp_path, straight):
     assert there[-1]["optimizer/gradient_norm"] != here[-1]["optimizer/gradient_norm"]
 
 
-TRAINING = "align.trainers.online:OnlineTraining."
+HELDOUT = "align.trainers.online.heldout:Heldout."
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ TRAINING = "align.trainers.online:OnlineTraining."
     [
         Hook("align.engine.local:LocalEngine.step", 4),
         Hook("align.log:Log.row", 3, when="after"),
-        Hook(f"{TRAINING}_answers", 3, 15),  # between a step and its evaluation
+        Hook(f"{HELDOUT}answers", 3, 15),  # between a step and its evaluation
     ],
     ids=["killed-in-a-step", "killed-after-a-row", "stopped"],
 )

@@ -136,7 +136,7 @@ DEATHS = {
     "in a save": Hook("align.engine.local:save_file", 4),
     "in the evaluation after": Hook(LOOP + "run", 1 + CHUNKS + 1, when="after"),
     "after the evaluation after": Hook(COLLECT + "Collector.after", 1, when="after"),
-    "before the summary": Hook("align.trainers.run:write_final", 1, when="after"),
+    "before the summary": Hook("align.trainers.trained:write_final", 1, when="after"),
 }
 
 

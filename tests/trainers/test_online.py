@@ -228,7 +228,7 @@ def test_failures_are_counted_over_resumptions(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     whole = rows_of(done(other, *words))
-    assert trained(tmp_path, *words, hooks=[Hook("align.trainers.online:OnlineTraining._answers", 3, 15)]).code == 85
+    assert trained(tmp_path, *words, hooks=[Hook("align.trainers.online.heldout:Heldout.answers", 3, 15)]).code == 85
     assert trained(tmp_path, *words, hooks=[Hook(STEP, 2)]).code == -9
     name = "reward/failed_flaky/raised"
     assert [row.get(name) for row in rows_of(done(tmp_path, *words))] == [row.get(name) for row in whole]
@@ -472,12 +472,12 @@ def test_engine_that_fails_loses_no_step(tmp_path, monkeypatch):
 def test_rewards_are_closed_before_the_model_is_saved(tmp_path, monkeypatch):
     """An adapter of a reward lives in the policy's model until then."""
     from align.rewards.build import Rewards
-    from align.trainers.run import Run
+    from align.trainers import trained
 
     order = []
-    close, write = Rewards.close, Run.write_final.__globals__["write_final"]
+    close, write = Rewards.close, trained.write_final
     monkeypatch.setattr(Rewards, "close", lambda self: (order.append("close"), close(self))[1])
-    monkeypatch.setattr("align.trainers.run.write_final", lambda *a: (order.append("final"), write(*a))[1])
+    monkeypatch.setattr("align.trainers.trained.write_final", lambda *a: (order.append("final"), write(*a))[1])
     assert main(["train", *words_of(tmp_path, *REMAX, *SHORT, f"run.dir={tmp_path / 'run'}")]) == 0
     assert order[:2] == ["close", "final"]
 
@@ -502,8 +502,8 @@ def test_empty_completions(tmp_path):
         ]
         parts = examples(groups, "keep", t.engine.policy.layout, 4096)
         assert [int(row.targets.sum()) for row in parts[0].rows] == [1, 0, 2]
-        parts, _ = t._prepared(groups, parts)
-        row = t._update(1, parts, 4)
+        parts, _ = t.learner.prepared(groups, parts)
+        row = t.learner.update(1, parts, 4)
         assert row["tokens/targets"] == 12
         assert np.isfinite(row["optimizer/gradient_norm"])
         assert row["optimizer/gradient_norm"] > 0
@@ -538,7 +538,7 @@ def test_only_dropout_that_was_asked_for(tmp_path):
     model = ("model=hub", f"model.path={tmp_path / 'gpt2'}", "model.hidden_size=", "model.num_layers=")
     t = ready(tmp_path, *REMAX, *model, "objective=clipped", "trainer.old_logps=trainer")
     try:
-        assert t._step(1)["policy/kl_old"] == 0.0
+        assert t.task.step(1)["policy/kl_old"] == 0.0
     finally:
         t.close()
 

@@ -45,13 +45,13 @@ def move(t, size):
 
 def drawn(t):
     """The groups of the first step."""
-    return t._draw(1, "greedy" in t.advantage.needs)[0]
+    return t.draws.of(1)[0]
 
 
 def prepared(t, groups):
     """The examples of the groups with all their columns."""
-    parts = examples(groups, t.trainer.truncated, t.engine.policy.layout, t.trainer.micro_batch_tokens)
-    return t._prepared(groups, parts)[0]
+    parts = examples(groups, t.learner.trainer.truncated, t.engine.policy.layout, t.learner.trainee.max_tokens)
+    return t.learner.prepared(groups, parts)[0]
 
 
 def updated(t, groups, parts, at=1):
@@ -70,7 +70,7 @@ def updated(t, groups, parts, at=1):
 
     t.engine.step = caught
     try:
-        t._update(1, parts, len(groups))
+        t.learner.update(1, parts, len(groups))
     finally:
         t.engine.step = step
     return found
@@ -197,7 +197,7 @@ def test_ratio_is_1_at_the_first_inner_step(training, old):
     groups = drawn(t)
     parts = prepared(t, groups)
     assert ("old_logps" in parts[0].rows[0].columns) == (old == "trainer")
-    row = t._update(1, parts, len(groups))
+    row = t.learner.update(1, parts, len(groups))
     assert row["policy/kl_old"] == 0.0
     assert row["policy/clip_low"] == row["policy/clip_high"] == 0.0
 
@@ -219,8 +219,7 @@ def test_not_the_layout_nor_the_micro_batch_nor_the_order(training, layout):
     one = max(len(g.prompt.token_ids) + len(c.token_ids) for g in groups for c in g.completions)
     sizes = set()
     for budget in (100000, 4 * one, 2 * one + 3, one):
-        t.trainer = replace(t.trainer, micro_batch_tokens=budget)
-        t.trainee = replace(t.trainee, max_tokens=budget)
+        t.budget(budget)
         parts = prepared(t, groups)
         sizes.add(len(parts[0].rows))
         equal(updated(t, groups, parts), expected)
@@ -241,11 +240,10 @@ def test_inner_batches_hold_whole_prompts_whatever_the_micro_batch(training):
     ends = []
     one = max(len(g.prompt.token_ids) + len(c.token_ids) for g in groups for c in g.completions)
     for budget in (100000, 2 * one, one):
-        t.trainer = replace(t.trainer, micro_batch_tokens=budget)
-        t.trainee = replace(t.trainee, max_tokens=budget)
+        t.budget(budget)
         parts = prepared(t, groups)
         equal(updated(t, groups, parts), first)
-        row = t._update(1, parts, len(groups))
+        row = t.learner.update(1, parts, len(groups))
         assert row["tokens/targets"] == sum(len(c.token_ids) for g in groups for c in g.completions) / 2
         ends.append({n: p.detach().clone() for n, p in named(t)})
         t.engine.optimizer.state.clear()
@@ -261,7 +259,7 @@ def test_inner_batches_hold_whole_prompts_whatever_the_micro_batch(training):
 def test_equal_rewards_teach_nothing(training, advantage):
     t = training(*PLAIN, f"advantage={advantage}", f"reward.same._target_={REWARDS}same", "optimizer.weight_decay=0")
     before = {n: p.detach().clone() for n, p in named(t)}
-    row = t._step(1)
+    row = t.task.step(1)
     assert all(np.isfinite(v) for v in row.values())
     assert row["optimizer/gradient_norm"] == 0
     assert row["rollout/settled_prompts"] == 1
@@ -284,8 +282,8 @@ def test_what_was_cut_counts_for_the_baseline_only(training):
 def test_step_in_which_all_was_cut(training):
     t = training(*PLAIN, "advantage=rloo", "trainer.truncated=mask", "trainer.kl_in_reward=0.1")
     groups = [replace(g, completions=tuple(replace(c, stop="length") for c in g.completions)) for g in drawn(t)]
-    t._draw = lambda *_: (groups, groups)
-    row = t._step(1)
+    t.draws.of = lambda _: (groups, groups)
+    row = t.task.step(1)
     assert row["optimizer/gradient_norm"] == 0
     assert row["tokens/targets"] == 0
     assert "kl/reference" not in row  # of what was learnt from, which is nothing

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.xdist_group("online_kills")  # all are compared with th
 
 ROLLOUT = "align.rollout.hf:HFRollout."
 ENGINE = "align.engine.local:LocalEngine."
-ONLINE = "align.trainers.online:"
-TRAINING = f"{ONLINE}OnlineTraining."
+VALUES = "align.trainers.online.values:"
+HELDOUT = "align.trainers.online.heldout:Heldout."
 SCORE = "align.rewards.build:Rewards.score_with_steps"
 
 # Where they die. generate: the answers before, steps 1 and 2, the answers at 2, step 3, ...
@@ -25,22 +25,22 @@ DEATHS = [
     Hook(f"{ROLLOUT}generate", 5, when="after"),
     Hook("align.rewards.calls:FunctionReward._part", 6),
     Hook(SCORE, 5, when="after"),
-    Hook(f"{ONLINE}token_values", 7),  # of the reference, of the probe or of the policy that drew
+    Hook(f"{VALUES}token_values", 7),  # of the reference, of the probe or of the policy that drew
     Hook(f"{ENGINE}backward", 4, when="after"),
     Hook(f"{ENGINE}step", 3),
     Hook(f"{ENGINE}step", 3, when="after"),
     Hook(f"{ROLLOUT}sync", 3),
     Hook(f"{ROLLOUT}sync", 3, when="after"),
-    Hook(f"{TRAINING}_answers", 2),
-    Hook(f"{TRAINING}_heldout_metrics", 2, when="after"),
+    Hook(f"{HELDOUT}answers", 2),
+    Hook(f"{HELDOUT}metrics", 2, when="after"),
     Hook("align.trainers.transcripts:write_whole", 3, when="after"),
     Hook("align.engine.local:save_file", 3),
     Hook("os:rename", 2, when="after"),
     Hook("align.log:Log.row", 3),
     Hook("align.log:Log.row", 3, when="after"),
     Hook("align.log:Log.row", 5, when="after"),
-    Hook("align.trainers.run:write_final", 1),
-    Hook("align.trainers.run:write_final", 1, when="after"),
+    Hook("align.trainers.trained:write_final", 1),
+    Hook("align.trainers.trained:write_final", 1, when="after"),
 ]
 
 
@@ -111,11 +111,11 @@ STAGES = {
     "first rollout": (Hook(f"{ROLLOUT}generate", 2), "step-000000"),
     "rollout": (Hook(f"{ROLLOUT}generate", 5), "step-000002"),
     "scoring": (Hook(SCORE, 6), "step-000003"),
-    "reference": (Hook(f"{ONLINE}token_values", 8), "step-000002"),
+    "reference": (Hook(f"{VALUES}token_values", 8), "step-000002"),
     "update": (Hook(f"{ENGINE}backward", 3), "step-000003"),
     "sync": (Hook(f"{ROLLOUT}sync", 3), "step-000003"),
-    "evaluation": (Hook(f"{TRAINING}_answers", 2), "step-000002"),
-    "last evaluation": (Hook(f"{TRAINING}_answers", 4), "step-000005"),
+    "evaluation": (Hook(f"{HELDOUT}answers", 2), "step-000002"),
+    "last evaluation": (Hook(f"{HELDOUT}answers", 4), "step-000005"),
     "save": (Hook("align.engine.local:save_file", 3), "step-000004"),
 }
 CODES = {signal.SIGTERM: 85, signal.SIGINT: 130}
@@ -155,9 +155,9 @@ def test_signal_in_every_kind_of_run(base, straight, tmp_path, name, stage):
 def test_evaluation_interrupted_again_and_again(base, straight, tmp_path):
     """The pending row survives several signals, and a kill after them."""
     words = ["train", *words_of(base, f"run.dir={tmp_path / 'run'}", *FAMILY["remax"])]
-    assert shared().run(words, [Hook(f"{TRAINING}_answers", 2, int(signal.SIGTERM))]).code == 85
+    assert shared().run(words, [Hook(f"{HELDOUT}answers", 2, int(signal.SIGTERM))]).code == 85
     for _ in range(2):
-        assert shared().run(words, [Hook(f"{TRAINING}_answers", 1, int(signal.SIGTERM))]).code == 85
-    assert shared().run(words, [Hook(f"{TRAINING}_answers", 1, when="after")]).code == -9
+        assert shared().run(words, [Hook(f"{HELDOUT}answers", 1, int(signal.SIGTERM))]).code == 85
+    assert shared().run(words, [Hook(f"{HELDOUT}answers", 1, when="after")]).code == -9
     assert shared().run(words).code == 0
     assert left(tmp_path / "run") == straight("remax")

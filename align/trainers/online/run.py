@@ -1,0 +1,271 @@
+"""`align train` with a policy that learns from what it writes itself: builds the parts, runs the loop, tells what came
+of it.
+
+Blind to the algorithm: the estimator of advantages and the objective say what they need.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from align import build, checkpoint
+from align.config import Config, OnlineConfig
+from align.data.audit import Audit
+from align.data.prompts import PromptRow, load_prompts, prompts_fingerprint
+from align.engine.base import Engine
+from align.engine.build import make_engine
+from align.engine.world import together
+from align.models import Policy
+from align.rewards.build import RewardHost, Rewards, components
+from align.rollout.base import Sampling
+from align.trainers import composing, resume, selfcheck, trained
+from align.trainers.anchors import Anchors
+from align.trainers.composing import Composing
+from align.trainers.experience import Experience
+from align.trainers.loop import Anchor, Plan, Trainee
+from align.trainers.observers import observers_of
+from align.trainers.online.draws import Draws, Tally
+from align.trainers.online.heldout import Heldout
+from align.trainers.online.learner import Learner
+from align.trainers.online.probe import branching, probe_of, self_check
+from align.trainers.online.task import Online
+from align.trainers.online.values import Forward
+from align.trainers.rollouts import Rollouts
+from align.trainers.session import Session, start
+from align.trainers.steploop import StepLoop, size_of
+from align.trainers.trained import Trained, Whole
+from align.trainers.transcripts import Transcripts
+from align.types import Example
+
+
+def train(config: Config, command: str) -> int:
+    """Run or resume; returns the exit code. Raises ValueError for what the user can cure."""
+    objective = build.objective(config)
+    advantage = build.advantage(config)
+    return start(config, command, objective, partial(run, advantage=advantage))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The prompts of a run as it asks them, and the fingerprints of all that its data hold."""
+
+    train: list[PromptRow]
+    heldout: list[PromptRow]
+    hashes: dict[str, str]
+    audit: Audit
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is made before the first step."""
+
+    task: Online
+    whole: Whole
+    model_hash: str
+
+
+def run(session: Session, advantage: Any) -> int:
+    """Everything from prompts to final/; returns the exit code."""
+    composer = composing.composing(session.config, advantage, session.log.say)
+    asked = prompts_of(session, composer)
+    session.account(asked.audit)
+    state = resume.restore_point(session, asked.hashes)
+    plan = resume.planned(session, state, len(asked.train))
+    if resume.nothing_left(session, state, plan):
+        return 0
+    parts = prepared(session, advantage, composer, asked, plan, state)
+    fixed = {"schedule_steps": plan.schedule_steps, "data": asked.hashes, "model": parts.model_hash}
+    engine, observers = parts.whole.engine, observers_of(session, parts.whole)
+    loop = StepLoop(session, plan.num_steps, state, fixed, observers, engine.write, size_of(engine))
+    step = loop.run(parts.task)
+    summary = _summary(session, parts.task, step) | loop.summary()
+    parts.whole.write(session.out.final, summary)
+    loop.end(summary)
+    return 0
+
+
+def prepared(
+    session: Session,
+    advantage: Any,
+    composer: Composing | None,
+    asked: Asked,
+    plan: Plan,
+    state: checkpoint.State | None,
+) -> Parts:
+    """Everything up to the first step: built, checked, restored, and the untrained policy's answers written."""
+    config, t = session.config, session.config.trainer
+    assert isinstance(t, OnlineConfig)
+    model = trained.load(session)
+    selfcheck.check_tokens_of(session, model, (p.token_ids for p in (*asked.train, *asked.heldout)))
+    made = _policy(session, model, advantage, composer, asked.train, plan)
+    engine = make_engine(config, made.network, session.precision, session.world, t.value_lr_scale)
+    whole = Whole(made, engine)
+    model_hash = whole.hash()
+    resume.check_weights(session, state, model_hash)
+    probe = probe_of(asked.train, t.micro_batch_tokens)
+    reference = _reference(session, engine, model_hash, probe)
+    cached = None
+    if "reference" in session.objective.needs:
+        cached = Anchor(lambda rows: [row.columns["reference_logps"] for row in rows], None)
+    trainee = Trainee(engine, session.objective, made.layout, t.micro_batch_tokens, cached)
+    if composer is not None:
+        composer.check_parameters(engine.parameters)
+    # the lead's word: only it is sure to read what it wrote
+    selective = session.world.share(made.recompute) == "selective"
+    learner = Learner(session, trainee, advantage, reference, composer, plan.schedule_steps, selective)
+    self_check(session, trainee, probe, reference)
+    resume.restore(session, engine, state, plan)
+    rewards = _rewards(session, whole)
+    task = _task(session, asked, plan, learner, rewards, whole, probe)
+    task.transcripts.forget(state.step if state else 0)
+    task.prove(state.step if state else 0)
+    if state is None:
+        task.heldout.before()
+        task.tally.take()
+    return Parts(task, whole, model_hash)
+
+
+def prompts_of(session: Session, composer: Composing | None) -> Asked:
+    """What the data hold, and what is asked of it."""
+    config = session.config
+    prompts = load_prompts(config.data, session.tokenizer, config.sampling.max_new_tokens, config.seed)
+    train, heldout = prompts.train, prompts.heldout[: config.trainer.num_samples]
+    if composer is not None:
+        train = composer.prompts(train, session.tokenizer, config.seed)
+        heldout = composer.prompts(heldout, session.tokenizer, config.seed + 1)
+    hashes = {
+        "data.train": prompts_fingerprint(prompts.train),
+        "data.heldout": prompts_fingerprint(prompts.heldout),
+    }
+    return Asked(train, heldout, hashes, prompts.audit)
+
+
+def _policy(
+    session: Session,
+    model: Any,
+    advantage: Any,
+    composer: Composing | None,
+    train: Sequence[PromptRow],
+    plan: Plan,
+) -> Trained:
+    t, s = session.config.trainer, session.config.sampling
+    assert isinstance(t, OnlineConfig)
+    longest = max(len(p.token_ids) for p in train) + s.max_new_tokens
+    if longest > t.micro_batch_tokens:
+        raise ValueError(
+            f"trainer.micro_batch_tokens={t.micro_batch_tokens}: a prompt with its completion can have {longest} "
+            f"tokens; use at least {longest}"
+        )
+    value_head = int("values" in advantage.needs) if composer is None else composer.num_values
+    made = trained.prepare(
+        session, model, longest * t.batch_size * s.n, lambda model, layout: Policy(model, layout, value_head)
+    )
+    steps = t.inner_epochs * t.inner_batches
+    each = "" if steps == 1 else f", {steps} optimiser steps on each"
+    first, *others = made.lines
+    plan_line = (
+        f"plan {plan.num_steps} steps of {t.batch_size} prompts from {len(train)}, {s.n} completions of "
+        f"each{' and a greedy one' if 'greedy' in advantage.needs else ''}{each}; at most "
+        f"{t.micro_batch_tokens} tokens at once"
+    )
+    for line in (first, plan_line, *others):
+        session.log.say(line)
+    if s.temperature != 1 or s.top_p != 1 or s.top_k != 0:
+        session.log.say(
+            f"completions are drawn with temperature {s.temperature:g}, top_p {s.top_p:g}, top_k {s.top_k}, not "
+            "from the policy itself, whose log-probs are those of temperature 1: a small bias"
+        )
+    return made
+
+
+def _reference(session: Session, engine: Engine, model_hash: str, probe: Sequence[Example]) -> Forward | None:
+    """What the KL is to, where one is asked for."""
+    t = session.config.trainer
+    assert isinstance(t, OnlineConfig)
+    if "reference" not in session.objective.needs and t.kl_in_reward == 0:
+        return None
+    return Anchors(
+        session.config,
+        engine,
+        session.pretrained,
+        model_hash,
+        [],
+        session.log,
+        session.signals.agree,
+        lambda network: selfcheck.check_layout(session, network, branching(probe)),
+    ).fresh()
+
+
+def _rewards(session: Session, whole: Whole) -> Rewards:
+    node = OmegaConf.to_container(session.config.reward, resolve=True)  # type: ignore[arg-type]
+    policy = whole()
+    host = RewardHost(
+        policy,
+        session.tokenizer,
+        policy.device,
+        session.autocast,
+        session.config.trainer.micro_batch_tokens,
+        session.signals.check,
+        session.log.say,
+    )
+    rewards = together(session.world, lambda: components(node, host))
+    session.closing.callback(rewards.close)
+    return rewards
+
+
+def _task(
+    session: Session,
+    asked: Asked,
+    plan: Plan,
+    learner: Learner,
+    rewards: Rewards,
+    whole: Whole,
+    probe: Sequence[Example],
+) -> Online:
+    config, t, s = session.config, session.config.trainer, session.config.sampling
+    assert isinstance(t, OnlineConfig)
+    sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p, s.top_k, tuple(s.stop), config.seed)
+    transcripts = Transcripts(session.out, rewards.names, t.samples_every)
+    rollouts, policy, needs = Rollouts(session), whole(), learner.advantage.needs
+    rollout = together(session.world, lambda: rollouts.of(policy))
+    experience = Experience(rollout, rewards, session.tokenizer, "steps" in needs, session.world)
+    limit = rollout.max_tokens
+    longest = max(len(p.token_ids) for p in (*asked.train, *asked.heldout)) + s.max_new_tokens
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"a prompt and sampling.max_new_tokens={s.max_new_tokens} can make {longest} tokens, the "
+            f"engine takes {limit}: raise rollout.max_model_len or the server's --max-model-len, or lower "
+            "data.max_tokens with data.overlong=drop"
+        )
+    composer = learner.composing
+    settled = (lambda group: group.settled) if composer is None else composer.settled
+    draws = Draws(config, asked.train, plan, sampling, experience, settled, "greedy" in needs)
+    heldout = Heldout(t, asked.heldout, sampling, experience, transcripts, composer)
+    tally = Tally(session.world, rollout, rewards)
+    return Online(session, plan, draws, experience, learner, heldout, transcripts, tally, whole, probe)
+
+
+def _summary(session: Session, task: Online, step: int) -> dict[str, Any]:
+    last = json.loads((session.out.read("metrics.jsonl") or "").splitlines()[-1])
+    last |= task.heldout.after(step)
+    if task.composing is not None and session.world.lead:
+        task.composing.draw(session.out.path)
+    # what a component put into the policy's model is not the policy's
+    task.experience.rewards.close()
+    summary: dict[str, Any] = {
+        "step": step,
+        "merged": session.config.merge,
+        "seconds": session.seconds(),
+        "heldout": f"{len(task.heldout.prompts)} prompts",
+        "metrics": {k: v for k, v in last.items() if k.startswith(("loss/", "heldout/")) and v is not None},
+        "kl": last.get("kl/reference"),
+    }
+    if task.heldout.prompts:
+        summary["rewards"] = task.transcripts.changes()
+    return summary

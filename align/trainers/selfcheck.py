@@ -1,0 +1,52 @@
+"""Whether what is trained computes what the model means, before the first step."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from align.data.chat import stop_ids
+from align.engine.base import shape_of
+from align.models import Apart, Network, probe_layout
+from align.trainers.session import SelfCheckError, Session
+from align.types import Example, Layout
+from align.weights import check_tokens
+
+# The same numbers computed in other batches or by other kernels: nats per token.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
+
+
+def check_tokens_of(session: Session, model: Any, rows: Iterable[Sequence[int] | np.ndarray]) -> None:
+    """Raises ValueError if the model cannot read these rows of token ids, or end a turn."""
+    size = shape_of(model.get_input_embeddings().weight)[0]
+    ends = stop_ids(session.tokenizer, model.generation_config)
+    name = f"model {session.pretrained.name}"
+    check_tokens(name, session.tokenizer, size, itertools.chain(rows, [ends]))
+
+
+def check_layout(session: Session, policy: Network, examples: Sequence[Example]) -> float:
+    """Largest difference of what is trained from the model's own forward. Raises SelfCheckError."""
+    if not examples:
+        return 0.0
+    apart, tolerance = _apart(session, policy, examples, policy.layout), TOLERANCE[session.precision]
+    if apart.beyond_rounding <= tolerance:
+        return apart.largest
+    packed = policy.layout != "padded"
+    if packed and _apart(session, policy, examples, "padded").beyond_rounding <= tolerance:
+        cure = "use trainer.layout=padded"
+    else:
+        cure = "its head or attention is not known to align"
+    raise SelfCheckError(
+        f"self-check: log-probs in layout {policy.layout} differ by {apart.largest:.2g} nats per token from those "
+        f"of {type(policy.causal_lm).__name__}'s own forward; {cure}, report the model"
+    )
+
+
+def _apart(session: Session, policy: Network, examples: Sequence[Example], layout: Layout) -> Apart:
+    """Of all processes the one that is furthest off."""
+    with session.autocast():
+        return max(session.world.gather(probe_layout(policy, examples, layout)), key=lambda a: a.beyond_rounding)

@@ -1,0 +1,165 @@
+"""What every run has from its start on, and how it is opened and closed.
+
+`start` opens a session, lets a trainer work in it and turns what can go wrong into exit codes. What a trainer makes
+afterwards (the model, the rollout, rewards) is closed with the session.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from align import build, checkpoint
+from align.config import Config
+from align.data.audit import Audit
+from align.device import pick_device, pick_precision
+from align.engine.world import World, join, leave
+from align.log import Log
+from align.pretrained import Pretrained
+from align.rollout.base import EngineFailed
+from align.rundir import RunDirectory, environment
+from align.trainers.loop import NonFinite
+from align.trainers.signals import Signals, Stopped
+
+
+class SelfCheckError(RuntimeError):
+    """Policy, reference, layout or engine do not fit together; training would be on wrong numbers."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """One process's work on a run directory."""
+
+    config: Config
+    command: str  # as the user gave it
+    objective: Any
+    world: World
+    out: RunDirectory
+    log: Log
+    signals: Signals
+    pretrained: Pretrained
+    tokenizer: Any
+    precision: torch.dtype
+    precision_why: str
+    started: float  # time.perf_counter
+    closing: ExitStack = field(default_factory=ExitStack, repr=False)  # what is ended with it, the newest first
+
+    @property
+    def precision_name(self) -> str:
+        """float32 or bfloat16."""
+        return _name(self.precision)
+
+    def autocast(self) -> torch.autocast:
+        """Context in which matrix products run in the run's precision."""
+        device = pick_device().type
+        return torch.autocast(device, dtype=self.precision, enabled=self.precision != torch.float32)
+
+    def seconds(self) -> float:
+        """Since it was opened."""
+        return time.perf_counter() - self.started
+
+    def shown(self, what: str) -> Callable[[Iterable[int], int], Iterable[int]]:
+        """A progress that is seen under this name, and looks for signals."""
+
+        def wrap(items: Iterable[int], total: int) -> Iterator[int]:
+            for item in self.log.progress(what)(items, total):
+                self.signals.check()
+                yield item
+
+        return wrap
+
+    def account(self, audit: Audit) -> None:
+        """What the run reads and where it runs, for people and on disk."""
+        self.out.write_json("audit.json", audit.as_dict())
+        self.out.write_json("environment.json", environment(self.command))
+        for line in audit.lines():
+            self.log.say(line)
+
+    def part(self, config: Config) -> Session:
+        """The session of a run that is part of this one, in a directory of its own; to be closed before this one."""
+        closing = ExitStack()
+        try:
+            out = RunDirectory(config, self.world)
+            closing.callback(out.close)
+            log = Log(out.path, config.log, {}, mute=not self.world.lead)
+            closing.callback(log.close)
+            source = build.pretrained(config)
+            precision, why = _precision(config, out)
+        except BaseException:
+            closing.close()
+            raise
+        return replace(
+            self, config=config, out=out, log=log, pretrained=source, tokenizer=source.tokenizer(), precision=precision,
+            precision_why=why, started=time.perf_counter(), closing=closing,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """End all that was begun in it; also after an error, and again."""
+        self.closing.close()
+
+
+def open_session(config: Config, command: str, objective: Any) -> Session:
+    """The session of a run, which holds its directory. Raises ValueError for what the user can cure."""
+    closing = ExitStack()
+    try:
+        if config.launch.threads is not None:
+            torch.set_num_threads(config.launch.threads)
+        if not torch.cuda.is_available():  # DeepSpeed, which PEFT imports, warns of what everyone here knows
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        closing.callback(leave)
+        world = join(config.engine.timeout_s)
+        out = RunDirectory(config, world)
+        closing.callback(out.close)
+        log = Log(out.path, config.log, {"recipe": config.choices.get("recipe")}, mute=not world.lead)
+        closing.callback(log.close)
+        signals = closing.enter_context(Signals(world))
+        started = time.perf_counter()
+        source = build.pretrained(config)
+        tokenizer = source.tokenizer()
+        precision, why = _precision(config, out)
+    except BaseException:
+        closing.close()
+        raise
+    return Session(
+        config, command, objective, world, out, log, signals, source, tokenizer, precision, why, started, closing
+    )
+
+
+def start(config: Config, command: str, objective: Any, work: Callable[[Session], int]) -> int:
+    """Run or resume; returns the exit code. Raises ValueError for what the user can cure."""
+    session = open_session(config, command, objective)
+    say = session.log.say
+    try:
+        return work(session)
+    except Stopped as stop:
+        say(f"{stop}; everything is saved, the same command goes on (exit code {stop.code})")
+        return stop.code
+    except (SelfCheckError, checkpoint.WriteFailed, EngineFailed) as error:
+        say(f"stopped: {error}")
+        return 1
+    except NonFinite as error:
+        session.out.write_json("nonfinite.json", {"error": str(error)})
+        say(f"stopped: {error}; the last checkpoint is intact (see docs/troubleshooting.md)")
+        return 1
+    finally:
+        session.close()
+
+
+def _precision(config: Config, out: RunDirectory) -> tuple[torch.dtype, str]:
+    """The run's precision, and why. What auto found at the first start holds for the whole run: a second measurement
+    may come out otherwise."""
+    wanted = config.trainer.precision
+    found = out.resolved().get("precision", wanted) if wanted == "auto" else wanted
+    precision, why = out.world.share(pick_precision(found, pick_device()))
+    out.resolve(precision=_name(precision))
+    return precision, why
+
+
+def _name(precision: torch.dtype) -> str:
+    return str(precision).removeprefix("torch.")

@@ -1,0 +1,58 @@
+"""Run directories of commit 63cd4e7, from before the loop was one, go on as they would have then.
+
+runs_63cd4e7 has runs killed after step 4 of 8, or signalled in the evaluation of step 4, whose row is pending; and the
+rows of runs that nothing happened to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainers.online_runs import rows_of
+
+BEFORE = Path(__file__).parent / "runs_63cd4e7"
+ROOT = Path(__file__).parents[2]
+WORDS = json.loads((BEFORE / "words.json").read_text())
+
+
+def align(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """In the directory, since the runs' settings name their files from there."""
+    script = "import sys; from align.cli import main; sys.exit(main(sys.argv[1:]))"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, *words]
+    return subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True, check=False)
+
+
+def known(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if not name.startswith("time/")}
+
+
+@pytest.mark.parametrize("run", ["offline", "offline-pending", "online", "online-pending"])
+def test_it_goes_on(tmp_path, run):
+    directory = Path(shutil.copytree(BEFORE, tmp_path / "runs"))
+    kind = run.removesuffix("-pending")
+    done = align(directory, *WORDS[kind], f"run.dir={run}")
+    assert done.returncode == 0, done.stderr
+    assert "at step 4" in done.stderr
+    assert json.loads((directory / run / "summary.json").read_text())["step"] == 8
+    rows, before = rows_of(directory / run), [json.loads(x) for x in (BEFORE / f"{kind}-rows.jsonl").open()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    for row, was in zip(rows, before, strict=True):
+        assert known(row).keys() == was.keys()
+        # another processor rounds otherwise, and these are small differences of sums over few tokens
+        assert known(row) == {name: pytest.approx(value, rel=1e-3, abs=1e-4) for name, value in was.items()}
+
+
+def test_with_other_settings_it_is_refused(tmp_path):
+    directory = Path(shutil.copytree(BEFORE, tmp_path / "runs"))
+    refused = align(directory, *WORDS["offline"], "run.dir=offline", "optimizer.lr=0.002")
+    assert refused.returncode == 2
+    assert "optimizer.lr=0.001, now it is optimizer.lr=0.002" in refused.stderr
