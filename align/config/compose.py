@@ -22,7 +22,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from align.config.explain import explain, leaves, nearest, one_line, written
-from align.config.schema import EVALUATION, KINDS, RESUMABLE, SECTIONS, Config, ConfigError
+from align.config.schema import EVALUATION, KINDS, SECTIONS, Config, ConfigError, may_change
 from align.config.values import check_values
 from align.vocabulary import groups as all_groups
 from align.vocabulary import options, recipes, shipped_root
@@ -111,11 +111,7 @@ def differences(old: DictConfig, new: DictConfig) -> dict[str, tuple[Any, Any]]:
     """Settings that differ between a run's config.yaml and now and that may not: key -> (there, now)."""
     a, b = dict(leaves(old)), dict(leaves(new))
     changed = {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
-    return {
-        k: v
-        for k, v in changed.items()
-        if not any(k == allowed or (allowed.endswith(".") and k.startswith(allowed)) for allowed in RESUMABLE)
-    }
+    return {k: v for k, v in changed.items() if not may_change(k)}
 
 
 @lru_cache

@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from align.config.foreign import hint
+from align.config.schema import limits
 from align.vocabulary import groups, options, recipes, settings_of, shipped_root
 
 
@@ -108,12 +109,14 @@ def written(value: Any) -> str:
 
 
 def keys_with_help() -> list[str]:
-    """A line per setting of every option: key, default, and the comment above it in configs/."""
-    root = shipped_root() / "configs"
+    """A line per setting of every option: key, default, the comment above it in configs/, and what it may be."""
+    root, may_be = shipped_root() / "configs", limits()
     lines = []
     for path in sorted(root.rglob("*.yaml")):
         group = path.parent.relative_to(root).as_posix().replace("/", ".")
         lines.append(f"[{path.relative_to(root).with_suffix('').as_posix()}]")
         prefix = "" if group == "." else f"{group}."
-        lines += [f"  {prefix}{key}={value}  {comment}" for key, value, comment in settings_of(path)]
+        for key, value, comment in settings_of(path):
+            limit = f" [{may_be[prefix + key]}]" if prefix + key in may_be else ""
+            lines.append(f"  {prefix}{key}={value}  {comment}{limit}")
     return lines

@@ -5,24 +5,13 @@ configs/ holds the values and what they mean, the dataclasses here hold their ty
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import DictConfig
 
-# What may differ when a run is resumed; everything else is part of what the run is.
-RESUMABLE = (
-    "trainer.max_steps",
-    "trainer.only",
-    "trainer.save_every",
-    "trainer.keep_checkpoints",
-    "merge",
-    "run.",
-    "log.",
-    "engine.",
-    "launch.",
-    "rollout.urls",
-)
+from align.config.limits import Resumable, above, at_least, marks, one_of, resumable
 
 
 class ConfigError(ValueError):
@@ -40,9 +29,9 @@ class RunConfig:
 class LoraConfig:
     """configs/config.yaml, lora"""
 
-    rank: int
-    alpha: float
-    dropout: float
+    rank: Annotated[int, at_least(0)]
+    alpha: Annotated[float, above(0)]
+    dropout: Annotated[float, at_least(0, below=1)]
     targets: Any  # "all-linear" or a list of names
 
 
@@ -52,14 +41,14 @@ class HeadConfig:
 
     path: str | None
     only: bool
-    dropout: float
+    dropout: Annotated[float, at_least(0, below=1)]
 
 
 @dataclass(frozen=True)
 class ReferenceConfig:
     """configs/config.yaml, reference"""
 
-    mode: str
+    mode: Annotated[str, one_of("cached", "adapter", "model")]
     path: str | None
     cache_dir: str | None
 
@@ -68,14 +57,14 @@ class ReferenceConfig:
 class OptimizerConfig:
     """configs/optimizer"""
 
-    lr: float
+    lr: Annotated[float, above(0)]
     betas: list[float]
-    eps: float
-    weight_decay: float
-    max_grad_norm: float | None
-    schedule: str
-    warmup_fraction: float
-    final_fraction: float
+    eps: Annotated[float, above(0)]
+    weight_decay: Annotated[float, at_least(0)]
+    max_grad_norm: Annotated[float | None, above(0)]
+    schedule: Annotated[str, one_of("cosine", "linear", "constant")]
+    warmup_fraction: Annotated[float, at_least(0, below=1)]
+    final_fraction: Annotated[float, at_least(0, at_most=1)]
 
 
 @dataclass(frozen=True)
@@ -84,15 +73,15 @@ class DataConfig:
 
     train: Any  # one source or a list of them
     heldout: Any
-    heldout_fraction: float
+    heldout_fraction: Annotated[float, at_least(0, below=1)]
     repeat: Any  # a number for each source of train
-    max_tokens: int
-    overlong: str
-    targets: str
+    max_tokens: Annotated[int, at_least(2)]
+    overlong: Annotated[str, one_of("error", "drop", "truncate_turns")]
+    targets: Annotated[str, one_of("all", "divergent")]
     target_roles: list[str]
     open_tool_calls: bool
-    on_bad_row: str
-    max_bad_fraction: float
+    on_bad_row: Annotated[str, one_of("error", "drop")]
+    max_bad_fraction: Annotated[float, at_least(0, at_most=1)]
     gold: str | None
     margins: Any  # name of a component -> dotted path of a function
 
@@ -101,11 +90,11 @@ class DataConfig:
 class SamplingConfig:
     """configs/config.yaml, sampling"""
 
-    n: int
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
+    n: Annotated[int, at_least(1)]
+    max_new_tokens: Annotated[int, at_least(1)]
+    temperature: Annotated[float, at_least(0)]
+    top_p: Annotated[float, above(0, at_most=1)]
+    top_k: Annotated[int, at_least(0)]
     stop: list[str]
 
 
@@ -114,54 +103,54 @@ class TrainerConfig:
     """configs/trainer/offline.yaml, which the other trainers add to"""
 
     kind: str
-    epochs: int
-    max_steps: int | None
-    schedule_steps: int | None
-    batch_size: int
-    micro_batch_tokens: int
-    layout: str
-    recompute: str
-    precision: str
-    eval_every: int
-    save_every: int
-    keep_checkpoints: int
-    num_samples: int
-    sample_tokens: int
+    epochs: Annotated[int, at_least(1)]
+    max_steps: Annotated[int | None, at_least(1), resumable]
+    schedule_steps: Annotated[int | None, at_least(1)]
+    batch_size: Annotated[int, at_least(1)]
+    micro_batch_tokens: Annotated[int, at_least(2)]
+    layout: Annotated[str, one_of("auto", "shared", "packed", "padded")]
+    recompute: Annotated[str, one_of("auto", "off", "selective", "full")]
+    precision: Annotated[str, one_of("auto", "float32", "bfloat16")]
+    eval_every: Annotated[int, at_least(0)]
+    save_every: Annotated[int, at_least(1), resumable]
+    keep_checkpoints: Annotated[int, at_least(1), resumable]
+    num_samples: Annotated[int, at_least(0)]
+    sample_tokens: Annotated[int, at_least(1)]
 
 
 @dataclass(frozen=True)
 class OnlineConfig(TrainerConfig):
     """configs/trainer/online.yaml"""
 
-    inner_epochs: int
-    inner_batches: int
-    old_logps: str
-    kl_in_reward: float
-    kl_target: float | None
-    truncated: str
-    extra_draws: int
-    max_missing_fraction: float
-    value_lr_scale: float
-    heldout_n: int
+    inner_epochs: Annotated[int, at_least(1)]
+    inner_batches: Annotated[int, at_least(1)]
+    old_logps: Annotated[str, one_of("auto", "trainer", "engine")]
+    kl_in_reward: Annotated[float, at_least(0)]
+    kl_target: Annotated[float | None, above(0)]
+    truncated: Annotated[str, one_of("keep", "mask")]
+    extra_draws: Annotated[int, at_least(0)]
+    max_missing_fraction: Annotated[float, at_least(0, at_most=1)]
+    value_lr_scale: Annotated[float, above(0)]
+    heldout_n: Annotated[int, at_least(0)]
     pass_component: str | None
-    samples_every: int
-    engine_tolerance: float | None
+    samples_every: Annotated[int, at_least(0)]
+    engine_tolerance: Annotated[float | None, above(0)]
 
 
 @dataclass(frozen=True)
 class IterateConfig(TrainerConfig):
     """configs/trainer/iterate.yaml"""
 
-    rounds: int
-    prompts_per_round: int | None
-    reference: str
-    select: str
+    rounds: Annotated[int, at_least(1)]
+    prompts_per_round: Annotated[int | None, at_least(1)]
+    reference: Annotated[str, one_of("fixed", "updated")]
+    select: Annotated[str, one_of("pairs", "best_of_n", "labelled", "collect")]
     greedy: bool
     min_score: float | None
-    max_pairs_per_prompt: int | None
+    max_pairs_per_prompt: Annotated[int | None, at_least(1)]
     offline_data: Any  # one source or a list of them
-    chunk_prompts: int
-    heldout_n: int
+    chunk_prompts: Annotated[int, at_least(1)]
+    heldout_n: Annotated[int, at_least(0)]
     pass_component: str | None
 
 
@@ -169,13 +158,13 @@ class IterateConfig(TrainerConfig):
 class WarmConfig(TrainerConfig):
     """configs/trainer/warm.yaml"""
 
-    members: int
+    members: Annotated[int, at_least(1)]
     lrs: list[float] | None
     dropouts: list[float] | None
     starts: list[str] | None
-    probe_steps: int
-    probe_lr: float
-    only: int | None
+    probe_steps: Annotated[int, at_least(0)]
+    probe_lr: Annotated[float, above(0)]
+    only: Annotated[int | None, at_least(0), resumable]
 
 
 @dataclass(frozen=True)
@@ -184,20 +173,20 @@ class CollectConfig:
 
     task: str
     task_settings: Any  # null, or what the task takes
-    problem_seed: int
-    num_problems: int
-    num_heldout: int
-    num_examples: int
-    samples_per_problem: int
-    chunk_problems: int
-    temperature: float
-    top_p: float
-    max_turns: int
-    max_new_tokens: int
+    problem_seed: Annotated[int, at_least(0, below=2**31)]
+    num_problems: Annotated[int, at_least(1)]
+    num_heldout: Annotated[int, at_least(1)]
+    num_examples: Annotated[int, at_least(0, at_most=3)]
+    samples_per_problem: Annotated[int, at_least(2)]
+    chunk_problems: Annotated[int, at_least(1)]
+    temperature: Annotated[float, above(0)]
+    top_p: Annotated[float, above(0, at_most=1)]
+    max_turns: Annotated[int, at_least(2)]
+    max_new_tokens: Annotated[int, at_least(1)]
     stop: list[str]
-    observation_role: str
-    max_pairs_per_problem: int
-    max_labelled_per_problem: int
+    observation_role: Annotated[str, one_of("user", "tool")]
+    max_pairs_per_problem: Annotated[int, at_least(1)]
+    max_labelled_per_problem: Annotated[int, at_least(1)]
     tool: Any  # open: its keys are those of the class it names
 
 
@@ -205,9 +194,9 @@ class CollectConfig:
 class LogConfig:
     """configs/log"""
 
-    console_every: int
+    console_every: Annotated[int, at_least(1)]
     tensorboard: bool
-    wandb: str
+    wandb: Annotated[str, one_of("off", "offline", "online")]
     wandb_project: str
 
 
@@ -215,10 +204,10 @@ class LogConfig:
 class EngineConfig:
     """configs/engine"""
 
-    stage: int | None
+    stage: Annotated[int | None, at_least(0, at_most=3)]
     offload_optimizer: bool
     offload_parameters: bool
-    timeout_s: float
+    timeout_s: Annotated[float, above(0)]
     deepspeed: Any  # open: DeepSpeed's own keys
 
 
@@ -227,28 +216,28 @@ class LaunchConfig:
     """configs/launch/local.yaml, which launch=slurm adds to"""
 
     kind: str
-    processes: int | None
-    threads: int | None
-    port: int | None
+    processes: Annotated[int | None, at_least(1)]
+    threads: Annotated[int | None, at_least(1)]
+    port: Annotated[int | None, at_least(1024, at_most=65535)]
 
 
 @dataclass(frozen=True)
 class SlurmConfig(LaunchConfig):
     """configs/launch/slurm.yaml"""
 
-    nodes: int
-    server_nodes: int
-    server_port: int
+    nodes: Annotated[int, at_least(1)]
+    server_nodes: Annotated[int, at_least(0)]
+    server_port: Annotated[int, at_least(1024, at_most=65535)]
     server_words: list[str]
-    gpus: int
-    cpus: int
+    gpus: Annotated[int, at_least(0)]
+    cpus: Annotated[int, at_least(1)]
     time: str
-    save_before_s: int
-    max_restarts: int
+    save_before_s: Annotated[int, at_least(1)]
+    max_restarts: Annotated[int, at_least(0)]
     partition: str | None
     account: str | None
     name: str
-    array_limit: int | None
+    array_limit: Annotated[int | None, at_least(1)]
     preflight: bool
     venv: str | None
     container: list[str]
@@ -263,22 +252,22 @@ class SlurmConfig(LaunchConfig):
 class Config:
     """All settings of a run. model and objective stay open: their keys are those of the class they name."""
 
-    seed: int
-    merge: bool
-    run: RunConfig
+    seed: Annotated[int, at_least(0, below=2**31)]
+    merge: Annotated[bool, resumable]
+    run: Annotated[RunConfig, resumable]
     lora: LoraConfig
     head: HeadConfig
     reference: ReferenceConfig
     optimizer: OptimizerConfig
     data: DataConfig
     trainer: TrainerConfig
-    log: LogConfig
-    engine: EngineConfig
-    launch: LaunchConfig
+    log: Annotated[LogConfig, resumable]
+    engine: Annotated[EngineConfig, resumable]
+    launch: Annotated[LaunchConfig, resumable]
     collect: CollectConfig | None  # None: the data are given
     model: DictConfig
     objective: DictConfig
-    rollout: DictConfig
+    rollout: Annotated[DictConfig, Resumable(("urls",))]
     sampling: SamplingConfig
     advantage: DictConfig | None  # how rewards become advantages; online training only
     reward: DictConfig | None  # name of a component -> its _target_, weight and keys
@@ -308,98 +297,38 @@ _TRAINERS = {"offline": TrainerConfig, "online": OnlineConfig, "iterate": Iterat
 _LAUNCHERS = {"local": LaunchConfig, "slurm": SlurmConfig}  # launch.kind -> its settings
 KINDS: dict[str, dict[str, Any]] = {"trainer": _TRAINERS, "launch": _LAUNCHERS}
 
-CHOICES = {
-    "reference.mode": ("cached", "adapter", "model"),
-    "optimizer.schedule": ("cosine", "linear", "constant"),
-    "data.on_bad_row": ("error", "drop"),
-    "data.overlong": ("error", "drop", "truncate_turns"),
-    "data.targets": ("all", "divergent"),
-    "trainer.layout": ("auto", "shared", "packed", "padded"),
-    "trainer.recompute": ("auto", "off", "selective", "full"),
-    "trainer.precision": ("auto", "float32", "bfloat16"),
-    "trainer.old_logps": ("auto", "trainer", "engine"),
-    "trainer.truncated": ("keep", "mask"),
-    "trainer.reference": ("fixed", "updated"),
-    "trainer.select": ("pairs", "best_of_n", "labelled", "collect"),
-    "log.wandb": ("off", "offline", "online"),
-    "collect.observation_role": ("user", "tool"),
-}
-
 EVALUATION = ("trainer.micro_batch_tokens", "trainer.layout", "trainer.precision")
 
-# key -> (low, high, low itself allowed, high itself allowed); None: no bound
-RANGES: dict[str, tuple[float | None, float | None, bool, bool]] = {
-    "seed": (0, 2**31, True, False),
-    "lora.rank": (0, None, True, True),
-    "lora.alpha": (0, None, False, True),
-    "lora.dropout": (0, 1, True, False),
-    "head.dropout": (0, 1, True, False),
-    "optimizer.lr": (0, None, False, True),
-    "optimizer.eps": (0, None, False, True),
-    "optimizer.weight_decay": (0, None, True, True),
-    "optimizer.max_grad_norm": (0, None, False, True),
-    "optimizer.warmup_fraction": (0, 1, True, False),
-    "optimizer.final_fraction": (0, 1, True, True),
-    "data.heldout_fraction": (0, 1, True, False),
-    "data.max_tokens": (2, None, True, True),
-    "data.max_bad_fraction": (0, 1, True, True),
-    "sampling.n": (1, None, True, True),
-    "sampling.max_new_tokens": (1, None, True, True),
-    "sampling.temperature": (0, None, True, True),
-    "sampling.top_p": (0, 1, False, True),
-    "sampling.top_k": (0, None, True, True),
-    "trainer.inner_epochs": (1, None, True, True),
-    "trainer.inner_batches": (1, None, True, True),
-    "trainer.kl_in_reward": (0, None, True, True),
-    "trainer.kl_target": (0, None, False, True),
-    "trainer.extra_draws": (0, None, True, True),
-    "trainer.max_missing_fraction": (0, 1, True, True),
-    "trainer.value_lr_scale": (0, None, False, True),
-    "trainer.heldout_n": (0, None, True, True),
-    "trainer.samples_every": (0, None, True, True),
-    "trainer.engine_tolerance": (0, None, False, True),
-    "trainer.rounds": (1, None, True, True),
-    "trainer.prompts_per_round": (1, None, True, True),
-    "trainer.chunk_prompts": (1, None, True, True),
-    "trainer.max_pairs_per_prompt": (1, None, True, True),
-    "trainer.members": (1, None, True, True),
-    "trainer.probe_steps": (0, None, True, True),
-    "trainer.probe_lr": (0, None, False, True),
-    "trainer.only": (0, None, True, True),
-    "trainer.epochs": (1, None, True, True),
-    "trainer.max_steps": (1, None, True, True),
-    "trainer.schedule_steps": (1, None, True, True),
-    "trainer.batch_size": (1, None, True, True),
-    "trainer.micro_batch_tokens": (2, None, True, True),
-    "trainer.eval_every": (0, None, True, True),
-    "trainer.save_every": (1, None, True, True),
-    "trainer.keep_checkpoints": (1, None, True, True),
-    "trainer.num_samples": (0, None, True, True),
-    "trainer.sample_tokens": (1, None, True, True),
-    "collect.problem_seed": (0, 2**31, True, False),
-    "collect.num_problems": (1, None, True, True),
-    "collect.num_heldout": (1, None, True, True),
-    "collect.num_examples": (0, 3, True, True),
-    "collect.samples_per_problem": (2, None, True, True),
-    "collect.chunk_problems": (1, None, True, True),
-    "collect.temperature": (0, None, False, True),
-    "collect.top_p": (0, 1, False, True),
-    "collect.max_turns": (2, None, True, True),
-    "collect.max_new_tokens": (1, None, True, True),
-    "collect.max_pairs_per_problem": (1, None, True, True),
-    "collect.max_labelled_per_problem": (1, None, True, True),
-    "log.console_every": (1, None, True, True),
-    "engine.stage": (0, 3, True, True),
-    "engine.timeout_s": (0, None, False, True),
-    "launch.processes": (1, None, True, True),
-    "launch.threads": (1, None, True, True),
-    "launch.port": (1024, 65535, True, True),
-    "launch.nodes": (1, None, True, True),
-    "launch.server_nodes": (0, None, True, True),
-    "launch.server_port": (1024, 65535, True, True),
-    "launch.gpus": (0, None, True, True),
-    "launch.cpus": (1, None, True, True),
-    "launch.save_before_s": (1, None, True, True),
-    "launch.max_restarts": (0, None, True, True),
-    "launch.array_limit": (1, None, True, True),
-}
+
+def limits() -> dict[str, str]:
+    """Dotted key -> its range or choices in words, of every setting that has one."""
+    found = {}
+    for prefix, cls in _classes():
+        for name, beside in marks(cls):
+            said = [str(mark) for mark in beside if not isinstance(mark, Resumable)]
+            if said:
+                found[prefix + name] = "; ".join(said)
+    return found
+
+
+def may_change(key: str) -> bool:
+    """Whether a setting may differ when a run is resumed; every other one is part of what the run is."""
+    for prefix, cls in _classes():
+        for name, beside in marks(cls):
+            for mark in beside:
+                if isinstance(mark, Resumable) and _covers(prefix + name, mark.keys, key):
+                    return True
+    return False
+
+
+def _covers(name: str, keys: tuple[str, ...], key: str) -> bool:
+    if keys:
+        return key in {f"{name}.{inner}" for inner in keys}
+    return key == name or key.startswith(f"{name}.")
+
+
+def _classes() -> Iterator[tuple[str, type]]:
+    yield "", Config
+    for name, cls in SECTIONS.items():
+        for kind in KINDS.get(name, {"": cls}).values():
+            yield f"{name}.", kind

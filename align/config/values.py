@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from operator import attrgetter
+from dataclasses import is_dataclass
 from typing import Any
 
 from align.config.explain import written
-from align.config.schema import CHOICES, KINDS, RANGES, Config, ConfigError
+from align.config.limits import Resumable, marks
+from align.config.schema import Config, ConfigError
 from align.engine.settings import check_engine
 
 
@@ -16,44 +16,31 @@ def _number(value: Any) -> bool:
 
 
 def check_values(config: Config) -> None:
-    def absent(key: str) -> bool:
-        if key.startswith("collect."):
-            return config.collect is None
-        group, _, name = key.partition(".")
-        return group in KINDS and not hasattr(getattr(config, group), name)
+    """Raises ConfigError for the first value that is not possible, or that does not go with another one."""
+    _check_limits(config, "")
+    _check_shapes(config)
+    _check_together(config)
 
-    for key, allowed in CHOICES.items():
-        if absent(key):
-            continue
-        value = attrgetter(key)(config)
-        if value not in allowed:
-            near = difflib.get_close_matches(str(value), allowed, 1)
-            tip = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{key}={value}: must be one of {', '.join(allowed)}{tip}")
-    for key, (low, high, low_in, high_in) in RANGES.items():
-        value = None if absent(key) else attrgetter(key)(config)
-        if value is None:
-            continue
-        below = low is not None and (value < low or (value == low and not low_in))
-        above = high is not None and (value > high or (value == high and not high_in))
-        if below or above or value != value or value in (float("inf"), float("-inf")):
-            bounds = []
-            if low is not None:
-                bounds.append(f"{'at least' if low_in else 'greater than'} {low:g}")
-            if high is not None:
-                bounds.append(f"{'at most' if high_in else 'below'} {high:g}")
-            raise ConfigError(f"{key}={value}: must be {' and '.join(bounds)}")
+
+def _check_limits(section: Any, prefix: str) -> None:
+    for name, beside in marks(type(section)):
+        value = getattr(section, name)
+        if is_dataclass(value):
+            _check_limits(value, f"{name}.")
+        for mark in beside if value is not None else ():
+            wrong = None if isinstance(mark, Resumable) else mark.refusal(value)
+            if wrong is not None:
+                raise ConfigError(f"{prefix}{name}={value}: {wrong}")
+
+
+def _check_shapes(config: Config) -> None:
     betas = config.optimizer.betas
     if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
         raise ConfigError(f"optimizer.betas={betas}: must be two numbers in [0, 1)")
-    lora, targets = config.lora, config.lora.targets
+    targets = config.lora.targets
     names = isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets)
     if targets != "all-linear" and not names:
         raise ConfigError(f"lora.targets={targets}: must be all-linear or a list of names such as [q_proj, v_proj]")
-    if config.reference.mode == "adapter" and lora.rank == 0:
-        raise ConfigError("reference.mode=adapter needs LoRA: set lora.rank, or use reference.mode=cached")
-    if config.reference.mode == "adapter" and config.reference.path is not None:
-        raise ConfigError("reference.path needs reference.mode=cached or model: the adapter switched off is the policy")
     repeat, roles = config.data.repeat, config.data.target_roles
     if repeat is not None and not (isinstance(repeat, list) and all(_number(r) and 0 <= r <= 1000 for r in repeat)):
         raise ConfigError(f"data.repeat={written(repeat)}: must be a list of numbers from 0 to 1000, or null")
@@ -65,6 +52,14 @@ def check_values(config: Config) -> None:
         )
     if not roles or any(role not in ("system", "user", "assistant", "tool") for role in roles):
         raise ConfigError(f"data.target_roles={roles}: must be a list of system, user, assistant, tool")
+
+
+def _check_together(config: Config) -> None:
+    lora = config.lora
+    if config.reference.mode == "adapter" and lora.rank == 0:
+        raise ConfigError("reference.mode=adapter needs LoRA: set lora.rank, or use reference.mode=cached")
+    if config.reference.mode == "adapter" and config.reference.path is not None:
+        raise ConfigError("reference.path needs reference.mode=cached or model: the adapter switched off is the policy")
     if lora.dropout > 0 and config.trainer.layout == "shared":
         raise ConfigError("lora.dropout above 0 and trainer.layout=shared: use trainer.layout=packed")
     if lora.dropout > 0 and lora.rank == 0:
