@@ -171,13 +171,6 @@ def test_unknown_key_names_the_nearest(word, nearest):
     assert (f"did you mean {nearest}?" if nearest else "`align check --keys`") in message
 
 
-@pytest.mark.parametrize("value", ["a=b.jsonl", "a,b.jsonl", "it's.jsonl"])
-def test_value_of_hydras_syntax_is_told_how_to_quote(value):
-    message = refusal([f"data.train={value}"])
-    assert message.startswith(f"data.train={value}: cannot be read; ")
-    assert compose([f'data.train="{value}"']).data.train == value
-
-
 @pytest.mark.parametrize(
     "group, wrong, nearest",
     [

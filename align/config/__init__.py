@@ -1,6 +1,6 @@
 """The settings of a run: what there is, where it is found, how it is composed and what is refused. Torch-free."""
 
-from align.config.compose import alternatives, compose, compose_run, differences, quoted
+from align.config.compose import compose, compose_run, differences
 from align.config.explain import keys_with_help, leaves
 from align.config.schema import (
     CollectConfig,
@@ -22,6 +22,7 @@ from align.config.schema import (
     TrainerConfig,
     WarmConfig,
 )
+from align.config.words import alternatives, quoted
 from align.vocabulary import cache_root, options, recipes, shipped_root
 
 __all__ = [

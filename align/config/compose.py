@@ -5,6 +5,7 @@ Imports nothing heavy: a misspelt key is refused before torch is loaded.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -16,16 +17,23 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from align.config.explain import explain, leaves, nearest, one_line, written
+from align.config.plugs import absent, plugged, put_in
 from align.config.schema import EVALUATION, KINDS, SECTIONS, Config, ConfigError, may_change
 from align.config.values import check_values
+from align.config.words import read
 from align.vocabulary import groups as all_groups
-from align.vocabulary import options, recipes, shipped_root
+from align.vocabulary import recipes, shipped_root
+
+# New keys: a composer's numbers and an objective's weights by component, also those of a part of another, functions of
+# data.margins, components of the reward and DeepSpeed's settings.
+_OPEN = re.compile(r"composer\.|reward\.|engine\.deepspeed\.|data\.margins\.|objective\.([^=]+\.)?weights\.")
+# Settings that name a file or a directory, by their last part; a shell leaves the ~ of key=~/x as it is.
+_PLACES = ("path", "dir", "directory", "cache_dir", "log_dir", "train", "heldout", "offline_data", "starts", "venv")
 
 
 def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
@@ -34,35 +42,9 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
     config_dir: a directory of your own with configs in the same groups and recipes in recipes/.
     Raises ConfigError, one line, for anything that is not a setting or not a possible value.
     """
-    words = list(overrides)
-    for word in words:
-        key, equals, _ = word.lstrip("+~").partition("=")
-        if word.startswith("-") or not equals or not key:
-            raise ConfigError(f"{word}: settings are written key=value, for example optimizer.lr=1e-6")
-        if key.split(".")[0] == "hydra":
-            raise ConfigError(f"{key} is not a setting; `align check --keys` lists them all")
-    # Your own training data never meet the shipped held-out set or its gold rule.
-    if any(w.startswith("data.train=") for w in words) and not any(w.startswith("data=") for w in words):
-        words.append("data=files")
-    known_models = options("model", config_dir)
-    for i, word in enumerate(words):
-        name = word.removeprefix("model=")
-        if name != word and name not in known_models and ("/" in name or Path(name).is_dir()):
-            words[i : i + 1] = ["model=hub", f"model.path={name}"]
-            break
-    # A composer has numbers by component of the reward: new keys.
-    words = [f"++{word}" if word.startswith("composer.") else word for word in words]
-    # So have the weights of an objective over several, also as a part of another, and the functions of data.margins.
-    words = [
-        f"++{word}" if re.match(r"objective\.([^=]+\.)?weights\.|data\.margins\.", word) else word for word in words
-    ]
-    # Your own reward replaces the recipe's; reward=OPTION beside it keeps that one as well.
-    if any(w.startswith("reward.") and "._target_=" in w for w in words) and not any(
-        w.startswith("reward=") for w in words
-    ):
-        words.append("reward=[]")
-    # a component of the reward has a name of the user's own, and DeepSpeed's settings are not listed: new keys
-    words = [f"++{word}" if word.startswith(("reward.", "engine.deepspeed.")) else word for word in words]
+    words, gone = absent(read(overrides, config_dir))
+    words, plugs = plugged(words)
+    words = [f"++{word}" if _OPEN.match(word) else word for word in words]
     _register_recipes(config_dir)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str((shipped_root() / "configs").resolve()), version_base="1.3"):
@@ -80,7 +62,22 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
     OmegaConf.set_struct(full, False)
     del full["hydra"]
     _refuse_unknown(full, known, choices)
+    for group in gone:
+        full.pop(group, None)
+        choices.pop(group, None)
+    put_in(full, plugs, choices, words)
+    expand_home(full)
     return _typed(full, choices)
+
+
+def expand_home(node: DictConfig) -> None:
+    """A ~ before the settings that name places is the user's home."""
+    for key, value in list(leaves(node)):
+        if key.rpartition(".")[2] in _PLACES:
+            names = value if isinstance(value, list) else [value]
+            found = [os.path.expanduser(n) if isinstance(n, str) else n for n in names]
+            if found != names:
+                OmegaConf.update(node, key, found if isinstance(value, list) else found[0])
 
 
 def compose_run(overrides: Sequence[str]) -> Config:
@@ -173,26 +170,6 @@ def _by_component(known: DictConfig, section: str) -> bool:
         return False
     node = OmegaConf.select(known, section)
     return isinstance(node, DictConfig) and "_target_" not in node
-
-
-def alternatives(word: str) -> list[str]:
-    """The words that a word with several values stands for, `seed=1,2` or `seed=range(0,3)`; itself if it has one."""
-    key = word.partition("=")[0]
-    try:
-        override = OverridesParser.create().parse_override(word)
-    except HydraException:  # compose says what is wrong with it
-        return [word]
-    if not override.is_sweep_override():
-        return [word]
-    return [f"{key}={value}" for value in override.sweep_string_iterator()]
-
-
-def quoted(value: str) -> str:
-    """A text as the value of a word, whatever its characters."""
-    if re.fullmatch(r"[A-Za-z0-9_./+-]+", value):
-        return value
-    # a backslash is one except before a quote
-    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
 
 
 def _typed(tree: DictConfig, choices: dict[str, str]) -> Config:

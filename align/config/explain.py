@@ -10,8 +10,6 @@ from typing import Any
 
 import yaml
 from hydra import compose as hydra_compose
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from align.config.foreign import hint
@@ -39,18 +37,13 @@ def one_line(error: Exception) -> str:
 def explain(words: Sequence[str], error: Exception, config_dir: Path | None) -> str:
     """One line for what Hydra refuses, with the nearest name that it would accept."""
     text = one_line(error)
-    for word in words:
-        if not _readable(word):
-            word = word.removeprefix("++")  # ours, see compose
-            key, _, value = word.partition("=")
-            return f'{word}: cannot be read; with commas, = or quotes in it the value itself is quoted: {key}="{value}"'
     found = {g: options(g, config_dir) for g in groups()} | {"recipe": sorted(recipes(config_dir))}
     for word in words:
         key, _, value = word.lstrip("+~").partition("=")
         key = key.split("@")[0]
         named = value == "null" or re.search(rf"\b{re.escape(key)}\b", text)
         if key in found and value not in found[key] and named:
-            near = difflib.get_close_matches(value, found[key], 1, 0.5)
+            near = difflib.get_close_matches(value.lower(), found[key], 1, 0.5)
             tip = f"did you mean {near[0]}? " if near else ""
             return f"{key}={value}: no such option; {tip}Options: {', '.join(found[key])}"
     with_groups = [w for w in words if w.partition("=")[0] in found or w.startswith("hydra.")]
@@ -82,14 +75,6 @@ def _elsewhere(key: str, config_dir: Path | None) -> str:
     if not 0 < len(having) < 4:  # of many the nearest name says more
         return ""
     return f" here; {' and '.join(f'{group}={option}' for option in having)} {'have' if len(having) > 1 else 'has'} it"
-
-
-def _readable(word: str) -> bool:
-    """Whether Hydra's grammar takes a word as one value."""
-    try:
-        return not OverridesParser.create().parse_override(word).is_sweep_override()
-    except HydraException:
-        return False
 
 
 def nearest(key: str, allowed: set[str]) -> str:

@@ -11,7 +11,7 @@ _STEPS = "trainer.micro_batch_tokens; the batch is cut by itself, trainer.batch_
 _SEVERAL = "engine=zero2 (or zero0, zero1, zero3), with launch.processes"
 
 # Names by their last part, which is a setting or several, or begins with `:` and is a sentence.
-_NAMES = {
+NAMES = {
     # optimisation
     "learning_rate": "optimizer.lr",
     "learning_rate_scheduler": "optimizer.schedule",
@@ -155,9 +155,9 @@ _NAMES = {
     "use_kl_in_reward": "trainer.kl_in_reward above 0, with trainer=online",
     "scale_rewards": "advantage=grpo (scaled) or advantage=dr_grpo (not)",
     "reward_funcs": "reward.NAME=module.function",
-    "reward_model": "reward=model, with reward.model.path",
-    "reward_pretrain": "reward=model, with reward.model.path",
-    "reward_model_path": "reward=model, with reward.model.path",
+    "reward_model": "reward=model, with reward.preference.path",
+    "reward_pretrain": "reward=model, with reward.preference.path",
+    "reward_model_path": "reward=model, with reward.preference.path",
     "reward_weights": "reward.NAME.weight",
     "remote_rm_url": "reward=remote",
     # models
@@ -213,7 +213,7 @@ _NAMES = {
 
 def hint(key: str) -> str:
     """What a key of another framework is here, to be put after a sentence; "" if no other has it."""
-    found = _NAMES.get(key.rpartition(".")[2])
+    found = NAMES.get(key.rpartition(".")[2])
     if found is None or key == found:
         return ""
     return f"; {found[1:]}" if found.startswith(":") else f"; here it is {found}"

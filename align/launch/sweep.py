@@ -26,7 +26,7 @@ def elements(words: Sequence[str], config_dir: Path | None) -> list[Element]:
     The same words name the same directories: a sweep resumes, and can be added to. Raises ConfigError for settings
     that are wrong in any of them, before anything starts, and if nothing is swept.
     """
-    choices = [alternatives(word) for word in words]
+    choices = [alternatives(word, config_dir) for word in words]
     swept = [i for i, found in enumerate(choices) if len(found) > 1]
     if not swept:
         raise ConfigError("-m is for several values, as in optimizer.lr=1e-6,1e-7; here each key has one")
@@ -50,4 +50,5 @@ def elements(words: Sequence[str], config_dir: Path | None) -> list[Element]:
 def _part(word: str) -> str:
     """A setting as a piece of a directory's name: lr-1e-06 of optimizer.lr=1e-06."""
     key, _, value = word.partition("=")
-    return f"{key.rpartition('.')[2]}-{re.sub(r'[^A-Za-z0-9.+-]+', '-', value).strip('-')}"[:80]
+    sign = "-" if re.match(r"-[\d.]", value) else ""
+    return f"{key.rpartition('.')[2]}-{sign}{re.sub(r'[^A-Za-z0-9.+-]+', '-', value).strip('-')}"[:80]
