@@ -9,20 +9,26 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig
 
+from align.advantages.base import Advantage
+from align.composers.base import Composer
 from align.config import Config
+from align.contracts import adopt, declared_by
 from align.data.margins import scoring
+from align.data.pairs import PairRule
+from align.objectives.base import Objective, as_objective
 from align.pretrained import Pretrained
-from align.rollout.base import Host
+from align.rollout.base import Host, Rollout
+from align.tools import Tool
 
 
-def objective(config: Config) -> Any:
+def objective(config: Config) -> Objective:
     """The objective of a run. Raises ValueError for impossible values and for keys its class does not know."""
-    return _instantiate(config.objective, "objective")
+    return as_objective(_instantiate(config.objective, "objective"), "objective")
 
 
-def check_margins(config: Config, objective: Any) -> None:
+def check_margins(config: Config, objective: Objective) -> None:
     """Raises ValueError for functions of data.margins that cannot be called, or that the objective does not read."""
-    names = tuple(getattr(objective, "margins", ()))
+    names = objective.margins
     for name, path in (config.data.margins or {}).items():
         if name not in names:
             reads = f"reads margins of {', '.join(names)}" if names else "reads no margins"
@@ -33,22 +39,23 @@ def check_margins(config: Config, objective: Any) -> None:
         scoring(path, f"data.margins.{name}")
 
 
-def pair_rule(config: Config) -> Any:
+def pair_rule(config: Config) -> PairRule:
     """The rule of the group `pairs`. Raises ValueError for impossible values."""
     if config.pairs is None:
         raise ValueError("pairs=... is missing: choose a rule, for example pairs=max_min")
-    return _instantiate(config.pairs, "pairs")
+    return adopt(_instantiate(config.pairs, "pairs"), PairRule, "pairs")  # type: ignore[type-abstract]
 
 
-def advantage(config: Config) -> Any:
+def advantage(config: Config) -> Advantage:
     """How rewards become advantages. Raises ValueError for impossible values."""
-    return _instantiate(config.advantage, "advantage")
+    return adopt(_instantiate(config.advantage, "advantage"), Advantage, "advantage")  # type: ignore[type-abstract]
 
 
-def composer(node: DictConfig, names: Sequence[str]) -> Any:
+def composer(node: DictConfig, names: Sequence[str]) -> Composer:
     """What makes one stream of rewards or advantages of those of several components. Raises ValueError for impossible
     values."""
-    return _instantiate(node, "composer", names=tuple(names))
+    made = _instantiate(node, "composer", names=tuple(names))
+    return adopt(made, Composer, "composer")  # type: ignore[type-abstract]
 
 
 def trainer(config: Config) -> Any:
@@ -56,23 +63,24 @@ def trainer(config: Config) -> Any:
     return function(f"align.trainers.{config.trainer.kind}.train", "trainer.kind")
 
 
-def rollout(config: Config, host: Host) -> Any:
+def rollout(config: Config, host: Host) -> Rollout:
     """The backend of the group `rollout` for a policy. Raises ValueError for impossible values."""
     try:
-        return instantiate(config.rollout)(host)
+        made = instantiate(config.rollout)(host)
     except InstantiationException as error:
         cause = error.__cause__ or error
         raise ValueError(f"rollout ({config.rollout.get('_target_')}): {' '.join(str(cause).split())}") from error
+    return adopt(made, Rollout, "rollout")  # type: ignore[type-abstract]
 
 
 def serves_all(config: Config) -> bool:
     """Whether one rollout of the group `rollout` is there for all processes of a run."""
-    return getattr(get_class(str(config.rollout.get("_target_"))), "serves_all", False)
+    return declared_by(get_class(str(config.rollout.get("_target_"))), Rollout, "rollout").serves_all
 
 
-def tool(config: Config) -> Any:
+def tool(config: Config) -> Tool:
     """The tool that a policy may call while trajectories are collected. Raises ValueError for impossible values."""
-    return _instantiate(config.tree.collect.tool, "collect.tool")
+    return adopt(_instantiate(config.tree.collect.tool, "collect.tool"), Tool, "collect.tool")  # type: ignore[type-abstract]
 
 
 def pretrained(config: Config) -> Pretrained:

@@ -1,8 +1,11 @@
-"""What the estimators share: refusals of settings, sums over prompts and completions, rewards to go, whitening."""
+"""What an estimator is, and what estimators share: refusals of settings, sums over prompts and completions, rewards to
+go, whitening.
+"""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +15,20 @@ from align.types import Episodes, Estimate
 
 PENALTIES = ("in_score", "after_baseline")
 VARIANCES = ("sample", "population")
+
+
+class Advantage(ABC):
+    """How the rewards of a whole rollout become the advantages of its tokens."""
+
+    __slots__ = ()
+
+    # Of group (two completions of a prompt or more), greedy, values, steps, answers: what it reads of Episodes beside
+    # scores, group, row, truncated and penalties
+    needs: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def __call__(self, episodes: Episodes) -> Estimate:
+        """Token columns, "advantages" among them. Scores may be NaN: see Estimate."""
 
 
 def within(key: str, value: float, low: float, high: float) -> None:

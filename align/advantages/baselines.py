@@ -11,6 +11,7 @@ from torch import Tensor
 from align.advantages.base import (
     PENALTIES,
     VARIANCES,
+    Advantage,
     at_last,
     bounds,
     estimate,
@@ -32,7 +33,7 @@ from align.types import Episodes, Estimate
 
 
 @dataclass(frozen=True)
-class ReMax:
+class ReMax(Advantage):
     """The score minus that of the policy's own greedy completion of the prompt, d = clip(r - greedy, -clip, clip).
 
     one_step: A_k = penalty_k + gamma^(L - k) d for k = 0 .. L - 1, so the last token has one factor gamma already and
@@ -83,7 +84,7 @@ class ReMax:
 
 
 @dataclass(frozen=True)
-class Reinforce:
+class Reinforce(Advantage):
     """Reward to go of penalties and, at the last token, the score: no baseline.
 
     Williams 1992. Whitened over all tokens it is ReinforcePlusPlus.
@@ -91,8 +92,6 @@ class Reinforce:
 
     gamma: float
     score_clip: Sequence[float] | None
-
-    needs = frozenset()
 
     def __post_init__(self) -> None:
         within("gamma", self.gamma, 0, 1)
@@ -107,7 +106,7 @@ class Reinforce:
 
 
 @dataclass(frozen=True)
-class RLOO:
+class RLOO(Advantage):
     """The score minus the mean of the prompt's other completions; the score itself in a group of one.
 
     penalty in_score: penalties are summed into the score first (verl@b178a3c). after_baseline: added to the tokens
@@ -134,7 +133,7 @@ class RLOO:
 
 
 @dataclass(frozen=True)
-class GRPO:
+class GRPO(Advantage):
     """(score - group mean) / (group std + epsilon), std unbiased; without divide_by_std that of Dr.GRPO.
 
     Dr.GRPO's constant length is the objective's. penalty as in RLOO. A group of one has mean 0 and std 1.
@@ -165,7 +164,7 @@ class GRPO:
 
 
 @dataclass(frozen=True)
-class ReinforcePlusPlus:
+class ReinforcePlusPlus(Advantage):
     """Reward to go, or with group_baseline the score minus its group mean, whitened over all tokens of the rollout.
 
     variance: what the whitening divides by, see whitened. verl@b178a3c: sample; its baseline form has the penalties

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from align.advantages.base import (
+    Advantage,
     degenerate,
     estimate,
     group_counts,
@@ -27,7 +28,7 @@ BLENDS = ("local", "global", "soft", "forced", "soft_forced", "nonzero", "soft_n
 
 
 @dataclass(frozen=True)
-class COPO:
+class COPO(Advantage):
     """Local: GRPO. Global: R = p (1 - lambda H) of each prompt, (R - mean) / (std + epsilon) over the prompts.
 
     p: mean score of the prompt's completions; H: entropy of their final answers in bits, compared as texts, None being

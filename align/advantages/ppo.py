@@ -7,13 +7,24 @@ from dataclasses import dataclass
 
 import torch
 
-from align.advantages.base import VARIANCES, at_last, bounds, estimate, one_of, penalties, to_go, whitened, within
+from align.advantages.base import (
+    VARIANCES,
+    Advantage,
+    at_last,
+    bounds,
+    estimate,
+    one_of,
+    penalties,
+    to_go,
+    whitened,
+    within,
+)
 from align.advantages.baselines import clipped
 from align.types import Episodes, Estimate
 
 
 @dataclass(frozen=True)
-class PPO:
+class PPO(Advantage):
     """A_t = sum_k>=t (gamma lam)^(k - t) delta_k, delta_t = r_t + gamma V_(t+1) - V_t; returns = A + V, not whitened.
 
     r_t: the penalty, at the last token with the score. V after the last token is 0; with bootstrap_truncated the V

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from align.advantages.base import (
+    Advantage,
     at_last,
     estimate,
     fold,
@@ -26,11 +26,12 @@ from align.advantages.base import (
     whitened,
     within,
 )
+from align.contracts import adopt
 from align.types import Episodes, Estimate
 
 
 @dataclass(frozen=True)
-class PURE:
+class PURE(Advantage):
     """Process rewards weighted so that their sum is about their minimum, minus a leave-one-out baseline, to go.
 
     At the end of step s: w_s rho_s - b, with w = softmax(-rho / temperature) over the steps of the completion;
@@ -89,7 +90,7 @@ class PURE:
 
 
 @dataclass(frozen=True)
-class PUREStrictMin:
+class PUREStrictMin(Advantage):
     """The smallest process reward from a token on, minus a leave-one-out baseline.
 
     G_t = min_k>=t of the rewards, where tokens without one count as 0, and so does what is left of `length`: G is above
@@ -144,7 +145,7 @@ class PUREStrictMin:
 
 
 @dataclass(frozen=True)
-class Progress:
+class Progress(Advantage):
     """Another estimator over score + alpha * sum of the steps, which hold the progress of each block of a thought.
 
     Progress: success rate of the policy made to answer after the block, minus that before it (see progress).
@@ -152,10 +153,11 @@ class Progress:
     """
 
     alpha: float
-    inner: Any
+    inner: Advantage
 
     def __post_init__(self) -> None:
         within("alpha", self.alpha, 0, math.inf)
+        adopt(self.inner, Advantage, "advantage.inner")
         if "steps" in self.inner.needs:
             raise ValueError("advantage.inner: reads the steps itself; use one that compares scores, such as RLOO")
 
@@ -169,7 +171,7 @@ class Progress:
         """Columns of the inner estimator."""
         assert episodes.steps is not None
         bonus = row_sums(episodes.steps.nan_to_num(0.0), episodes.row, len(episodes.scores))
-        inner: Estimate = self.inner(replace(episodes, scores=episodes.scores + self.alpha * bonus))
+        inner = self.inner(replace(episodes, scores=episodes.scores + self.alpha * bonus))
         metrics = {"advantage/progress": float(bonus.mean())} if len(bonus) else {}
         return Estimate(inner.columns, inner.metrics | metrics)
 

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,15 +41,28 @@ class Composer(ABC):
     order; with the need "kl_stream" one more, the KL's, stands last. State is JSON and comes back bit for bit.
     """
 
+    __slots__ = ()
+
     # of NEEDS. kl_stream: a column of its own for penalties. influence, validation, gold: see Observed. uncertainty,
     # direction: the `context` of a call.
     needs: frozenset[str] = frozenset()
+    names: tuple[str, ...]
     # reward: streams are rewards [N, K] and the estimator sees their sum. advantage: advantages [C, K], one estimate
     # of each component
-    target: str = "advantage"
+    target: Literal["reward", "advantage"] = "advantage"
     # now: told of a batch before it composes that batch. next: after the optimiser step
-    apply: str = "next"
+    apply: Literal["now", "next"] = "next"
     gold_metric: str | None = None  # what follows heldout/, for the need "gold"
+    # for the need "influence": how it is measured; the norm to which each gradient is scaled down first (exact only);
+    # by which weights gradients are taken, a regular expression that their names hold (None: all)
+    measure: Literal["exact", "directional"] = "exact"
+    max_norm: float | None = None
+    parameters: str | None = None
+    # for the need "kl_stream": the KL's stream is brought to one size, so that the strength of the KL has no effect
+    whiten: bool = False
+    # for the need "direction": bounds of the angles that are drawn (None: rows have directions); how a prompt tells its
+    degrees: Sequence[float] | None = None
+    message: str = "{weights}"
 
     def __init__(self, names: Sequence[str], *, smallest: int = 2):
         self.names = tuple(str(name) for name in names)
@@ -64,7 +77,7 @@ class Composer(ABC):
     @property
     def streams(self) -> tuple[str, ...]:
         """Names of the columns of a call."""
-        return (*self.names, KL) if "kl_stream" in self.needs else self.names
+        return (*self.names, KL) if "kl_stream" in self.needs else tuple(self.names)
 
     @property
     def penalty_signs(self) -> tuple[float, ...]:
@@ -101,7 +114,7 @@ class Composer(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse. Raises ValueError for other components."""
-        if tuple(state["names"]) != self.names:
+        if tuple(state["names"]) != tuple(self.names):
             raise ValueError(
                 f"composer: the checkpoint has components {', '.join(state['names'])}, the settings "
                 f"{', '.join(self.names)}; use those, in that order"

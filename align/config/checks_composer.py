@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from align import build
+from align.advantages.base import Advantage
 from align.composers.base import Composer
 from align.composers.invariance import columns_of
 from align.config.checks_rewards import reward_node
@@ -13,7 +13,7 @@ from align.config.schema import Config, OnlineConfig
 from align.rewards.build import counted
 
 
-def check(config: Config, advantage: Any) -> None:
+def check(config: Config, advantage: Advantage) -> None:
     """Raises ValueError for a composer that does not go with the other settings, before a model is loaded."""
     weights = counted(reward_node(config))
     composer = build.composer(config.composer, tuple(weights))
@@ -30,7 +30,7 @@ def check(config: Config, advantage: Any) -> None:
             f"trainer.extra_draws={t.extra_draws}: with composer={name} every prompt teaches the KL, none is replaced; "
             "use 0"
         )
-    if t.kl_target is not None and "kl_stream" in composer.needs and composer.whiten:  # type: ignore[attr-defined]
+    if t.kl_target is not None and "kl_stream" in composer.needs and composer.whiten:
         raise ValueError(
             f"trainer.kl_target={t.kl_target:g} has no effect with composer={name}, which whitens the KL's stream; use "
             "null, or composer.whiten=false"
@@ -57,12 +57,12 @@ def check(config: Config, advantage: Any) -> None:
             f"composer.target=reward: advantage={choice} has one value for the composed reward, and none for that of a "
             "component alone; use composer.target=advantage, or an estimator without values"
         )
-    if "influence" in composer.needs and composer.measure == "exact" and config.engine.stage == 3:  # type: ignore[attr-defined]
+    if "influence" in composer.needs and composer.measure == "exact" and config.engine.stage == 3:
         raise ValueError(
             "composer.measure=exact needs whole gradients, which engine.stage=3 never holds; use "
             "composer.measure=directional composer.max_norm=null, or engine=zero2"
         )
-    pattern = getattr(composer, "parameters", None)
+    pattern = composer.parameters
     if pattern is not None:
         try:
             re.compile(pattern)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from align import build
 from align.config.checks_rewards import examine, reward_node
 from align.config.schema import Config, IterateConfig
 from align.data.sources import locate_all
+from align.objectives.base import Objective
 from align.rewards.build import counted
 
 # Which kinds of objective learn from what is selected.
@@ -19,11 +18,11 @@ _KINDS = {
 }
 
 
-def check(config: Config, objective: Any) -> None:
+def check(config: Config, objective: Objective) -> None:
     """Raises ValueError for settings that do not go with trainer=iterate."""
     t = config.trainer
     assert isinstance(t, IterateConfig)
-    name, kind = config.choices["objective"], getattr(objective, "kind", "pair")
+    name, kind = config.choices["objective"], objective.kind
     if kind == "rollout":
         raise ValueError(f"objective={name} learns from rollouts: use trainer=online")
     if kind not in _KINDS[t.select]:
@@ -86,7 +85,7 @@ def _check_unused(config: Config, t: IterateConfig) -> None:
             raise ValueError(f"{key} has no effect with trainer=iterate: {why}; remove it")
 
 
-def _check_reference(config: Config, t: IterateConfig, objective: Any) -> None:
+def _check_reference(config: Config, t: IterateConfig, objective: Objective) -> None:
     name, path = config.choices["objective"], config.reference.path
     if "reference" not in objective.needs:
         if t.reference == "fixed" or path is not None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from align.config.schema import Config, WarmConfig
+from align.objectives.base import Objective
 
 
-def check(config: Config, objective: Any) -> None:
+def check(config: Config, objective: Objective) -> None:
     """Raises ValueError for settings that do not go with trainer=offline."""
-    if getattr(objective, "kind", "pair") == "rollout":
+    if objective.kind == "rollout":
         raise ValueError(f"objective={config.choices['objective']} learns from rollouts: use trainer=online")
     if config.reward:
         raise ValueError("reward has no effect with trainer.kind=offline; data.gold scores held-out answers")
@@ -17,7 +16,7 @@ def check(config: Config, objective: Any) -> None:
         _check_reward_model(config)
 
 
-def check_warm(config: Config, objective: Any) -> None:
+def check_warm(config: Config, objective: Objective) -> None:
     """Raises ValueError for settings that do not go with trainer=warm."""
     t = config.trainer
     assert isinstance(t, WarmConfig)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from align import build
+from align.advantages.base import Advantage
 from align.config import checks_composer, checks_rewards
 from align.config.schema import Config, OnlineConfig
+from align.objectives.base import Objective
 from align.rewards.build import Part
 
 
-def check(config: Config, objective: Any) -> None:
+def check(config: Config, objective: Objective) -> None:
     """Raises ValueError for settings that do not go with trainer=online."""
-    if getattr(objective, "kind", "pair") != "rollout":
+    if objective.kind != "rollout":
         raise ValueError(
             f"objective={config.choices['objective']} learns from data: use trainer=offline, or another objective"
         )
@@ -31,7 +32,7 @@ def check(config: Config, objective: Any) -> None:
     _check_steps(config, advantage, parts)
 
 
-def _check_values(config: Config, objective: Any, advantage: Any) -> None:
+def _check_values(config: Config, objective: Objective, advantage: Advantage) -> None:
     if "values" in advantage.needs and "values" not in objective.needs:
         raise ValueError(f"advantage={config.choices['advantage']} needs a value head: set objective.value_coefficient")
     if "values" in objective.needs and "values" not in advantage.needs:
@@ -40,7 +41,7 @@ def _check_values(config: Config, objective: Any, advantage: Any) -> None:
         )
 
 
-def _check_draws(config: Config, advantage: Any) -> None:
+def _check_draws(config: Config, advantage: Advantage) -> None:
     t, n = config.trainer, config.sampling.n
     assert isinstance(t, OnlineConfig)
     assert config.reward is not None
@@ -68,7 +69,7 @@ def _check_draws(config: Config, advantage: Any) -> None:
         raise ValueError(f"trainer.pass_component={t.pass_component} has no effect with trainer.heldout_n=0")
 
 
-def _check_kl(config: Config, objective: Any) -> None:
+def _check_kl(config: Config, objective: Objective) -> None:
     t = config.trainer
     assert isinstance(t, OnlineConfig)
     if t.kl_target is not None and t.kl_in_reward == 0:
@@ -83,7 +84,7 @@ def _check_kl(config: Config, objective: Any) -> None:
         )
 
 
-def _check_steps(config: Config, advantage: Any, parts: Mapping[str, Part]) -> None:
+def _check_steps(config: Config, advantage: Advantage, parts: Mapping[str, Part]) -> None:
     """Raises ValueError for components from which this estimator cannot learn."""
     choice = config.choices["advantage"]
     name = next((name for name, part in parts.items() if part.steps), None)

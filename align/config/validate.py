@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from align import build
 from align.config import checks_iterate, checks_offline, checks_online
@@ -16,9 +15,10 @@ from align.config.schema import Config, WarmConfig
 from align.data import gym
 from align.data.sources import locate_all
 from align.launch import local, slurm
+from align.objectives.base import Objective
 
 # trainer.kind -> what it refuses, given the settings and the objective
-_TRAINERS: dict[str, Callable[[Config, Any], None]] = {
+_TRAINERS: dict[str, Callable[[Config, Objective], None]] = {
     "offline": checks_offline.check,
     "online": checks_online.check,
     "iterate": checks_iterate.check,
@@ -50,7 +50,7 @@ def check_model(config: Config) -> None:
         check_path(key, path)
 
 
-def check_path(key: str, path: Any) -> None:
+def check_path(key: str, path: object) -> None:
     """Raises ValueError for what can only be a directory and is none; names on the hub are NAME or OWNER/NAME."""
     if not isinstance(path, str) or Path(path).expanduser().exists():
         return
@@ -72,7 +72,7 @@ def check_data(config: Config) -> None:
         build.function(config.data.gold, "data.gold")
 
 
-def _check_head(config: Config, objective: Any) -> None:
+def _check_head(config: Config, objective: Objective) -> None:
     head = config.head
     if "scores" not in objective.needs and (head.path is not None or head.only or head.dropout):
         raise ValueError(

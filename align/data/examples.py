@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from align.data.margins import margin_numbers
 from align.data.sources import BadRow
 from align.packing import common_prefix_length
 from align.types import Example, Kind, Prompt, Row
+
+if TYPE_CHECKING:
+    from align.objectives.base import Objective
 
 
 class NotUsed(BadRow):
@@ -41,16 +44,16 @@ class Wanted:
     row_weights: bool = False  # a weight of each of them too
 
     @classmethod
-    def by(cls, objective: Any) -> Wanted:
-        """What the attributes kind, columns, step_rows, needs and those of margins of an objective say."""
+    def by(cls, objective: Objective) -> Wanted:
+        """What an objective says of it."""
         return cls(
-            getattr(objective, "kind", "pair"),
-            tuple(getattr(objective, "columns", ())),
-            getattr(objective, "step_rows", None) == "mismatched",
+            objective.kind,
+            tuple(objective.columns),
+            objective.step_rows == "mismatched",
             "scores" in objective.needs,
-            tuple(getattr(objective, "margins", ())),
-            getattr(objective, "all_margins", True),
-            getattr(objective, "row_weights", False),
+            tuple(objective.margins),
+            objective.all_margins,
+            objective.row_weights,
         )
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +53,14 @@ class Candidates:
         return np.random.default_rng(self.seed)
 
 
-Rule = Callable[[Candidates], Sequence[Pick]]
+class PairRule(ABC):
+    """Which samples of a prompt make pairs."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def __call__(self, candidates: Candidates) -> Sequence[Pick]:
+        """The pairs, chosen with the higher score; samples of equal score or equal text are left out afterwards."""
 
 
 def nearest(scores: np.ndarray, anchor: str) -> int:
@@ -66,7 +74,7 @@ def nearest(scores: np.ndarray, anchor: str) -> int:
 
 
 @dataclass(frozen=True)
-class MaxMin:
+class MaxMin(PairRule):
     """Best against worst; the first on ties."""
 
     def __call__(self, candidates: Candidates) -> list[Pick]:
@@ -75,7 +83,7 @@ class MaxMin:
 
 
 @dataclass(frozen=True)
-class SweetSpot:
+class SweetSpot(PairRule):
     """The samples nearest to two anchors of the scores: min, mu-2sigma, mu-sigma, mu, mu+sigma, mu+2sigma, max.
 
     Paper's best: chosen=max, rejected=mu-2sigma. Xiao et al. 2025, arXiv 2502.16825. The authors' selection code is
@@ -100,7 +108,7 @@ class SweetSpot:
 
 
 @dataclass(frozen=True)
-class MinOfK:
+class MinOfK(PairRule):
     """Best of all against the worst of the first k: the scalable rule of arXiv 2502.16825 (k = 5).
 
     Not the same as mu-2sigma: the worst of five normal scores is expected at mu - 1.16 sigma.
@@ -118,7 +126,7 @@ class MinOfK:
 
 
 @dataclass(frozen=True)
-class Threshold:
+class Threshold(PairRule):
     """Pairs whose scores differ by at least `margin`: all of them, or only the best against the worst sample."""
 
     margin: float
@@ -139,7 +147,7 @@ class Threshold:
 
 
 @dataclass(frozen=True)
-class AllPairs:
+class AllPairs(PairRule):
     """Every two samples of different score, the higher one chosen: up to G(G-1)/2 pairs."""
 
     def __call__(self, candidates: Candidates) -> list[Pick]:
@@ -148,7 +156,7 @@ class AllPairs:
 
 
 @dataclass(frozen=True)
-class RandomRejected:
+class RandomRejected(PairRule):
     """Best against a random one of the rest: WPO's first hybrid data (Zhou et al. 2024, arXiv 2406.11827)."""
 
     def __call__(self, candidates: Candidates) -> list[Pick]:
@@ -158,7 +166,7 @@ class RandomRejected:
 
 
 @dataclass(frozen=True)
-class WpoV2:
+class WpoV2(PairRule):
     """Best against worst with ties by length: WPO's second hybrid data (arXiv 2406.11827, authors' repository).
 
     Ties at the top: the shortest. Ties at the bottom: the one whose length is closest to the chosen one's.
@@ -173,7 +181,7 @@ class WpoV2:
 
 
 @dataclass(frozen=True)
-class OneEach:
+class OneEach(PairRule):
     """One random sample that scores at least `threshold` against one random sample that scores less.
 
     For verified answers (1 right, 0 wrong: threshold 0.5), as in multi-turn DPO, arXiv 2409.02392.
@@ -229,7 +237,7 @@ class Account:
         return out
 
 
-def build_pairs(sources: Sequence[str], rule: Rule, out: Path, max_per_prompt: int | None, seed: int) -> Account:
+def build_pairs(sources: Sequence[str], rule: PairRule, out: Path, max_per_prompt: int | None, seed: int) -> Account:
     """Read scored samples, apply the rule to each prompt, write the preference file and its account beside it.
 
     sources: see scored.read_scored. out: NAME.jsonl, replaced as a whole or not at all; the account is
@@ -254,7 +262,7 @@ def build_pairs(sources: Sequence[str], rule: Rule, out: Path, max_per_prompt: i
 
 
 def pairs_of(
-    prompts: Iterable[Scored], rule: Rule, max_per_prompt: int | None, seed: int
+    prompts: Iterable[Scored], rule: PairRule, max_per_prompt: int | None, seed: int
 ) -> tuple[list[dict[str, Any]], Account]:
     """Preference rows for formats.py and the account of them; prompts may come from files or from a rollout.
 
@@ -290,7 +298,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def _of_prompt(
-    scored: Scored, rule: Rule, max_per_prompt: int | None, seed: int, account: Account
+    scored: Scored, rule: PairRule, max_per_prompt: int | None, seed: int, account: Account
 ) -> tuple[list[dict[str, Any]], str]:
     """The rows of a prompt, and if there are none, why."""
     account.samples_in += len(scored.samples)
@@ -335,7 +343,7 @@ def _candidates(samples: Sequence[Sample], seed: int) -> Candidates:
     )
 
 
-def _refusal(pick: Pick, chosen: Sample, rejected: Sample, rule: Rule) -> str:
+def _refusal(pick: Pick, chosen: Sample, rejected: Sample, rule: PairRule) -> str:
     if pick[0] == pick[1]:
         return "same_sample"
     if chosen.score == rejected.score:

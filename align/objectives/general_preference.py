@@ -4,19 +4,20 @@ preferences can be learnt; and the loss of a policy that learns from such a mode
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from align.objectives.base import RewardObjective
 from align.objectives.checks import positive_value
 from align.objectives.reward_model import margins, pair_scores
 from align.types import Losses, PackedBatch, Stats, Term
 
 
 @dataclass(frozen=True)
-class GeneralPreference:
+class GeneralPreference(RewardObjective):
     """-log s((s - m) / tau), s the skew_score of chosen against rejected: P(chosen beats rejected) = s(s / tau).
 
     dim: size D of an embedding, even; dim=2 with second entries equal is Bradley-Terry.
@@ -33,11 +34,10 @@ class GeneralPreference:
     dim: int
     tau: float
     normalise: bool
-    gated: bool
+    gated: bool = field()  # else the base's would be its default
     margin: str | None
 
     kind = "pair"
-    columns = ()
     reward_kind = "general_preference"
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class GeneralPreference:
 
     def metadata(self) -> dict[str, Any]:
         """What scoring needs beside kind and outputs."""
-        return {"tau": self.tau, "normalise": self.normalise, "gated": self.gated}
+        return super().metadata() | {"tau": self.tau, "normalise": self.normalise}
 
     def __call__(self, policy: Stats, reference: Stats | None, batch: PackedBatch) -> Losses:  # noqa: ARG002
         """Losses [P] of the pairs."""

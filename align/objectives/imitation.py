@@ -7,20 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from align.objectives.base import Objective
 from align.stats import positive
 from align.types import Losses, PackedBatch, Stats, Term
 
 
 @dataclass(frozen=True)
-class NLL:
+class NLL(Objective):
     """-log p of every target of the first sequence of each example, one mean over all tokens of a step.
 
     Supervised fine-tuning; on pairs, in a mix, it imitates chosen. A target counts as much as its weight.
     """
 
     kind = "single"
-    columns = ()
-    needs = frozenset()
 
     def __call__(self, policy: Stats, reference: Stats | None, batch: PackedBatch) -> Losses:  # noqa: ARG002
         """One term with a loss per target of column 0; metric nll [P], nats per token of each sequence."""

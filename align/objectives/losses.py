@@ -1,18 +1,19 @@
 """Base losses: log-ratios of pairs to one loss each. What log-ratios are made of is the objectives' business.
 
-z = beta * (chosen - rejected), s is the logistic function. `difference` tells whether a loss reads nothing but
-chosen - rejected of token sums: such a loss can be given other scores than log-ratios.
+z = beta * (chosen - rejected), s is the logistic function.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from align.contracts import adopt, is_function
 from align.objectives.checks import within
 
 
@@ -26,18 +27,37 @@ class Ratios:
     rejected_lengths: Tensor  # [P] as above
 
 
-class BaseLoss(Protocol):
-    """What DPO, WPO and their kin take as `loss`."""
+class BaseLoss(ABC):
+    """What DPO, WPO and their kin take as `loss`; any callable (ratios, beta) -> losses serves."""
 
-    difference: bool
+    __slots__ = ()
 
+    # Whether it reads nothing but chosen - rejected of token sums: then it can be given other scores than log-ratios
+    difference: bool = False
+
+    @abstractmethod
     def __call__(self, ratios: Ratios, beta: float) -> Tensor:
         """Loss of each pair [P]."""
-        ...
 
 
 @dataclass(frozen=True)
-class Sigmoid:
+class FunctionLoss(BaseLoss):
+    """A plain function as a base loss."""
+
+    function: Callable[[Ratios, float], Tensor]
+
+    def __call__(self, ratios: Ratios, beta: float) -> Tensor:
+        """Loss of each pair [P]."""
+        return self.function(ratios, beta)
+
+
+def as_loss(loss: object) -> BaseLoss:
+    """A callable as a base loss, see contracts.adopt."""
+    return FunctionLoss(loss) if is_function(loss) else adopt(loss, BaseLoss, "objective.loss")  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Sigmoid(BaseLoss):
     """-(1 - e) log s(z) - e log s(-z): DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7); e > 0 is
     conservative DPO, the probability that a label is flipped (Mitchell 2023, cdpo.pdf, eq. 3).
 
@@ -57,13 +77,11 @@ class Sigmoid:
 
 
 @dataclass(frozen=True)
-class SigmoidNorm:
+class SigmoidNorm(BaseLoss):
     """-log s(beta * (chosen per token - rejected per token)): length-normalised DPO.
 
     Ahrabian et al. 2024, arXiv 2407.15229 (LN-DPO). Per-token ratios are small, so beta is larger than DPO's: 1 to 3.
     """
-
-    difference = False
 
     def __call__(self, ratios: Ratios, beta: float) -> Tensor:
         """Loss of each pair [P]."""
@@ -71,7 +89,7 @@ class SigmoidNorm:
 
 
 @dataclass(frozen=True)
-class Robust:
+class Robust(BaseLoss):
     """(-(1 - e) log s(z) + e log s(-z)) / (1 - 2e): unbiased when a share e of the labels is flipped.
 
     Can be negative. Chowdhury et al. 2024, robust DPO, arXiv 2403.00409, eq. 9.
@@ -92,7 +110,7 @@ class Robust:
 
 
 @dataclass(frozen=True)
-class Hinge:
+class Hinge(BaseLoss):
     """max(0, 1 - z): SLiC's hinge on DPO's margin (Zhao et al. 2023, arXiv 2305.10425)."""
 
     difference = True
@@ -103,7 +121,7 @@ class Hinge:
 
 
 @dataclass(frozen=True)
-class IpoSum:
+class IpoSum(BaseLoss):
     """(chosen - rejected - 1 / (2 beta))^2 on token sums: IPO (Azar et al. 2023, arXiv 2310.12036, eq. 17).
 
     beta is the paper's tau. The DPO authors' repository computes this form.
@@ -117,10 +135,8 @@ class IpoSum:
 
 
 @dataclass(frozen=True)
-class IpoMean:
+class IpoMean(BaseLoss):
     """IPO on per-token means, as TRL computes it: another loss than IpoSum, with another scale of beta."""
-
-    difference = False
 
     def __call__(self, ratios: Ratios, beta: float) -> Tensor:
         """Loss of each pair [P]."""
@@ -128,7 +144,7 @@ class IpoMean:
 
 
 @dataclass(frozen=True)
-class ExoPair:
+class ExoPair(BaseLoss):
     """s(z) (log s(z) - log(1 - e)) + s(-z) (log s(-z) - log e): the reverse KL from the policy's preference to the
     label, smoothed by e > 0 (Ji et al. 2024, EXO, arXiv 2402.00856, eq. 16).
 
@@ -153,11 +169,9 @@ class ExoPair:
 
 
 @dataclass(frozen=True)
-class NcaPair:
+class NcaPair(BaseLoss):
     """-log s(a) - (log s(-a) + log s(-b)) / 2 with a, b = beta * chosen, rejected: noise contrastive alignment of two
     completions (Chen et al. 2024, arXiv 2402.05369). Keeps the likelihood of chosen from falling."""
-
-    difference = False
 
     def __call__(self, ratios: Ratios, beta: float) -> Tensor:
         """Loss of each pair [P]."""
@@ -166,11 +180,9 @@ class NcaPair:
 
 
 @dataclass(frozen=True)
-class BcoPair:
+class BcoPair(BaseLoss):
     """-log s(beta * chosen) - log s(-beta * rejected): a binary classifier of each completion on its own
     (Jung et al. 2024, BCO, arXiv 2404.04656), without the running mean that the paper subtracts, as TRL 1.16 has it."""
-
-    difference = False
 
     def __call__(self, ratios: Ratios, beta: float) -> Tensor:
         """Loss of each pair [P]."""
@@ -178,12 +190,10 @@ class BcoPair:
 
 
 @dataclass(frozen=True)
-class SppoHard:
+class SppoHard(BaseLoss):
     """(chosen - 1 / (2 beta))^2 + (rejected + 1 / (2 beta))^2: self-play preference optimisation when chosen beats
     rejected for certain (Wu et al. 2024, SPPO, arXiv 2405.00675, eq. 4.7 with P = 1 and 0). beta is 1 / eta there.
     """
-
-    difference = False
 
     def __call__(self, ratios: Ratios, beta: float) -> Tensor:
         """Loss of each pair [P]."""
@@ -191,13 +201,11 @@ class SppoHard:
 
 
 @dataclass(frozen=True)
-class ApoZero:
+class ApoZero(BaseLoss):
     """s(-beta * chosen) + s(beta * rejected): chosen up, rejected down; for data better than the model.
 
     D'Oosterlinck et al. 2024, APO, arXiv 2408.06266, eq. 7.
     """
-
-    difference = False
 
     def __call__(self, ratios: Ratios, beta: float) -> Tensor:
         """Loss of each pair [P]."""
@@ -205,10 +213,8 @@ class ApoZero:
 
 
 @dataclass(frozen=True)
-class ApoDown:
+class ApoDown(BaseLoss):
     """s(beta * chosen) + s(-z): both down, rejected more; for data worse than the model (APO, eq. 8)."""
-
-    difference = False
 
     def __call__(self, ratios: Ratios, beta: float) -> Tensor:
         """Loss of each pair [P]."""
@@ -216,7 +222,7 @@ class ApoDown:
 
 
 @dataclass(frozen=True)
-class DiscoPop:
+class DiscoPop(BaseLoss):
     """(1 - m) (-log s(z)) + m e^-z with m = s(z / tau): log-ratio modulated loss, found by a language model
     (Lu et al. 2024, arXiv 2406.08414, eq. 5). m carries a gradient. tau in (0, 1]; the paper's is 0.05."""
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from align.objectives.base import Objective
 from align.objectives.checks import needed_number, not_negative, positive_value
 from align.objectives.preference import pair_ratios, preference_metrics
 from align.types import Losses, PackedBatch, Stats, Term
 
 
 @dataclass(frozen=True)
-class MAPL:
+class MAPL(Objective):
     """DPO on three kinds of pairs. Experimental: a reconstruction from the paper's abstract, not its formulas.
 
     The number mapl_kind of a pair tells its kind, which has its weight and its z:
@@ -32,7 +33,6 @@ class MAPL:
     margin: float
 
     kind = "pair"
-    columns = ()
     needs = frozenset({"reference"})
 
     def __post_init__(self) -> None:

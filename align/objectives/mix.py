@@ -3,43 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from align.contracts import adopt
+from align.objectives.base import Objective
 from align.objectives.checks import positive_value
-from align.types import Losses, PackedBatch, Stats, Term
+from align.types import Kind, Losses, PackedBatch, Stats, Term
 
 
 @dataclass(frozen=True)
-class Mix:
+class Mix(Objective):
     """first_weight * first + second_weight * second; each term keeps its own denominator.
 
     The parts are objectives of one kind; one of kind single joins pairs and then reads their chosen row. At most one
     of them may need values of the whole step. A metric of the second whose name the first has too is prefixed second_.
     """
 
-    first: Any
-    second: Any
+    first: Objective
+    second: Objective
     first_weight: float
     second_weight: float
 
     def __post_init__(self) -> None:
         positive_value("objective.first_weight", self.first_weight)
         positive_value("objective.second_weight", self.second_weight)
+        adopt(self.first, Objective, "objective.first")
+        adopt(self.second, Objective, "objective.second")
         kinds = {self.first.kind, self.second.kind}
         if len(kinds) > 1 and kinds != {"pair", "single"}:
             raise ValueError(
                 f"objective.first={type(self.first).__name__} reads {self.first.kind} examples and "
                 f"objective.second={type(self.second).__name__} {self.second.kind} ones: they cannot be mixed"
             )
-        if all(_step_rows(part) for part in self._parts):
+        if self.first.step_rows and self.second.step_rows:
             names = " and ".join(type(part).__name__ for part in self._parts)
             raise ValueError(f"objective.first and objective.second: {names} both need values of the whole step")
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Kind:
         """pair if one of the parts reads pairs, else that of both."""
         return "pair" if "pair" in (self.first.kind, self.second.kind) else self.first.kind
 
@@ -56,26 +60,26 @@ class Mix:
     @property
     def margins(self) -> tuple[str, ...]:
         """Components of either part, each once."""
-        return tuple(dict.fromkeys(name for part in self._parts for name in getattr(part, "margins", ())))
+        return tuple(dict.fromkeys(name for part in self._parts for name in part.margins))
 
     @property
     def all_margins(self) -> bool:
         """Whether a part needs all of its own."""
-        return any(part.all_margins for part in self._parts if getattr(part, "margins", ()))
+        return any(part.all_margins for part in self._parts if part.margins)
 
     @property
     def row_weights(self) -> bool:
         """Whether a part reads weights of the rows."""
-        return any(getattr(part, "row_weights", False) for part in self._parts)
+        return any(part.row_weights for part in self._parts)
 
     @property
-    def step_rows(self) -> str | None:
+    def step_rows(self) -> Literal["examples", "mismatched"] | None:
         """Of the part that needs values of the whole step, None without one."""
-        return _step_rows(self.first) or _step_rows(self.second)
+        return self.first.step_rows or self.second.step_rows
 
     def step_values(self, policy: Stats, reference: Stats | None, batch: PackedBatch) -> Tensor:
         """Of the part that needs them."""
-        part = self.first if _step_rows(self.first) else self.second
+        part = self.first if self.first.step_rows else self.second
         return part.step_values(policy, reference, self._view(part, batch) if self.step_rows == "examples" else batch)
 
     def __call__(self, policy: Stats, reference: Stats | None, batch: PackedBatch) -> Losses:
@@ -95,18 +99,14 @@ class Mix:
         return Losses(tuple(terms), metrics, tuple(by_origin))
 
     @property
-    def _parts(self) -> tuple[Any, Any]:
+    def _parts(self) -> tuple[Objective, Objective]:
         return self.first, self.second
 
-    def _columns_of(self, part: Any) -> list[int]:
+    def _columns_of(self, part: Objective) -> list[int]:
         """Where the mix's groups hold the columns that a part expects."""
         own = 2 if self.kind == "pair" else 1
         return [*range(own), *(own + self.columns.index(name) for name in part.columns)]
 
-    def _view(self, part: Any, batch: PackedBatch) -> PackedBatch:
+    def _view(self, part: Objective, batch: PackedBatch) -> PackedBatch:
         index = torch.tensor(self._columns_of(part), device=batch.groups.device)
         return replace(batch, groups=batch.groups.index_select(1, index))
-
-
-def _step_rows(part: Any) -> str | None:
-    return getattr(part, "step_rows", None)

@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from align.objectives.base import Objective
 from align.objectives.checks import not_negative, one_of, positive_value
-from align.objectives.losses import BaseLoss, Ratios
+from align.objectives.losses import BaseLoss, Ratios, as_loss
 from align.objectives.preference import needs_difference, pair_ratios, preference_metrics
 from align.simplex import simplex
 from align.types import MARGIN, WEIGHT, Losses, PackedBatch, Stats, Term
@@ -24,7 +25,7 @@ _TAKEN = ("train", "heldout")  # accuracy/train is the accuracy of all
 
 
 @dataclass(frozen=True)
-class MultiObjective:
+class MultiObjective(Objective):
     """A base loss on pairs with margins m_k of chosen over rejected, one for each component k; a tie is 0.
 
     z = beta h, h the difference of log-ratios; w: `weights` on the simplex, None: equal, row: those of each pair.
@@ -51,11 +52,11 @@ class MultiObjective:
     component: str | None
 
     kind = "pair"
-    columns = ()
     needs = frozenset({"reference"})
 
     def __post_init__(self) -> None:
         positive_value("objective.beta", self.beta)
+        as_loss(self.loss)
         one_of("objective.form", self.form, ("losses", "margin", "modpo"))
         one_of("objective.offset_scaling", self.offset_scaling, ("identity", "log"))
         not_negative("objective.offset", self.offset)

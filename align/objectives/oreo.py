@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from align.objectives.base import Objective
 from align.objectives.checks import needed_number, positive_value
 from align.stats import positive, row_sums
 from align.types import Losses, PackedBatch, Stats, Term
@@ -115,7 +116,7 @@ def trajectory_losses(log_ratio: Tensor, values: Tensor, rewards: Tensor, states
 
 
 @dataclass(frozen=True)
-class OREO:
+class OREO(Objective):
     """policy_losses + value_coefficient * value_losses on completions with a reward, each token a state.
 
     The rewards are the numbers "reward" of the rows, usually 0 or 1. beta: temperature, > 0; the policy aims at
@@ -134,7 +135,6 @@ class OREO:
     value_coefficient: float
 
     kind = "single"
-    columns = ()
     needs = frozenset({"reference", "values"})
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from align.objectives.base import RewardObjective
 from align.objectives.checks import needed_number, one_of, positive_value
 from align.objectives.reward_model import pair_metrics, pair_scores
 from align.types import Losses, PackedBatch, Stats, Term
@@ -29,7 +30,7 @@ MAX_SCALE = 100.0  # of the cosine: the limit of CLIP's logit scale, which the a
 
 
 @dataclass(frozen=True)
-class PAL:
+class PAL(RewardObjective):
     """A loss of the reward difference for the pair's own user: PAL-A at the last token.
 
     A row's number `user` is 0 to num_users - 1.
@@ -50,9 +51,6 @@ class PAL:
     hinge_margin: float | None
 
     kind = "pair"
-    columns = ()
-    needs = frozenset({"scores"})
-    gated = False
     reward_kind = "pal"
 
     def __post_init__(self) -> None:
@@ -77,8 +75,8 @@ class PAL:
 
     def metadata(self) -> dict[str, Any]:
         """What scoring needs beside kind and outputs: who makes the head, and its shape."""
-        common = {"tau": 1.0, "normalise": False, "gated": False, "head": "align.objectives.pal.head_of"}
-        return common | {name: getattr(self, name) for name in _SHAPE}
+        shape = {name: getattr(self, name) for name in _SHAPE}
+        return super().metadata() | {"head": "align.objectives.pal.head_of"} | shape
 
     def make_head(self, width: int) -> PALHead:
         """A new head for hidden states of this width."""

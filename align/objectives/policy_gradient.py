@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from align.objectives.base import Objective
 from align.objectives.checks import not_negative, one_of, positive_value
 from align.objectives.mismatch import (
     Correction,
@@ -33,7 +34,7 @@ MAX_LOG_RATIO = 20.0
 
 
 @dataclass(frozen=True)
-class _Online:
+class _Online(Objective):
     """What the objectives share: the steps from the loss of a token to that of a step, and the terms beside it.
 
     Columns of the batch [C]: advantages; old_logps, of the policy as it was when the step began (without them the
@@ -81,7 +82,6 @@ class _Online:
     correction: Correction
 
     kind = "rollout"
-    columns = ()
 
     def __post_init__(self) -> None:
         one_of("objective.aggregation", self.aggregation, get_args(Aggregation))

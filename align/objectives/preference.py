@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from align.objectives.base import Objective
 from align.objectives.checks import not_negative, one_of, positive_value
 from align.objectives.imitation import nll_means, nll_term
-from align.objectives.losses import BaseLoss, Ratios
+from align.objectives.losses import BaseLoss, Ratios, as_loss
 from align.stats import positive, target_sums
 from align.types import Losses, PackedBatch, Stats, Term
 
@@ -25,7 +26,7 @@ Normalisation = Literal["sum", "sequence_mean", "token_mean"]
 
 
 @dataclass(frozen=True)
-class DPO:
+class DPO(Objective):
     """Direct preference optimisation: a base loss on how much more than the reference the policy prefers chosen.
 
     beta: strength of the pull to the reference, > 0; policy and reference agree => the sigmoid loss is ln 2.
@@ -43,11 +44,11 @@ class DPO:
     ld_alpha: float | None
 
     kind = "pair"
-    columns = ()
     needs = frozenset({"reference"})
 
     def __post_init__(self) -> None:
         positive_value("objective.beta", self.beta)
+        as_loss(self.loss)
         one_of("objective.f_divergence", self.f_divergence, ("reverse_kl", "forward_kl", "js", "alpha"))
         if (self.f_divergence == "alpha") != (self.f_alpha is not None) or self.f_alpha == 1:
             raise ValueError(
@@ -83,7 +84,7 @@ class DPO:
 
 
 @dataclass(frozen=True)
-class WPO:
+class WPO(Objective):
     """DPO with each pair weighted by how likely the current policy is to produce it itself.
 
     weight = min(clamp_max, w(chosen) w(rejected)), no gradient flows through it;
@@ -103,10 +104,10 @@ class WPO:
     clamp_max: float | None
 
     kind = "pair"
-    columns = ()
 
     def __post_init__(self) -> None:
         positive_value("objective.beta", self.beta)
+        as_loss(self.loss)
         one_of("objective.alignment", self.alignment, tuple(_ALIGNMENT_NEEDS))
         if self.clamp_max is not None:
             positive_value("objective.clamp_max", self.clamp_max)
@@ -149,7 +150,7 @@ _ALIGNMENT_NEEDS: dict[str, frozenset[str]] = {
 
 
 @dataclass(frozen=True)
-class RPO:
+class RPO(Objective):
     """A base loss plus the negative log-likelihood of chosen, which keeps it from falling with rejected.
 
     normalisation, weight, in the order of the sources:
@@ -166,11 +167,11 @@ class RPO:
     weight: float
 
     kind = "pair"
-    columns = ()
     needs = frozenset({"reference"})
 
     def __post_init__(self) -> None:
         positive_value("objective.beta", self.beta)
+        as_loss(self.loss)
         one_of("objective.normalisation", self.normalisation, ("sum", "sequence_mean", "token_mean"))
         not_negative("objective.weight", self.weight)
 
@@ -189,7 +190,7 @@ class RPO:
 
 
 @dataclass(frozen=True)
-class AOT:
+class AOT(Objective):
     """A base loss on sorted log-ratios: the distribution of chosen is to dominate that of rejected.
 
     paired: the k-th smallest chosen - rejected of the policy against the k-th smallest of the reference;
@@ -203,7 +204,6 @@ class AOT:
     paired: bool
 
     kind = "pair"
-    columns = ()
     needs = frozenset({"reference"})
     step_rows = "examples"
 
@@ -241,7 +241,7 @@ class AOT:
 
 
 @dataclass(frozen=True)
-class INPO:
+class INPO(Objective):
     """(h - 1 / (2 eta))^2: one step of iterative Nash policy optimisation on pairs sampled from the start policy.
 
     h = d(policy) - tau/eta d(reference) - (eta - tau)/eta d(start), d = log p(chosen) - log p(rejected), token sums.
@@ -255,7 +255,6 @@ class INPO:
     tau: float
 
     kind = "pair"
-    columns = ()
     needs = frozenset({"reference", "start"})
 
     def __post_init__(self) -> None:
@@ -277,7 +276,7 @@ class INPO:
 
 def needs_difference(loss: BaseLoss, who: str) -> None:
     """Raises ValueError if a base loss reads more than the difference of two sums."""
-    if not loss.difference:
+    if not as_loss(loss).difference:
         raise ValueError(
             f"{who} cannot be combined with objective.loss={type(loss).__name__}, which reads more than the difference "
             "of the two sums; choose objective/loss=sigmoid, hinge, robust, ipo_sum, exo_pair or discopop"

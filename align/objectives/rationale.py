@@ -7,9 +7,10 @@ from typing import Literal
 
 import torch.nn.functional as F
 
+from align.objectives.base import Objective
 from align.objectives.checks import not_negative, one_of, positive_value
 from align.objectives.imitation import nll_means, nll_term
-from align.objectives.losses import BaseLoss
+from align.objectives.losses import BaseLoss, as_loss
 from align.objectives.preference import pair_ratios, preference_metrics
 from align.objectives.reference_free import Scope, log_odds_ratio, mean_metrics
 from align.stats import positive
@@ -19,7 +20,7 @@ _COLUMN = 2  # of groups: the rationale
 
 
 @dataclass(frozen=True)
-class RDPO:
+class RDPO(Objective):
     """A base loss on the pair plus a term on S, the log-prob (sum over tokens) of the rationale.
 
     variant code_logsigmoid: -log s(gamma S), what the authors' code computes; the weight of S in the gradient is
@@ -38,6 +39,7 @@ class RDPO:
 
     def __post_init__(self) -> None:
         positive_value("objective.beta", self.beta)
+        as_loss(self.loss)
         not_negative("objective.gamma", self.gamma)
         one_of("objective.variant", self.variant, ("code_logsigmoid", "nll"))
 
@@ -55,7 +57,7 @@ class RDPO:
 
 
 @dataclass(frozen=True)
-class RORPO:
+class RORPO(Objective):
     """ORPO plus a term on the rationale's log-prob per token m.
 
     variant rorpo: NLL(chosen) - odds_weight log s(log odds ratio) - log s(gamma m);
@@ -69,7 +71,6 @@ class RORPO:
     variant: Literal["rorpo", "rorpo_simple"]
 
     kind = "pair"
-    needs = frozenset()
 
     def __post_init__(self) -> None:
         not_negative("objective.odds_weight", self.odds_weight)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from align.objectives.base import Objective
 from align.objectives.checks import not_negative, one_of, positive_value
 from align.objectives.imitation import nll_means, nll_term
 from align.objectives.losses import BaseLoss, Ratios
@@ -19,7 +20,7 @@ Scope = Literal["whole", "completion"]
 
 
 @dataclass(frozen=True)
-class SimPO:
+class SimPO(Objective):
     """A base loss of z = beta (chosen - rejected - gamma_beta_ratio), both log-probs per token, without reference.
 
     beta > 0; gamma_beta_ratio >= 0: by how much chosen is to lead, in nats per token. TRL's CPO trainer gives the
@@ -32,8 +33,6 @@ class SimPO:
     loss: BaseLoss
 
     kind = "pair"
-    columns = ()
-    needs = frozenset()
 
     def __post_init__(self) -> None:
         positive_value("objective.beta", self.beta)
@@ -49,7 +48,7 @@ class SimPO:
 
 
 @dataclass(frozen=True)
-class ORPO:
+class ORPO(Objective):
     """NLL of chosen - odds_weight * log s(log odds(chosen) - log odds(rejected)), without reference.
 
     log odds = m - log(1 - e^m), m the log-prob per token. odds_weight >= 0: lambda in the paper.
@@ -62,7 +61,6 @@ class ORPO:
     nll_scope: Scope
 
     kind = "pair"
-    needs = frozenset()
 
     def __post_init__(self) -> None:
         not_negative("objective.odds_weight", self.odds_weight)

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from align.objectives.base import RewardObjective
 from align.objectives.checks import needed_number, not_negative, positive_value
 from align.types import Losses, PackedBatch, Stats, Term
 
 
 @dataclass(frozen=True)
-class BradleyTerry:
+class BradleyTerry(RewardObjective):
     """-log s(z), z = (r(chosen) - r(rejected) - m) / tau, and two regularisers: P(chosen beats rejected) = s(z).
 
     tau > 0: the temperature of that probability.
@@ -37,10 +38,7 @@ class BradleyTerry:
     l2: float
 
     kind = "pair"
-    columns = ()
-    needs = frozenset({"scores"})
     outputs = ("reward",)
-    gated = False
     reward_kind = "bradley_terry"
 
     def __post_init__(self) -> None:
@@ -50,7 +48,7 @@ class BradleyTerry:
 
     def metadata(self) -> dict[str, Any]:
         """What scoring needs beside kind and outputs."""
-        return {"tau": self.tau, "normalise": False, "gated": False}
+        return super().metadata() | {"tau": self.tau}
 
     def __call__(self, policy: Stats, reference: Stats | None, batch: PackedBatch) -> Losses:  # noqa: ARG002
         """Losses [P] of the pairs, a term for each regulariser that is on."""
@@ -65,7 +63,7 @@ class BradleyTerry:
 
 
 @dataclass(frozen=True)
-class RankedList:
+class RankedList(RewardObjective):
     """Bradley-Terry over every two answers of a ranked list: mean over its pairs, then over lists.
 
     l2 >= 0: adds l2 / 2 times the squares of both rewards of a pair, which is l2 times the mean square of the list.
@@ -77,18 +75,11 @@ class RankedList:
     l2: float
 
     kind = "ranked"
-    columns = ()
-    needs = frozenset({"scores"})
     outputs = ("reward",)
-    gated = False
     reward_kind = "ranked_list"
 
     def __post_init__(self) -> None:
         not_negative("objective.l2", self.l2)
-
-    def metadata(self) -> dict[str, Any]:
-        """What scoring needs beside kind and outputs."""
-        return {"tau": 1.0, "normalise": False, "gated": False}
 
     def __call__(self, policy: Stats, reference: Stats | None, batch: PackedBatch) -> Losses:  # noqa: ARG002
         """Losses [P] of the lists. Raises ValueError for a list of one answer."""
@@ -122,7 +113,7 @@ class RankedList:
 
 
 @dataclass(frozen=True)
-class Attributes:
+class Attributes(RewardObjective):
     """Regression on several attributes of an answer, one output each: mean squared error over those that a row has.
 
     names: of the numbers of a row and of the head's outputs. A row may lack some of them, not all.
@@ -133,9 +124,6 @@ class Attributes:
     names: Sequence[str]
 
     kind = "single"
-    columns = ()
-    needs = frozenset({"scores"})
-    gated = False
     reward_kind = "attributes"
 
     def __post_init__(self) -> None:
@@ -146,10 +134,6 @@ class Attributes:
     def outputs(self) -> tuple[str, ...]:
         """An output of the head for each attribute."""
         return tuple(self.names)
-
-    def metadata(self) -> dict[str, Any]:
-        """What scoring needs beside kind and outputs."""
-        return {"tau": 1.0, "normalise": False, "gated": False}
 
     def __call__(self, policy: Stats, reference: Stats | None, batch: PackedBatch) -> Losses:  # noqa: ARG002
         """Losses [P] of the rows. Raises ValueError for a row without any of the attributes."""
@@ -173,7 +157,7 @@ class Attributes:
 
 
 @dataclass(frozen=True)
-class Cost:
+class Cost(RewardObjective):
     """A cost model: cost above 0 is harmful, below 0 harmless, and of a pair chosen is the LESS harmful answer.
 
     With c the cost and h = 1 for a harmful answer, -1 for a harmless one:
@@ -192,10 +176,7 @@ class Cost:
     l2: float
 
     kind = "pair"
-    columns = ()
-    needs = frozenset({"scores"})
     outputs = ("cost",)
-    gated = False
     reward_kind = "cost"
 
     def __post_init__(self) -> None:
@@ -203,10 +184,6 @@ class Cost:
             not_negative(f"objective.{name}", getattr(self, name))
         if not self.pair_weight and not self.sign_weight:
             raise ValueError("objective.pair_weight=0 and objective.sign_weight=0: one must be greater than 0")
-
-    def metadata(self) -> dict[str, Any]:
-        """What scoring needs beside kind and outputs."""
-        return {"tau": 1.0, "normalise": False, "gated": False}
 
     def __call__(self, policy: Stats, reference: Stats | None, batch: PackedBatch) -> Losses:  # noqa: ARG002
         """Losses [P] of the pairs, a term for each part that is on."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from align.objectives.base import Objective
 from align.objectives.checks import needed_number, not_negative, positive_value
 from align.objectives.losses import smoothed_logistic
 from align.objectives.preference import pair_ratios, preference_metrics
@@ -13,7 +14,7 @@ from align.types import Losses, PackedBatch, Stats, Term
 
 
 @dataclass(frozen=True)
-class MCTSDPO:
+class MCTSDPO(Objective):
     """-(1 - e) log s(z) - e log s(-z) on two continuations of one path of a search tree, e by pair.
 
     z = beta (chosen / |chosen|^p - rejected / |rejected|^p), log-ratios and token counts of the part in which the two
@@ -27,7 +28,6 @@ class MCTSDPO:
     conservative: bool
 
     kind = "pair"
-    columns = ()
     needs = frozenset({"reference"})
 
     def __post_init__(self) -> None:

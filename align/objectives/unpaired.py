@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from align.objectives.base import Objective
 from align.objectives.checks import positive_value
 from align.types import Losses, PackedBatch, Stats, Term
 
 
 @dataclass(frozen=True)
-class KTO:
+class KTO(Objective):
     """desirable_weight * s(beta (z0 - h)) or undesirable_weight * s(beta (h - z0)), by the label.
 
     h = log policy - log reference of the completion, summed over its targets: of a trajectory with tools, over all the
@@ -28,7 +29,6 @@ class KTO:
     undesirable_weight: float
 
     kind = "labelled"
-    columns = ()
     needs = frozenset({"reference"})
     step_rows = "mismatched"
 
@@ -58,7 +58,7 @@ class KTO:
 
 
 @dataclass(frozen=True)
-class ApoZeroUnpaired:
+class ApoZeroUnpaired(Objective):
     """s(-beta h) for a desirable completion, s(beta h) for an undesirable one: KTO with z0 = 0 and weights 1.
 
     D'Oosterlinck et al. 2024, APO, arXiv 2408.06266, eq. 7, each half on its own.
@@ -67,7 +67,6 @@ class ApoZeroUnpaired:
     beta: float
 
     kind = "labelled"
-    columns = ()
     needs = frozenset({"reference"})
 
     def __post_init__(self) -> None:

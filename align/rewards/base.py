@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -24,15 +26,47 @@ class Conversation:
     fields: Mapping[str, Any] = field(default_factory=dict)  # other columns of the prompt's row, such as answer
 
 
-class Reward(Protocol):
+class RewardTarget(ABC):  # noqa: B024
+    """What the class of a component says before one is made; functions and other classes have the defaults."""
+
+    __slots__ = ()
+
+    # Made as target(host, **keys) in the trainer's process, a Reward or a StepReward; else in a process of its own,
+    # where it is called by the names of its parameters: align.rewards.worker
+    in_process: bool = False
+    gives_steps: bool = False  # it is a StepReward
+
+
+class Component(RewardTarget):
+    """What both kinds of components have."""
+
+    __slots__ = ()
+
+    # failures since the start by reason, such as raised, timeout; for the metrics
+    counts: Mapping[str, int] = MappingProxyType({})
+
+    def close(self) -> None:  # noqa: B027
+        """Give up processes and memory; a second time there is nothing left to do."""
+
+
+class Reward(Component):
     """One component."""
 
-    counts: dict[str, int]  # failures since the start by reason, such as raised, timeout; for the metrics
+    __slots__ = ()
 
+    @abstractmethod
     def __call__(self, conversations: Sequence[Conversation]) -> np.ndarray:
         """[N] float64; NaN where there is none."""
-        ...
 
-    def close(self) -> None:
-        """Give up processes and memory; a second time there is nothing left to do."""
-        ...
+
+class StepReward(Component):
+    """A component that gives rewards of steps instead of a number."""
+
+    __slots__ = ()
+
+    gives_steps = True
+
+    @abstractmethod
+    def steps(self, conversations: Sequence[Conversation]) -> list[np.ndarray]:
+        """For each completion a reward where a step ends, NaN elsewhere [its tokens] float64; NaN everywhere where
+        there is none."""

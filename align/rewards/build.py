@@ -8,11 +8,12 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from align.rewards.base import Conversation, Reward
+from align.contracts import adopt, declared_by
+from align.rewards.base import Conversation, Reward, RewardTarget, StepReward
 from align.rewards.calls import FunctionReward
 from align.rewards.worker import Refused, bound, resolve
 
@@ -39,21 +40,6 @@ class RewardHost:
     name: str = ""  # of the component
 
 
-class StepReward(Protocol):
-    """A component with a class attribute gives_steps = True: rewards of steps instead of a number; see Reward."""
-
-    counts: dict[str, int]
-
-    def steps(self, conversations: Sequence[Conversation]) -> list[np.ndarray]:
-        """For each completion a reward where a step ends, NaN elsewhere [its tokens] float64; NaN everywhere where
-        there is none."""
-        ...
-
-    def close(self) -> None:
-        """As of Reward."""
-        ...
-
-
 class Rewards:
     """K components in the order of the settings."""
 
@@ -64,7 +50,7 @@ class Rewards:
         self._open = contextlib.ExitStack()
         for part in parts.values():
             self._open.callback(part.close)
-        self.steps_name = next((name for name, part in parts.items() if gives_steps(part)), None)
+        self.steps_name = next((name for name, part in parts.items() if part.gives_steps), None)
 
     def score(self, conversations: Sequence[Conversation]) -> np.ndarray:
         """Rewards [N, K] float64, not weighted, in the order of the conversations; NaN where a component has none.
@@ -78,12 +64,12 @@ class Rewards:
         columns = np.full((len(conversations), len(self.names)), math.nan)
         rows: list[np.ndarray] | None = None if self.steps_name is None else []
         if len(conversations):
-            for k, (name, part) in enumerate(self._parts.items()):
-                if name == self.steps_name:
-                    rows = [_finite(row) for row in part.steps(conversations)]  # type: ignore[union-attr]
+            for k, part in enumerate(self._parts.values()):
+                if isinstance(part, StepReward):
+                    rows = [_finite(row) for row in part.steps(conversations)]
                     columns[:, k] = [np.fmin.reduce(row, initial=math.nan) for row in rows]
                 else:
-                    columns[:, k] = part(conversations)  # type: ignore[operator]
+                    columns[:, k] = part(conversations)
         # a component in this process may forget to look
         columns[~np.isfinite(columns)] = math.nan
         return columns, rows
@@ -111,7 +97,7 @@ def components(node: Mapping[str, Any], host: RewardHost) -> Rewards:
     try:
         for name, (target, _, seconds, keys) in settings.items():
             parts[name] = _component(name, target, seconds, keys, replace(host, name=name))
-        stepped = [name for name, part in parts.items() if gives_steps(part)]
+        stepped = [name for name, part in parts.items() if part.gives_steps]
         _one_of_steps(stepped)
     except BaseException:
         for part in parts.values():
@@ -153,12 +139,13 @@ def _examined(name: str, target: str, seconds: float | None, keys: dict[str, Any
             return False, tuple(reward.required)
     try:
         found = resolve(target)
-        if not getattr(found, "in_process", False):
+        declared = declared_by(found, RewardTarget, f"reward.{name}")
+        if not declared.in_process:
             return False, bound(target, keys)[1].required
     except Refused as error:
         raise ValueError(f"reward.{name}._target_={target}: {error}") from error
     _bound_in_process(name, found, seconds, keys)
-    return gives_steps(found), ()
+    return declared.gives_steps, ()
 
 
 def counted(node: Mapping[str, Any]) -> dict[str, float]:
@@ -172,7 +159,7 @@ def counted(node: Mapping[str, Any]) -> dict[str, float]:
         stepped = False
         if weight is None and target.startswith("align."):
             with contextlib.suppress(Refused):  # who builds it says why
-                stepped = gives_steps(resolve(target))
+                stepped = declared_by(resolve(target), RewardTarget, f"reward.{name}").gives_steps
         if weight := _weight(weight, stepped):
             out[str(name)] = weight
     return out
@@ -191,11 +178,6 @@ def _one_of_steps(names: Sequence[str]) -> None:
 
 def _finite(row: np.ndarray) -> np.ndarray:
     return np.full_like(row, math.nan) if np.isinf(row).any() else row
-
-
-def gives_steps(part: Any) -> bool:
-    """Whether a component is a StepReward."""
-    return getattr(part, "gives_steps", False)
 
 
 def _checked(name: str, part: Any, node: Mapping[str, Any]) -> tuple[str, float | None, float | None, dict[str, Any]]:
@@ -235,7 +217,7 @@ def _component(
             found = resolve(target)
         except Refused as error:
             raise ValueError(f"reward.{name}._target_={target}: {error}") from error
-        if getattr(found, "in_process", False):
+        if declared_by(found, RewardTarget, f"reward.{name}").in_process:
             return _in_process(name, found, seconds, keys, host)
     reward = FunctionReward(name, target, keys, seconds=seconds or DEFAULT_SECONDS, check=host.check, say=host.say)
     if reward.in_process:
@@ -244,12 +226,16 @@ def _component(
     return reward
 
 
-def _in_process(name: str, found: Any, seconds: float | None, keys: dict[str, Any], host: RewardHost) -> Reward:
+def _in_process(
+    name: str, found: Any, seconds: float | None, keys: dict[str, Any], host: RewardHost
+) -> Reward | StepReward:
     keys = _bound_in_process(name, found, seconds, keys)
     try:
-        return found(host, **keys)
+        part = found(host, **keys)
     except (TypeError, ValueError, OSError, RuntimeError) as error:  # of PEFT and transformers
         raise ValueError(f"reward.{name}: {' '.join(str(error).split())[:400]}") from error
+    steps = declared_by(type(part), RewardTarget, f"reward.{name}").gives_steps
+    return adopt(part, StepReward if steps else Reward, f"reward.{name}")  # type: ignore[type-abstract]
 
 
 def _bound_in_process(name: str, found: Any, seconds: float | None, keys: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from align.rewards.base import Conversation
+from align.rewards.base import Conversation, Reward
 
 # What this process can import, a reward can.
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from align.rewards.worker import main; main()"
@@ -38,7 +38,7 @@ class Lost(Exception):
         self.message = message
 
 
-class FunctionReward:
+class FunctionReward(Reward):
     """A component by the dotted path of a function or class; see align.rewards.worker for how it is called.
 
     seconds: deadline of a call. A call that raises, hangs, ends its process or returns what is no list of the right

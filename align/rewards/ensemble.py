@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from align.models import ScoreHead, Scorer, choose_layout, is_peft, with_adapters
-from align.rewards.base import Conversation
+from align.rewards.base import Conversation, Reward
 from align.rewards.combine import check_combine, check_uncertainty, combined, disagreement, incomplete
 from align.rewards.model import RewardModel, by_prompt, count_failures, output_index, positive_limit
 from align.rewards.network import FILE, HEAD, RewardNetwork, stored_form, stored_head
@@ -21,7 +21,7 @@ from align.weights import load_model
 Form = Literal["whole", "adapter", "head"]
 
 
-class Ensemble:
+class Ensemble(Reward):
     """M reward models, their scores combined: see align.rewards.combine.
 
     members: directories, or hub names of whole models; all of one form. Whole: as RewardModel reads them, all in memory

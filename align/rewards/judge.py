@@ -9,7 +9,7 @@ import json
 import math
 import queue
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,7 +25,7 @@ from align.data.judgements import Verdicts, answer_text, prompt_text, template
 from align.data.sources import BadRow
 from align.models import Policy
 from align.pretrained import from_hub
-from align.rewards.base import Conversation
+from align.rewards.base import Conversation, Reward
 from align.rewards.remote import TICK, TRANSIENT, Call, RemoteReward
 from align.rollout.base import Host, Sampling
 from align.rollout.hf import HFRollout
@@ -45,7 +45,7 @@ class _Comparison:
     places: tuple[int, ...]  # of those answers that are completions, among the conversations
 
 
-class _Judge(ABC):
+class _Judge(Reward):
     """Asks about each comparison twice, with either answer first: 1, 0.5 (a tie) or 0 each time, and the mean of both.
 
     baseline: column with the answer that each completion meets, a text or messages (what the assistant says there).

@@ -16,7 +16,7 @@ from torch import Tensor
 from align.data.chat import render
 from align.data.sources import BadRow
 from align.models import add_adapter, is_peft, own_attention
-from align.rewards.base import Conversation
+from align.rewards.base import Conversation, Reward
 from align.rewards.network import FILE, RewardNetwork, load
 from align.rewards.preferences import mean_preferences
 from align.types import Row
@@ -24,7 +24,7 @@ from align.types import Row
 Trunk = Callable[[Tensor, Tensor], Tensor]  # ids, mask [B, L] -> hidden states [B, L, H]
 
 
-class RewardModel:
+class RewardModel(Reward):
     """A reward model of ours, a run's final/, or a sequence classification model with one output, in Hugging Face
     format with safetensors.
 
@@ -142,7 +142,7 @@ def _messages(c: Conversation) -> list[dict[str, Any]]:
     return [{"role": "user", "content": c.prompt}] if c.messages is None else list(c.messages)
 
 
-class AdapterReward:
+class AdapterReward(Reward):
     """A LoRA adapter and a score head on the weights of the policy, which must be a LoRA model itself.
 
     path: a directory with a PEFT adapter (adapter_config.json, adapter_model.safetensors), trained on the same base

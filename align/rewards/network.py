@@ -43,10 +43,9 @@ def new_head(objective: Any, width: int, settings: HeadConfig, seed: int) -> nn.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if hasattr(objective, "make_head"):
-            head = objective.make_head(width)
-        else:
-            head = ScoreHead(width, len(objective.outputs), getattr(objective, "gated", False), settings.dropout)
+        head = objective.make_head(width)
+        if head is None:
+            head = ScoreHead(width, len(objective.outputs), objective.gated, settings.dropout)
     if settings.path is not None:
         _fill(head, stored_head(Path(settings.path)), f"head.path={settings.path}")
     return head

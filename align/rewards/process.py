@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from align.models import own_attention_name
-from align.rewards.base import Conversation
+from align.rewards.base import Conversation, StepReward
 from align.rewards.calls import FunctionReward
 from align.rewards.model import batches, count_failures, positive_limit
 from align.weights import load_classifier
@@ -98,7 +98,7 @@ class Splitter:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
-class StepFunction:
+class StepFunction(StepReward):
     """A function of the user's for each step, called in a process of its own as every reward function is.
 
     It is given what align.rewards.worker says, where the completion is a step: its text and its tokens, those of the
@@ -109,7 +109,6 @@ class StepFunction:
     """
 
     in_process = True  # only the function is called elsewhere
-    gives_steps = True
 
     def __init__(self, host: Any, *, function: str, keys: Mapping[str, Any] | None, separator: str, seconds: float):
         self._split = Splitter(host.tokenizer, separator)
@@ -154,7 +153,7 @@ class StepFunction:
         self._reward.close()
 
 
-class ProcessRewardModel:
+class ProcessRewardModel(StepReward):
     """A token classification model with two labels, wrong and right, in Hugging Face format with safetensors.
 
     Each step is followed by the text step_end, at whose last token the model is read: reward p(right) - p(wrong), in
@@ -166,7 +165,6 @@ class ProcessRewardModel:
     """
 
     in_process = True
-    gives_steps = True
 
     def __init__(
         self,

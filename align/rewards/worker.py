@@ -32,7 +32,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.rewards.base import Conversation
+from align.contracts import declared_by
+from align.rewards.base import Conversation, RewardTarget
 
 # Of a message in a refusal or a failure: what fits a line for people.
 MESSAGE = 300
@@ -293,6 +294,14 @@ def _die_with_parent(parent: int) -> None:
                 os._exit(0)
 
 
+def _in_process(target: str) -> bool:
+    found = resolve(target)
+    try:
+        return declared_by(found, RewardTarget, "").in_process
+    except ValueError as error:  # what is said of it begins with the setting, as every refusal here will
+        raise Refused(str(error).partition(": ")[2]) from error
+
+
 def main() -> None:
     """Arguments: the two pipes and the parent's process id. The first request says what to import."""
     requests_in, answers, parent = map(int, sys.argv[1:4])
@@ -308,7 +317,7 @@ def main() -> None:
         return
     sys.argv = [first["target"]]
     try:
-        if getattr(resolve(first["target"]), "in_process", False):
+        if _in_process(first["target"]):
             write(answers, {"style": "in_process", "required": []})
             return
         function, signature = bound(first["target"], first["keys"])

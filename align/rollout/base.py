@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from types import MappingProxyType
+from typing import Any, Literal
 
 import numpy as np
 
@@ -94,14 +96,19 @@ class EngineFailed(RuntimeError):
     """A backend cannot go on; the message holds its own last words."""
 
 
-class Rollout(Protocol):
+class Rollout(ABC):
     """A backend: built from a Host and the keys of its option of configs/rollout. What it draws for a prompt depends
     on (sampling.seed, place of the prompt in the call, number of the sample), on nothing else in the call but
     rounding."""
 
-    max_tokens: int | None  # of a prompt and its completion together; None: no limit of its own
-    counts: dict[str, int]  # what went wrong and was mended since the start, such as restarts; for the metrics
+    __slots__ = ()
 
+    serves_all: bool = False  # said by the class: one of it is there for all processes of a run
+    max_tokens: int | None = None  # of a prompt and its completion together; None: no limit of its own
+    # what went wrong and was mended since the start, such as restarts; for the metrics
+    counts: Mapping[str, int] = MappingProxyType({})
+
+    @abstractmethod
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int = 1, greedy: bool = False
     ) -> list[list[Completion]]:
@@ -110,23 +117,20 @@ class Rollout(Protocol):
         All of them are one batch of requests. Raises ValueError for n > 1 with greedy sampling, for an empty prompt
         and for one that is longer than the engine takes.
         """
-        ...
 
+    @abstractmethod
     def logps(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[float]]:
         """Log-probabilities at temperature 1 of the tokens of each sequence from its start (>= 1) on."""
-        ...
 
+    @abstractmethod
     def sync(self, policy: Any) -> None:
         """From now on generate with this policy's weights as they are now; nothing computed with older ones is kept."""
-        ...
 
-    def sleep(self) -> None:
+    def sleep(self) -> None:  # noqa: B027
         """Give up what memory it can while the policy is updated; any other call wakes it."""
-        ...
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Give up memory and processes; a second time there is nothing left to do."""
-        ...
 
 
 GREEDY = -1  # the number of a prompt's greedy twin among its samples

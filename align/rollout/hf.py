@@ -15,13 +15,13 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from align.data import chat
 from align.models import Policy, own_attention
-from align.rollout.base import GREEDY, Completion, Host, Sampling, Stop, check_request
+from align.rollout.base import GREEDY, Completion, Host, Rollout, Sampling, Stop, check_request
 
 # Tokens after which rows that ended leave the batch: most programs are shorter than the longest of their batch.
 _SEGMENT = 16
 
 
-class HFRollout:
+class HFRollout(Rollout):
     """The policy's own network, generating: no second copy of the weights, nothing to sync.
 
     batch_size: rows generated together; prompts of like length share a batch, padded on the left.

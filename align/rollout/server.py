@@ -28,7 +28,7 @@ import torch
 
 from align.data import chat
 from align.models import Policy, is_peft
-from align.rollout.base import GREEDY, Completion, EngineFailed, Host, Sampling, Stop
+from align.rollout.base import GREEDY, Completion, EngineFailed, Host, Rollout, Sampling, Stop
 from align.rollout.transfer import write_adapter, write_model
 from align.rollout.vllm import TESTED, check_draws
 
@@ -63,7 +63,7 @@ class _Failed(Exception):
         self.refused = refused  # nothing listens there
 
 
-class VLLMServerRollout:
+class VLLMServerRollout(Rollout):
     """One or more vLLM servers that get the policy's weights at each sync; see configs/rollout/vllm_server.yaml.
 
     Prompt i goes to server i modulo their number with all its samples. Servers that die or restart are left out or

@@ -26,7 +26,7 @@ import torch
 from align.data import chat
 from align.models import Policy, is_peft
 from align.rollout import transfer as files
-from align.rollout.base import GREEDY, Completion, EngineFailed, Host, Sampling, check_request
+from align.rollout.base import GREEDY, Completion, EngineFailed, Host, Rollout, Sampling, check_request
 
 TESTED = "0.32"  # the releases that align was tested with: this one and its patches
 
@@ -45,7 +45,7 @@ def check_draws(prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, gr
         raise ValueError(f"temperature={sampling.temperature}: vLLM takes 0 (greedy) and 0.01 to 2")
 
 
-class VLLMRollout:
+class VLLMRollout(Rollout):
     """A vLLM engine that gets the policy's weights at each sync; see configs/rollout/vllm.yaml for the keys.
 
     An engine that fails is started again with the weights of the last sync, and asked again for all that it was asked

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -14,15 +14,17 @@ class Observation:
     error: bool
 
 
-class Tool(Protocol):
+class Tool(ABC):
     """Reads a call out of what the policy wrote, and runs it. Calls are independent and run on several threads."""
 
-    name: str
+    __slots__ = ()
 
+    name: str  # the role of its observations in a conversation
+
+    @abstractmethod
     def find(self, text: str) -> str | None:
         """The call in an emission, or None: then the emission is the final answer."""
-        ...
 
+    @abstractmethod
     def run(self, call: str) -> Observation:
         """Carries a call out. A call that fails is an observation, not an exception."""
-        ...

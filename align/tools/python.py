@@ -23,7 +23,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from align.tools import Observation
+from align.tools import Observation, Tool
 
 _SANDBOX = Path(__file__).with_name("sandbox.py")
 # A call is the last closed block: what a policy writes after it is only talk about it.
@@ -110,7 +110,7 @@ def run_python(program: str, limits: Limits) -> ToolResult:
     return ToolResult(text, error, timed_out, truncated, time.monotonic() - start, isolation)
 
 
-class PythonTool:
+class PythonTool(Tool):
     """Runs the last ```python block of an emission; see run_python."""
 
     name = "python"

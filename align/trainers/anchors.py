@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from align.config import Config, cache_root
 from align.engine.base import Engine
 from align.log import Log
 from align.models import Policy, choose_layout, weights_hash
+from align.objectives.base import Objective
 from align.pretrained import Pretrained, from_hub
 from align.reference import ReferenceCache
 from align.trainers.loop import Anchor
@@ -54,7 +54,7 @@ class Anchors:
         # a reference that is not the model the run starts from
         self.foreign = foreign if path is None else from_hub(path, None, False, False, None, "auto")
 
-    def of(self, objective: Any) -> tuple[Anchor | None, Anchor | None]:
+    def of(self, objective: Objective) -> tuple[Anchor | None, Anchor | None]:
         """Reference and start as far as an objective needs them. Raises ValueError for a setting without effect."""
         reference = start = None
         if "reference" in objective.needs:

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from align import build
+from align.advantages.base import Advantage
 from align.advantages.base import estimate as with_metrics
 from align.composers.base import Composer, Observed
 from align.composers.fixed import disagreement
@@ -39,7 +40,7 @@ Measure = Callable[[Tensor, dict[str, Tensor], Any], Influences | None]
 class Composing:
     """A composer at work in an online run. names: all components of the reward, those without weight among them."""
 
-    def __init__(self, composer: Composer, advantage: Any, names: Sequence[str], say: Callable[[str], None]):
+    def __init__(self, composer: Composer, advantage: Advantage, names: Sequence[str], say: Callable[[str], None]):
         self.composer = composer
         self.advantage = advantage
         self.say = say
@@ -83,7 +84,7 @@ class Composing:
     def check_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         """Raises ValueError if the composer wants gradients of weights that are not trained."""
         if "influence" in self.composer.needs:
-            chosen_parameters(parameters, self.composer.parameters)  # type: ignore[attr-defined]
+            chosen_parameters(parameters, self.composer.parameters)
 
     def estimate(
         self, groups: Sequence[Group], told: Episodes, measure: Measure | None = None
@@ -220,12 +221,12 @@ class Composing:
         composed = self.composer(together, None, context)
         scores = composed[: len(rewards)]
         twins = None if greedy is None else composed[len(rewards) :]
-        estimate: Estimate = self.advantage(replace(told, scores=scores, greedy=twins))
+        estimate = self.advantage(replace(told, scores=scores, greedy=twins))
         known = scores[~scores.isnan()]
         return estimate, {"reward/composed": float(known.mean())} if len(known) else {}
 
 
-def composing(config: Config, advantage: Any, say: Callable[[str], None] = lambda line: None) -> Composing | None:
+def composing(config: Config, advantage: Advantage, say: Callable[[str], None] = lambda line: None) -> Composing | None:
     """Of the settings; None without a composer. Raises ValueError for what the user can cure."""
     if config.composer is None:
         return None

@@ -13,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from align import build
+from align.composers.base import Composer
 from align.composers.fixed import Directional, direction, direction_weights, drawn_degrees
 from align.config import Config
 from align.data.chat import prompt_ids
@@ -40,7 +41,7 @@ def direction_of(prompt: PromptRow, num: int) -> list[float]:
     return [float(v) for v in found]
 
 
-def directed(rows: Sequence[PromptRow], composer: Any, tokenizer: Any, seed: int) -> list[PromptRow]:
+def directed(rows: Sequence[PromptRow], composer: Composer, tokenizer: Any, seed: int) -> list[PromptRow]:
     """The prompts, each with a direction and a system message that tells it in hundredths, rounded.
 
     With composer.degrees null rows must have a column `direction` already, and stay as they are. Raises ValueError for
@@ -65,7 +66,7 @@ def directed(rows: Sequence[PromptRow], composer: Any, tokenizer: Any, seed: int
 
 
 def directed_rounds(
-    rows: Sequence[PromptRow], slices: Sequence[range], composer: Any, tokenizer: Any, seed: int
+    rows: Sequence[PromptRow], slices: Sequence[range], composer: Composer, tokenizer: Any, seed: int
 ) -> list[PromptRow]:
     """The prompts of each round with directions of that round, drawn by the seed, its number and the place in it."""
     out = list(rows)

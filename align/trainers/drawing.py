@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,7 @@ def drawn(
     return divided(world, prompts, own)
 
 
-class Led:
+class Led(Rollout):
     """The rollout of the lead, whose answers all processes get; each call is made by all of them.
 
     For servers: they take weights from one client, and divide the prompts themselves. inner: None but for the lead.
@@ -40,7 +40,7 @@ class Led:
         self.max_tokens = world.share(inner.max_tokens if inner else None)
 
     @property
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> Mapping[str, int]:
         """The lead's; elsewhere nothing is counted."""
         return self.inner.counts if self.inner else {}
 

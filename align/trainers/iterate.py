@@ -146,7 +146,7 @@ class Iteration:
             f"plan {t.rounds} rounds of {' or '.join(map(str, sizes))} prompts from {len(self.train)}, "
             f"{config.sampling.n} completions of each{' and a greedy one' if t.greedy else ''}"
         )
-        room = 2 if getattr(self.objective, "kind", "pair") == "pair" else 1
+        room = 2 if self.objective.kind == "pair" else 1
         longest = max(len(p.token_ids) for p in self.train) + room * self.sampling.max_new_tokens
         if longest > t.micro_batch_tokens:
             raise ValueError(
@@ -383,7 +383,7 @@ class Iteration:
         collected = collector.collect()
         for line in collected.lines():
             self.log.say(f"round {number}/{self.trainer.rounds}: {line}")
-        kind = getattr(self.objective, "kind", "pair")
+        kind = self.objective.kind
         report = collected.report
         row = {f"collect/{name}": report[name] for name in ("accuracy", "trajectories", "right", "wrong", "problems")}
         row |= {f"data/dropped_{reason}": count for reason, count in report["dropped"].items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch
 from align.config import TrainerConfig
 from align.engine.base import Engine
 from align.engine.world import World
+from align.objectives.base import Objective
 from align.packing import micro_batches, num_tokens, pack, pack_groups, shares, to_device, token_column
 from align.stats import cached_stats, positive
 from align.types import Example, Layout, Losses, PackedBatch, Row, Stats, Term, Unit
@@ -87,7 +88,7 @@ class Trainee:
     """What the loop works with."""
 
     engine: Engine
-    objective: Any
+    objective: Objective
     layout: Layout
     max_tokens: int  # of a micro-batch
     reference: Anchor | None
@@ -257,7 +258,7 @@ def _step_values(
     micro-batches if each of these made its own.
     """
     objective = trainee.objective
-    which = getattr(objective, "step_rows", None)
+    which = objective.step_rows
     if which is None:
         return None
     own = which == "examples"

@@ -19,6 +19,7 @@ from align.data.load import load
 from align.device import pick_device, pick_precision
 from align.evaluate.ranking import as_dict, lines, ranking_report
 from align.models import Policy, choose_layout, with_adapter
+from align.objectives.base import Objective
 from align.packing import micro_batches, pack, to_device
 from align.pretrained import Pretrained, from_hub
 from align.types import Example, Layout
@@ -64,7 +65,7 @@ def evaluate_run(config: Config, out: str | None) -> list[str]:
     return lines(report) + ([] if unrewarded is None else [f"no reward accuracy: {unrewarded}"])
 
 
-def _check_policy(objective: Any, final: Path) -> None:
+def _check_policy(objective: Objective, final: Path) -> None:
     """Raises ValueError for a reward model, whose head scores and whose log-probs mean nothing."""
     if "scores" in objective.needs:
         raise ValueError(
@@ -73,7 +74,7 @@ def _check_policy(objective: Any, final: Path) -> None:
         )
 
 
-def _unrewarded(config: Config, objective: Any) -> str | None:
+def _unrewarded(config: Config, objective: Objective) -> str | None:
     """Why log policy - log reference is no reward that the run has learnt; None: it is one."""
     trainer = config.trainer
     if isinstance(trainer, IterateConfig) and trainer.reference == "updated" and trainer.rounds > 1:

@@ -19,7 +19,7 @@ import numpy as np
 
 from align.checkpoint import WriteFailed
 from align.data.chat import prompt_ids
-from align.data.pairs import Rule, pairs_of
+from align.data.pairs import PairRule, pairs_of
 from align.data.prompts import PromptRow
 from align.data.scored import Sample, Scored
 from align.files import write_whole
@@ -153,7 +153,7 @@ Select = Callable[[Sequence[Line]], Chosen]
 class Pairs:
     """Pairs by a rule of pairs.py; prompts whose scores are all equal, or fewer than two, are left out before it."""
 
-    rule: Rule
+    rule: PairRule
     max_per_prompt: int | None
     seed: int
 

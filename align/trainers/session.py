@@ -21,6 +21,7 @@ from align.data.audit import Audit
 from align.device import pick_device, pick_precision
 from align.engine.world import World, join, leave
 from align.log import Log
+from align.objectives.base import Objective
 from align.pretrained import Pretrained
 from align.rollout.base import EngineFailed
 from align.rundir import RunDirectory, environment
@@ -38,7 +39,7 @@ class Session:
 
     config: Config
     command: str  # as the user gave it
-    objective: Any
+    objective: Objective
     world: World
     out: RunDirectory
     log: Log
@@ -104,7 +105,7 @@ class Session:
         self.closing.close()
 
 
-def open_session(config: Config, command: str, objective: Any) -> Session:
+def open_session(config: Config, command: str, objective: Objective) -> Session:
     """The session of a run, which holds its directory. Raises ValueError for what the user can cure."""
     closing = ExitStack()
     try:
@@ -131,7 +132,7 @@ def open_session(config: Config, command: str, objective: Any) -> Session:
     )
 
 
-def start(config: Config, command: str, objective: Any, work: Callable[[Session], int]) -> int:
+def start(config: Config, command: str, objective: Objective, work: Callable[[Session], int]) -> int:
     """Run or resume; returns the exit code. Raises ValueError for what the user can cure."""
     session = open_session(config, command, objective)
     say = session.log.say

@@ -156,7 +156,7 @@ class Warm:
         """Held-out accuracy of each member, of the mean of their scores (ENS) and of the mean of their weights."""
         out: dict[str, Any] = {"members": len(members), "step": len(members), "merged": self.config.merge}
         out["seconds"] = self.session.seconds()
-        if not heldout or getattr(self.objective, "kind", "pair") != "pair" or len(self.objective.outputs) > 1:
+        if not heldout or self.objective.kind != "pair" or len(self.objective.outputs) > 1:
             return out
         scores = [self._scores(path, heldout) for path in members]  # M times [P, 2]
         ensemble = np.stack([mean(np.stack([s[:, side] for s in scores])) for side in (0, 1)], axis=1)

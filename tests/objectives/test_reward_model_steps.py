@@ -55,8 +55,9 @@ def rows_of(kind: str, num: int) -> list[Example]:
 
 def head_of(objective, width: int) -> torch.nn.Module:
     torch.manual_seed(3)
-    if hasattr(objective, "make_head"):
-        return objective.make_head(width)
+    own = objective.make_head(width)
+    if own is not None:
+        return own
     head = ScoreHead(width, len(objective.outputs), objective.gated)
     torch.nn.init.normal_(head.score.weight, std=0.2)  # large enough to learn within a few steps
     return head

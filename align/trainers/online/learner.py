@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from align.advantages.base import Advantage
 from align.advantages.kl import kl_coefficient
+from align.composers.base import Composer
 from align.config import OnlineConfig
 from align.engine.local import learning_rate
 from align.trainers import influence
@@ -30,7 +32,7 @@ class Learner:
         self,
         session: Session,
         trainee: Trainee,
-        advantage: Any,
+        advantage: Advantage,
         reference: Forward | None,
         composing: Composing | None,
         schedule_steps: int,
@@ -108,7 +110,12 @@ class Learner:
         return columns, flat(found["values"]) if critic else None
 
     def _influences(
-        self, parts: list[Example], columns: dict[str, Any], streams: Tensor, others: dict[str, Tensor], composer: Any
+        self,
+        parts: list[Example],
+        columns: dict[str, Any],
+        streams: Tensor,
+        others: dict[str, Tensor],
+        composer: Composer,
     ) -> influence.Influences | None:
         """What the gradients of the composer's objectives have to do with each other, before the update; None where the
         update's own passes serve for it."""

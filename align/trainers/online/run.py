@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from align import build, checkpoint
+from align.advantages.base import Advantage
 from align.config import Config, OnlineConfig
 from align.data.audit import Audit
 from align.data.prompts import PromptRow, load_prompts, prompts_fingerprint
@@ -70,7 +71,7 @@ class Parts:
     model_hash: str
 
 
-def run(session: Session, advantage: Any) -> int:
+def run(session: Session, advantage: Advantage) -> int:
     """Everything from prompts to final/; returns the exit code."""
     composer = composing.composing(session.config, advantage, session.log.say)
     asked = prompts_of(session, composer)
@@ -92,7 +93,7 @@ def run(session: Session, advantage: Any) -> int:
 
 def prepared(
     session: Session,
-    advantage: Any,
+    advantage: Advantage,
     composer: Composing | None,
     asked: Asked,
     plan: Plan,
@@ -149,7 +150,7 @@ def prompts_of(session: Session, composer: Composing | None) -> Asked:
 def _policy(
     session: Session,
     model: Any,
-    advantage: Any,
+    advantage: Advantage,
     composer: Composing | None,
     train: Sequence[PromptRow],
     plan: Plan,
