@@ -1,11 +1,12 @@
 """A run directory: its lock, its settings and what makes a second start a resumption.
 
-config.yaml  environment.json  audit.json  metrics.jsonl  samples.jsonl  summary.json  checkpoints/  final/
+config.yaml  hashes.json  environment.json  audit.json  metrics.jsonl  samples.jsonl  summary.json  checkpoints/  final/
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -19,12 +20,14 @@ from typing import Any, TextIO
 from omegaconf import OmegaConf
 
 from align import checkpoint
-from align.config import Config, differences
+from align.config import Config, differences, leaves
+from align.config.schema import may_change
 from align.engine.world import World, by_lead, together
 from align.files import write_whole
 
 _ATTEMPTS = 50
 _PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "hydra-core", "numpy", "vllm", "deepspeed")
+_HASHES = "hashes.json"  # of settings that come from the environment
 _OF_A_START = ("resolved.json", "before.json", "samples.jsonl", "nonfinite.json", "metrics.jsonl")
 
 
@@ -77,6 +80,7 @@ class RunDirectory:
             if not saved.exists():
                 raise ValueError(f"{self.checkpoints} has checkpoints but {saved} is gone; give another run.dir")
             self._compare(config)
+            self._compare_hashes(config)
         elif (self.path / "summary.json").exists():
             raise ValueError(
                 f"{self.path} holds a finished run without its checkpoints; give another run.dir, or remove it to "
@@ -89,6 +93,7 @@ class RunDirectory:
                 if not (same and name == "resolved.json"):
                     (self.path / name).unlink(missing_ok=True)
         write_whole(saved, OmegaConf.to_yaml(config.tree, resolve=False))
+        write_whole(self.path / _HASHES, json.dumps(_hashes(config), indent=1) + "\n")
         return resumed
 
     def write(self, name: str, text: str) -> None:
@@ -148,6 +153,28 @@ class RunDirectory:
                 f"{self.path} holds a run with {key}={there}, now it is {key}={now}{more}; give another run.dir, or "
                 "the same setting to resume"
             )
+
+    def _compare_hashes(self, config: Config) -> None:
+        """Raises ValueError if an environment variable now says something else; a run of before kept no hashes."""
+        saved = self.path / _HASHES
+        there = json.loads(saved.read_text()) if saved.exists() else {}
+        for key, digest in _hashes(config).items():
+            if there.get(key, digest) != digest and not may_change(key):
+                raise ValueError(
+                    f"{self.path} holds a run in which {key} had another value: its environment variable has changed; "
+                    "give another run.dir, or the same value to resume"
+                )
+
+
+def _hashes(config: Config) -> dict[str, str]:
+    """Of the settings that config.yaml names by an environment variable, what they were: their values may be secret."""
+    found = {}
+    for key, value in leaves(config.tree):
+        if "${oc.env:" in str(value):
+            now = OmegaConf.select(config.tree, key)
+            now = OmegaConf.to_container(now, resolve=True) if OmegaConf.is_config(now) else now
+            found[key] = hashlib.sha256(json.dumps([key, now]).encode()).hexdigest()
+    return found
 
 
 def default_name(config: Config) -> Path:

@@ -395,3 +395,22 @@ def test_what_a_resumed_run_may_change(key):
 @pytest.mark.parametrize("key", ["trainer.epochs", "optimizer.lr", "seed", "rollout._target_", "mergex", "runs.dir"])
 def test_what_a_resumed_run_is(key):
     assert not may_change(key)
+
+
+def test_epochs_of_the_command_line_take_the_place_of_the_recipes_steps():
+    with_steps = [name for name in recipes() if compose([f"recipe={name}", "model=tiny"]).trainer.max_steps]
+    assert len(with_steps) >= 10
+    settings = compose([f"recipe={with_steps[0]}", "model=tiny", "trainer.epochs=2"])
+    assert (settings.trainer.epochs, settings.trainer.max_steps) == (2, None)
+    assert settings.remarks[0].startswith("trainer.epochs=2 takes the place of the recipe's trainer.max_steps=")
+    assert settings.tree.trainer.max_steps is None
+    assert compose([f"recipe={with_steps[0]}", "model=tiny"]).remarks == ()
+
+
+def test_a_finished_run_needs_no_variable(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGN_TEST_PLACE", "mine.jsonl")
+    RunDirectory(compose(["model=tiny", "data.train=${oc.env:ALIGN_TEST_PLACE}", f"run.dir={tmp_path}"])).close()
+    assert compose_run([f"run.dir={tmp_path}"]).data.train == "mine.jsonl"
+    monkeypatch.delenv("ALIGN_TEST_PLACE")
+    assert compose_run([f"run.dir={tmp_path}"]).data.train == "$ALIGN_TEST_PLACE"
+    assert compose_run([f"run.dir={tmp_path}", "data.train=other.jsonl"]).data.train == "other.jsonl"

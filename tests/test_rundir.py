@@ -160,3 +160,17 @@ def test_a_process_that_does_not_see_the_directory(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="does not see what process 0 has written there; give a directory that all"):
         run._see_it()
     run.close()
+
+
+def test_a_changed_variable_is_seen_on_resume(tmp_path, monkeypatch):
+    """config.yaml holds its name: the value is compared by a hash."""
+    word = "optimizer.lr=${oc.env:ALIGN_TEST_RATE}"
+    monkeypatch.setenv("ALIGN_TEST_RATE", "1e-4")
+    open_run(tmp_path, word).close()
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    open_run(tmp_path, word).close()
+    monkeypatch.setenv("ALIGN_TEST_RATE", "1e-5")
+    with pytest.raises(ValueError, match="optimizer.lr had another value: its environment variable has changed"):
+        open_run(tmp_path, word)
+    (tmp_path / "hashes.json").unlink()  # as of a run of before
+    open_run(tmp_path, word).close()

@@ -19,6 +19,8 @@ def check(call: Call) -> int:
     from align.config.validate import validate
 
     validate(config)
+    for line in config.remarks:
+        say(line)
     choices = ", ".join(f"{g}={o}" for g, o in sorted(config.choices.items()))
     say(f"ok: {choices}")
     return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,22 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
         choices.pop(group, None)
     put_in(full, plugs, choices, words)
     expand_home(full)
-    return _typed(full, choices)
+    remark = _one_length(full, overrides)
+    config = _typed(full, choices)
+    return replace(config, remarks=(remark,)) if remark else config
+
+
+def _one_length(full: DictConfig, overrides: Sequence[str]) -> str | None:
+    """trainer.epochs has no effect beside trainer.max_steps: of the two the one that the command line names counts.
+    Sets the tree, returns what is to be said. Raises ConfigError if it names both."""
+    given = {word.lstrip("+").partition("=")[0] for word in overrides}
+    epochs, steps = full.trainer.get("epochs"), full.trainer.get("max_steps")
+    if "trainer.epochs" not in given or steps is None:
+        return None
+    if "trainer.max_steps" in given:
+        raise ConfigError(f"trainer.epochs={epochs} has no effect with trainer.max_steps={steps}: give one of them")
+    full.trainer.max_steps = None
+    return f"trainer.epochs={epochs} takes the place of the recipe's trainer.max_steps={steps}"
 
 
 def expand_home(node: DictConfig) -> None:
@@ -101,7 +117,18 @@ def compose_run(overrides: Sequence[str]) -> Config:
             raise ConfigError(f"{key} cannot be set for a finished run{nearest(key, allowed)}")
         OmegaConf.update(tree, key, yaml.safe_load(value))
     tree.run.dir = str(path.parent)
+    _unresolved(tree)
     return _typed(tree, {"objective": str(tree.objective.get("_target_", "")).rpartition(".")[2]})
+
+
+def _unresolved(tree: DictConfig) -> None:
+    """A setting whose environment variable is gone keeps its text: a finished run does not need its secrets again."""
+    for key, value in leaves(tree):
+        if isinstance(value, str) and "${oc.env:" in value:
+            try:
+                OmegaConf.select(tree, key)
+            except OmegaConfBaseException:  # without its braces it is no interpolation
+                OmegaConf.update(tree, key, re.sub(r"\$\{oc\.env:([^},]+)[^}]*\}", r"$\1", value))
 
 
 def differences(old: DictConfig, new: DictConfig) -> dict[str, tuple[Any, Any]]:

@@ -275,6 +275,7 @@ class Config:
     pairs: DictConfig | None  # the rule of align data pairs and of collected pairs
     choices: dict[str, str] = field(compare=False)  # group -> option, for names and the model card
     tree: DictConfig = field(compare=False)  # as composed, for config.yaml
+    remarks: tuple[str, ...] = field(default=(), compare=False)  # what the user is told of how it was composed
 
 
 SECTIONS = {

@@ -137,6 +137,8 @@ def start(config: Config, command: str, objective: Objective, work: Callable[[Se
     session = open_session(config, command, objective)
     say = session.log.say
     try:
+        for line in config.remarks:
+            say(line)
         return work(session)
     except Stopped as stop:
         say(f"{stop}; everything is saved, the same command goes on (exit code {stop.code})")

@@ -160,7 +160,7 @@ def test_held_out_answers_agree_with_the_summary(remax):
 
 def test_metrics_are_those_of_all_that_was_drawn(tmp_path):
     """Prompts that taught nothing and were replaced are the policy's work too: else the reward looks better."""
-    run = done(tmp_path, *FAMILY["dynamic"], "trainer.max_steps=3", "trainer.epochs=1", "trainer.num_samples=0")
+    run = done(tmp_path, *FAMILY["dynamic"], "trainer.max_steps=3", "trainer.num_samples=0")
     for row in rows_of(run):
         scores = [s["score"] for line in samples_of(run, row["step"]) for s in line["samples"]]
         assert row["reward/coin"] == pytest.approx(np.mean(scores))
