@@ -19,6 +19,7 @@ from align.objectives.base import Objective, as_objective
 from align.pretrained import Pretrained
 from align.rollout.base import Host, Rollout
 from align.tools import Tool
+from align.trainers.callbacks import Callback, as_callback
 
 
 def objective(config: Config) -> Objective:
@@ -61,6 +62,12 @@ def composer(node: DictConfig, names: Sequence[str]) -> Composer:
 def trainer(config: Config) -> Any:
     """The function train(config, command) of the loop that trainer.kind names."""
     return function(f"align.trainers.{config.trainer.kind}.train", "trainer.kind")
+
+
+def callbacks(config: Config) -> list[Callback]:
+    """What is told of steps and evaluations. Raises ValueError for what cannot be made, or would be told nothing."""
+    nodes = {f"callbacks.{name}": node for name, node in (config.callbacks or {}).items()}
+    return [as_callback(_instantiate(node, key), key) for key, node in nodes.items()]
 
 
 def rollout(config: Config, host: Host) -> Rollout:

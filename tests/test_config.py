@@ -97,7 +97,7 @@ def test_fields_are_keys_of_root_section(name, cls):
 
 def test_root_holds_nothing_without_a_type():
     root = yaml.safe_load((CONFIGS / "config.yaml").read_text())
-    assert set(root) - {"defaults"} == {"seed", "run", "lora", "head", "reference", "sampling", "merge"}
+    assert set(root) - {"defaults"} == {"seed", "run", "callbacks", "lora", "head", "reference", "sampling", "merge"}
 
 
 @pytest.mark.parametrize(
@@ -330,6 +330,7 @@ def test_differences_allow_exactly_the_resumable_keys():
             assert list(differences(here, other)) == [key]
     assert free == {
         "trainer.max_steps", "trainer.save_every", "trainer.keep_checkpoints", "merge", "run.dir",
+        "trainer.export_every", "trainer.export_at", "callbacks",
         "engine.stage", "engine.offload_optimizer", "engine.offload_parameters", "engine.timeout_s",
         "launch.kind", "launch.processes", "launch.threads", "launch.port",
         "log.console_every", "log.tensorboard", "log.wandb", "log.wandb_project",

@@ -32,7 +32,9 @@ from align.vocabulary import recipes, shipped_root
 
 # New keys: a composer's numbers and an objective's weights by component, also those of a part of another, functions of
 # data.margins, components of the reward and DeepSpeed's settings.
-_OPEN = re.compile(r"composer\.|reward\.|engine\.deepspeed\.|data\.margins\.|objective\.([^=]+\.)?weights\.")
+_OPEN = re.compile(
+    r"composer\.|reward\.|callbacks\.|engine\.deepspeed\.|data\.margins\.|objective\.([^=]+\.)?weights\."
+)
 # Settings that name a file or a directory, by their last part; a shell leaves the ~ of key=~/x as it is.
 _PLACES = ("path", "dir", "directory", "cache_dir", "log_dir", "train", "heldout", "offline_data", "starts", "venv")
 
@@ -108,7 +110,7 @@ def compose_run(overrides: Sequence[str]) -> Config:
     tree = OmegaConf.load(path)
     assert isinstance(tree, DictConfig)
     # an older run has none, or fewer of their keys
-    for group, option in (("engine", "local"), ("launch", "local"), ("data", "files")):
+    for group, option in (("engine", "local"), ("launch", "local"), ("data", "files"), ("trainer", "offline")):
         shipped = OmegaConf.load(shipped_root() / "configs" / group / f"{option}.yaml")
         tree[group] = OmegaConf.merge(shipped, tree.get(group) or {})
     allowed = {key for key, _ in leaves(tree) if key.split(".")[0] in ("data", "launch") or key in EVALUATION}
@@ -181,7 +183,7 @@ def _refuse_unknown(full: DictConfig, known: DictConfig, choices: dict[str, str]
             continue
         if key.startswith("reward.") and key.count(".") > 1:  # its keys are those of what it names
             continue
-        if key.startswith("engine.deepspeed."):  # the engine knows them
+        if key.startswith(("engine.deepspeed.", "callbacks.")):  # the engine, or the class that is named, knows them
             continue
         if key not in allowed and not any(key.startswith(f"{a}.") for a in allowed):
             if key.replace(".", "/") in all_groups():
@@ -238,6 +240,7 @@ def _typed(tree: DictConfig, choices: dict[str, str]) -> Config:
         rollout=tree.rollout,
         advantage=tree.get("advantage"),
         reward=tree.get("reward"),
+        callbacks=tree.get("callbacks"),
         composer=tree.get("composer"),
         pairs=tree.get("pairs"),
         choices=choices,

@@ -64,6 +64,11 @@ def at_least(low: float, at_most: float | None = None, below: float | None = Non
     return Range(low, below if at_most is None else at_most, high_in=below is None)
 
 
+def between(low: float, high: float) -> Range:
+    """low < x < high."""
+    return Range(low, high, low_in=False, high_in=False)
+
+
 def one_of(*names: str) -> Choices:
     """x is one of these."""
     return Choices(names)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from omegaconf import DictConfig
 
-from align.config.limits import Resumable, above, at_least, marks, one_of, resumable
+from align.config.limits import Resumable, above, at_least, between, marks, one_of, resumable
 
 
 class ConfigError(ValueError):
@@ -114,6 +114,11 @@ class TrainerConfig:
     eval_every: Annotated[int, at_least(0)]
     save_every: Annotated[int, at_least(1), resumable]
     keep_checkpoints: Annotated[int, at_least(1), resumable]
+    keep_best: str | None
+    stop_after: Annotated[int | None, at_least(1)]
+    export_every: Annotated[int | None, at_least(1), resumable]
+    export_at: Annotated[list[int] | None, resumable]
+    ema: Annotated[float | None, between(0, 1)]
     num_samples: Annotated[int, at_least(0)]
     sample_tokens: Annotated[int, at_least(1)]
 
@@ -268,6 +273,7 @@ class Config:
     model: DictConfig
     objective: DictConfig
     rollout: Annotated[DictConfig, Resumable(("urls",))]
+    callbacks: Annotated[DictConfig | None, resumable]  # what is told of steps and evaluations, by name
     sampling: SamplingConfig
     advantage: DictConfig | None  # how rewards become advantages; online training only
     reward: DictConfig | None  # name of a component -> its _target_, weight and keys

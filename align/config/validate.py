@@ -36,6 +36,7 @@ def validate(config: Config) -> None:
     build.check_margins(config, objective)
     _check_processes(config)
     _check_launch(config)
+    _check_observers(config)
 
 
 def check_model(config: Config) -> None:
@@ -115,3 +116,25 @@ def _check_processes(config: Config) -> None:
             "collect runs in one process: use engine=local; with trainer.max_steps=1 it collects, and its pairs are "
             "data.train of another run"
         )
+
+
+def _check_observers(config: Config) -> None:
+    """Raises ValueError for a best model that nothing tells, and callbacks that cannot be made."""
+    t = config.trainer
+    if t.stop_after is not None and t.keep_best is None:
+        raise ValueError(
+            f"trainer.stop_after={t.stop_after} has no effect without trainer.keep_best; use keep_best=loss/heldout"
+        )
+    if t.keep_best is not None:
+        if t.kind == "iterate":
+            raise ValueError(
+                f"trainer.keep_best={t.keep_best} has no effect with trainer=iterate: a round's training is evaluated "
+                "at its end; remove it"
+            )
+        if (config.data.heldout is None and config.data.heldout_fraction == 0) or t.eval_every == 0:
+            raise ValueError(
+                f"trainer.keep_best={t.keep_best} needs evaluations: set data.heldout, and trainer.eval_every above 0"
+            )
+    if t.export_at is not None and any(step < 1 for step in t.export_at):
+        raise ValueError(f"trainer.export_at={t.export_at}: must be steps from 1 on")
+    build.callbacks(config)

@@ -55,7 +55,10 @@ def _write_policy(policy: Network, generation_config: Any, merge: bool, director
         model = copy.deepcopy(model).merge_and_unload()
     if generation_config is not None:
         generation_config.save_pretrained(directory)
-    model.save_pretrained(directory)
+    if is_peft(model):  # and not what a reward has put beside it
+        model.save_pretrained(directory, selected_adapters=["default"])
+    else:
+        model.save_pretrained(directory)
 
 
 def model_card(config: Config, base: str, command: str, summary: dict[str, Any]) -> str:
@@ -115,6 +118,12 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         )
         interval = f"{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
         out.append(("  change, 95 % paired bootstrap", "", interval))
+    if "best" in summary:
+        best = summary["best"]
+        out.append((f"best {best['metric']}, after step {best['step']}", "", f"{best['value']:.4g}"))
+    if "nothing_learnt" in summary:
+        idle = summary["nothing_learnt"]
+        out.append((f"steps that taught nothing: {idle['why']}", "", f"{idle['steps']} of {idle['of']}"))
     samples = summary.get("samples")
     if samples:
         before, after = samples["before"], samples["after"]

@@ -84,7 +84,7 @@ def run(session: Session, given: Given | None = None) -> int:
     _loss_before(session, trainee, data.heldout)
     resume.restore(session, engine, state, plan)
     fixed = {"schedule_steps": plan.schedule_steps, "data": hashes, "model": parts.model_hash}
-    observers = observers_of(session, parts.whole, parts.form)
+    observers = observers_of(session, parts.whole, plan.num_steps, parts.form)
     loop = StepLoop(session, plan.num_steps, state, fixed, observers, engine.write, size_of(engine))
     step = loop.run(Offline(session, trainee, plan, data.train, data.heldout))
     session.signals.agree_again()

@@ -152,7 +152,8 @@ class Whole:
         """The same of other weights, by name, of those that are trained; the lead's are taken."""
 
         def write() -> None:
-            network = self.trained.copy(torch.device("cpu"))
+            with torch.random.fork_rng():  # what follows draws as if nothing had been written
+                network = self.trained.copy(torch.device("cpu"))
             fill(network, weights.items())
             self._write(target, network, summary, form)
 

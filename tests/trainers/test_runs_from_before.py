@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from align.config import compose_run
 from tests.trainers.online_runs import rows_of
 
 BEFORE = Path(__file__).parent / "runs_63cd4e7"
@@ -49,6 +50,13 @@ def test_it_goes_on(tmp_path, run):
         assert known(row).keys() == was.keys()
         # another processor rounds otherwise, and these are small differences of sums over few tokens
         assert known(row) == {name: pytest.approx(value, rel=1e-3, abs=1e-4) for name, value in was.items()}
+
+
+@pytest.mark.parametrize("run", ["offline", "online"])
+def test_its_settings_are_read(run):
+    config = compose_run([f"run.dir={BEFORE / run}"])
+    assert (config.trainer.kind, config.trainer.max_steps, config.trainer.keep_best) == (run, 8, None)
+    assert config.callbacks is None
 
 
 def test_with_other_settings_it_is_refused(tmp_path):

@@ -82,7 +82,7 @@ def run(session: Session, advantage: Advantage) -> int:
         return 0
     parts = prepared(session, advantage, composer, asked, plan, state)
     fixed = {"schedule_steps": plan.schedule_steps, "data": asked.hashes, "model": parts.model_hash}
-    engine, observers = parts.whole.engine, observers_of(session, parts.whole)
+    engine, observers = parts.whole.engine, observers_of(session, parts.whole, plan.num_steps)
     loop = StepLoop(session, plan.num_steps, state, fixed, observers, engine.write, size_of(engine))
     step = loop.run(parts.task)
     summary = _summary(session, parts.task, step) | loop.summary()
