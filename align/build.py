@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ from omegaconf import DictConfig
 
 from align.advantages.base import Advantage
 from align.composers.base import Composer
-from align.config import Config
+from align.config import Config, OwnOptimizerConfig
 from align.contracts import adopt, declared_by
 from align.data.margins import scoring
 from align.data.pairs import PairRule
@@ -24,7 +26,29 @@ from align.trainers.callbacks import Callback, as_callback
 
 def objective(config: Config) -> Objective:
     """The objective of a run. Raises ValueError for impossible values and for keys its class does not know."""
-    return as_objective(_instantiate(config.objective, "objective"), "objective")
+    return as_objective(_instantiate(_with_functions(config.objective), "objective"), "objective")
+
+
+def _with_functions(node: DictConfig) -> DictConfig:
+    """A loss that is a plain function (ratios, beta) -> losses is not called when it is made."""
+    out = copy.deepcopy(node)
+    for key, part in out.items():
+        if isinstance(part, DictConfig) and "_target_" in part:
+            if key == "loss" and inspect.isfunction(function(str(part["_target_"]), f"objective.{key}._target_")):
+                part["_partial_"] = True
+            out[key] = _with_functions(part)
+    return out
+
+
+def check_optimizer(config: Config) -> None:
+    """Raises ValueError for an optimiser of one's own that cannot be imported or does not take its keys."""
+    if not isinstance(config.optimizer, OwnOptimizerConfig):
+        return
+    made = function(config.optimizer.target, "optimizer._target_")
+    try:
+        inspect.signature(made).bind([], lr=config.optimizer.lr, **config.optimizer.keys)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"optimizer ({config.optimizer.target}): {error}") from error
 
 
 def check_margins(config: Config, objective: Objective) -> None:

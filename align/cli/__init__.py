@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from align.cli import pages
 from align.cli.parse import parse
@@ -41,11 +42,24 @@ def _call(command: Command, words: Sequence[str]) -> int:
     logging.getLogger("hydra").addHandler(logging.NullHandler())  # its errors reach the user as our one line
     module, _, name = command.run.partition(":")
     try:
-        return getattr(import_module(module), name)(parse(command, words))
+        call = parse(command, words)
+        _make_importable(call.config_dir)
+        return getattr(import_module(module), name)(call)
     except ValueError as error:  # the user can cure it: one line, no traceback
         return _refuse(" ".join(str(error).split()))
     except KeyboardInterrupt:
         return 130
+
+
+def _make_importable(config_dir: Path | None) -> None:
+    """Parts of one's own, by dotted path: in the folder one stands in and beside one's configs.
+
+    Last, so that a file of the user's hides no package. Workers of rewards get sys.path as it is; processes of a run,
+    also those that Slurm starts, come by here.
+    """
+    for folder in (Path.cwd(), *([config_dir.resolve().parent] if config_dir else [])):
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
 
 
 def _group(words: Sequence[str], helped: bool) -> int:

@@ -23,8 +23,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from align.config.explain import explain, leaves, nearest, one_line, written
-from align.config.plugs import absent, plugged, put_in
-from align.config.schema import EVALUATION, KINDS, SECTIONS, Config, ConfigError, may_change
+from align.config.plugs import absent, own_optimizer, plugged, put_in
+from align.config.schema import EVALUATION, KINDS, SECTIONS, Config, ConfigError, OwnOptimizerConfig, may_change
 from align.config.values import check_values
 from align.config.words import read
 from align.vocabulary import groups as all_groups
@@ -221,6 +221,8 @@ def _typed(tree: DictConfig, choices: dict[str, str]) -> Config:
             if kind not in KINDS[name]:
                 raise ConfigError(f"{name}.kind={kind}: must be one of {', '.join(KINDS[name])}")
             cls = KINDS[name][kind]
+        if name == "optimizer" and "_target_" in values[name]:
+            values[name], cls = own_optimizer(values[name]), OwnOptimizerConfig
         schema = OmegaConf.structured(cls)
         OmegaConf.set_readonly(schema, False)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -17,6 +18,11 @@ _NO_CLASS = ("data", "trainer", "log", "engine", "launch", "collect")
 _MAY_BE_ABSENT = ("collect", "advantage", "reward", "composer", "pairs")
 # What of the optimiser is the loop's: it sets the rate of each step, and clips.
 _SCHEDULE = ("lr", "max_grad_norm", "schedule", "warmup_fraction", "final_fraction")
+_ADAMW = {
+    "betas": [0.9, 0.999],
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+}  # not read of an optimiser of one's own
 
 
 def absent(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -74,10 +80,16 @@ def _check_part(tree: DictConfig, key: str) -> None:
     if key in _NO_CLASS:
         raise ConfigError(f"{key}._target_ is not a setting; {key} takes no class, only options: {key}=NAME")
     section, _, name = key.partition(".")
-    named = section in ("reward", *(["callbacks"] if "callbacks" in tree else [])) and name and "." not in name
-    if named or key.replace(".", "/") in groups():
+    if (section in ("reward", "callbacks") and name and "." not in name) or key.replace(".", "/") in groups():
         return
     node = OmegaConf.select(tree, key)
     if not isinstance(node, DictConfig) or "_target_" not in node:
         known = {name.replace("/", ".") for name in groups()} - {*_NO_CLASS, "reward"}
         raise ConfigError(f"{key}._target_ is not a setting{nearest(key, known)}")
+
+
+def own_optimizer(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of OwnOptimizerConfig, of the section `optimizer` with a _target_."""
+    keys = {key: value for key, value in values.items() if key not in ("_target_", *_SCHEDULE)}
+    ours = {key: values[key] for key in _SCHEDULE if key in values}
+    return ours | _ADAMW | {"target": values["_target_"], "keys": keys}

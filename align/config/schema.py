@@ -68,6 +68,14 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class OwnOptimizerConfig(OptimizerConfig):
+    """optimizer._target_: a class of the user's own; betas, eps and weight_decay are AdamW's and are not read."""
+
+    target: str
+    keys: dict[str, Any]  # what stands beside it
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """configs/data"""
 
@@ -84,6 +92,8 @@ class DataConfig:
     max_bad_fraction: Annotated[float, at_least(0, at_most=1)]
     gold: str | None
     margins: Any  # name of a component -> dotted path of a function
+    format: str | None = None
+    loader: str | None = None
 
 
 @dataclass(frozen=True)

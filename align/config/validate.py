@@ -31,6 +31,7 @@ def validate(config: Config) -> None:
     objective = build.objective(config)
     check_model(config)
     check_data(config)
+    build.check_optimizer(config)
     _TRAINERS[config.trainer.kind](config, objective)
     _check_head(config, objective)
     build.check_margins(config, objective)
@@ -64,13 +65,15 @@ def check_data(config: Config) -> None:
     for key, names in (("data.train", config.data.train), ("data.heldout", config.data.heldout)):
         if names is None or (config.collect is not None and key == "data.train"):
             continue
-        for source in locate_all(names, key):
+        for source in locate_all(names, key, config.data.loader):
             if source.kind == "gym":
                 gym.check_task(gym.parse_name(source.name).task, source.name)
     if config.collect is not None:
         gym.check_task(config.collect.task, f"collect.task={config.collect.task}")
-    if config.data.gold is not None:
-        build.function(config.data.gold, "data.gold")
+    data = config.data
+    for key, path in (("data.gold", data.gold), ("data.format", data.format), ("data.loader", data.loader)):
+        if path is not None:
+            build.function(path, key)
 
 
 def _check_head(config: Config, objective: Objective) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from align.config.explain import written
 from align.config.limits import Resumable, marks
-from align.config.schema import Config, ConfigError
+from align.config.schema import Config, ConfigError, OwnOptimizerConfig
 from align.engine.settings import check_engine
 
 
@@ -82,5 +82,10 @@ def _check_together(config: Config) -> None:
         check_engine(engine.stage, engine.offload_optimizer, engine.offload_parameters, engine.deepspeed)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if isinstance(config.optimizer, OwnOptimizerConfig) and engine.stage is not None:
+        raise ConfigError(
+            f"optimizer._target_={config.optimizer.target}: the checkpoints of engine=zero0 to zero3 hold AdamW's "
+            "moments; use engine=local"
+        )
     if config.merge and lora.rank == 0:
         raise ConfigError("merge=true has no effect with lora.rank=0; remove it or set lora.rank")

@@ -108,12 +108,12 @@ def _several(key: str, value: str) -> str:
 
 
 def _long(word: str, config_dir: Path | None) -> list[str]:
-    """model=PATH and reward.NAME=module.function written out."""
+    """model=PATH, reward.NAME=module.function and callbacks.NAME=module.Class written out."""
     key, _, value = word.partition("=")
     path = value.strip("'")
     if key == "model" and value not in options("model", config_dir) and ("/" in path or Path(path).is_dir()):
         return ["model=hub", f"model.path={value}"]
-    if re.fullmatch(r"reward\.[^._][^.]*", key) and re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value):
+    if re.fullmatch(r"(reward|callbacks)\.[^._][^.]*", key) and re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value):
         return [f"{key}._target_={value}"]
     return [word]
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Reasons for which a row is left out that are no fault of it: too long for data.max_tokens (data.overlong rules these),
-# of no use to the objective, or generated for both splits.
+# of no use to the objective, generated for both splits, or left out by data.format.
 OVERLONG = ("too_long", "prompt_too_long", "dead_pair")
 NOT_USED = "undesirable"
 IN_TRAIN = "also_in_train"
-NO_FAULT = (NOT_USED, IN_TRAIN)
+LEFT_OUT = "left_out"
+NO_FAULT = (NOT_USED, IN_TRAIN, LEFT_OUT)
 
 
 @dataclass

@@ -8,14 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 from align.data import gym
 
-Kind = Literal["jsonl", "json", "parquet", "saved", "directory", "hub", "gym"]
+Kind = Literal["jsonl", "json", "parquet", "saved", "directory", "hub", "gym", "loader"]
 _SUFFIXES: dict[str, Kind] = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"}
 
 
@@ -33,14 +34,20 @@ class Source:
 
     name: str  # as the user wrote it
     kind: Kind
-    path: Path | None  # None on the hub and for problems of a gym
+    path: Path | None  # None on the hub, for problems of a gym and of a loader
+    loader: str | None = None  # dotted path of the user's own
 
 
-def locate_all(names: Any, key: str) -> list[Source]:
-    """The sources that the setting `key` means: one name or a list. Raises ValueError; reads nothing."""
+def locate_all(names: Any, key: str, loader: str | None = None) -> list[Source]:
+    """The sources that the setting `key` means: one name or a list. Raises ValueError; reads nothing.
+
+    loader: data.loader, to which the names belong.
+    """
     listed = names if isinstance(names, list) else [names]
     if not listed or not all(isinstance(name, str) and name for name in listed):
         raise ValueError(f"{key}={names}: must be a file, a directory or a hub data set, or a list of them")
+    if loader is not None:
+        return [Source(name, "loader", None, loader) for name in listed]
     return [locate(name) for name in listed]
 
 
@@ -79,6 +86,8 @@ def read(source: Source) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
         yield from _jsonl(source)
     elif source.kind == "json":
         yield from _json(source)
+    elif source.kind == "loader":
+        yield from _loaded(source)
     elif source.kind == "gym":
         for number, row in enumerate(gym.rows(gym.parse_name(source.name)), 1):
             yield f"{source.name}:{number}", row
@@ -88,14 +97,33 @@ def read(source: Source) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
             yield f"{source.name}:{number}", _present(row)
 
 
+def imported(path: str, key: str) -> Callable[..., Any]:
+    """A function of the user's own. Raises ValueError, naming the setting, if there is none."""
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{key}={path}: cannot be imported ({' '.join(str(error).split())[:200]})") from error
+    if not callable(found):
+        raise ValueError(f"{key}={path}: must be a function")
+    return found
+
+
+def _loaded(source: Source) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    assert source.loader is not None
+    for number, row in enumerate(imported(source.loader, "data.loader")(source.name), 1):
+        wrong = BadRow("not_an_object", f"data.loader={source.loader} gave {type(row).__name__}, not a mapping")
+        yield f"{source.name}:{number}", dict(row) if isinstance(row, Mapping) else wrong
+
+
 def content_hash(source: Source) -> str:
-    """sha256 of a file's or directory's bytes, or of the rows of a generator; of its name for a hub data set, whose
-    rows are hashed when read."""
+    """sha256 of a file's or directory's bytes, or of the rows of a generator; of its name for a hub data set and for
+    what a loader reads, whose rows are hashed when read."""
     digest = hashlib.sha256()
     if source.kind == "gym":
         digest.update("\n".join(gym.lines(gym.parse_name(source.name))).encode())
     elif source.path is None:
-        digest.update(source.name.encode())
+        digest.update("".join(filter(None, (source.loader, source.name))).encode())
     else:
         files = [source.path] if source.path.is_file() else sorted(p for p in source.path.rglob("*") if p.is_file())
         for file in files:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from align.config import DataConfig
-from align.data.audit import IN_TRAIN, NO_FAULT, OVERLONG, Audit, SplitAudit
+from align.data.audit import IN_TRAIN, LEFT_OUT, NO_FAULT, OVERLONG, Audit, SplitAudit
 from align.data.examples import NotUsed
-from align.data.sources import BadRow, Source, content_hash, locate_all, read
+from align.data.sources import BadRow, Source, content_hash, imported, locate_all, read
 
 
 class Sourced(Protocol):
@@ -50,9 +50,10 @@ class Reader(Generic[R]):
         max_bad_fraction of them with drop, and for a split of which nothing is left.
         """
         config = self.config
-        sources = locate_all(config.train, "data.train")
+        sources = locate_all(config.train, "data.train", config.loader)
         repeats(config, len(sources))  # refused before anything is read
-        heldout_sources = None if config.heldout is None else locate_all(config.heldout, "data.heldout")
+        held_names = config.heldout
+        heldout_sources = None if held_names is None else locate_all(held_names, "data.heldout", config.loader)
         parts = self._split(sources, audit.train, f"data.train={config.train}")
         if heldout_sources is not None:
             held = self._split(heldout_sources, audit.heldout, f"data.heldout={config.heldout}")
@@ -75,13 +76,30 @@ class Reader(Generic[R]):
                 try:
                     if isinstance(record, BadRow):
                         raise record
-                    part.append(self.understand(record, where))
+                    part.append(self.understand(self._formatted(record), where))
                 except BadRow as bad:
                     self._drop(audit, where, bad)
             parts.append(part)
         if not self.to_the_end:
             self._judge(audit, setting, any(parts))
         return parts
+
+    def _formatted(self, record: dict[str, Any]) -> dict[str, Any]:
+        """What data.format makes of a record. Raises BadRow if it fails, and for one that it leaves out."""
+        path = self.config.format
+        if path is None:
+            return record
+        function = imported(path, "data.format")
+        try:
+            made = function(record)
+        except Exception as error:  # a function of the user's may raise anything; the row is what it needs to know
+            told = " ".join(f"{type(error).__name__}: {error}".split())
+            raise BadRow("format", f"data.format={path} failed: {told}") from error
+        if made is None:
+            raise NotUsed(LEFT_OUT, f"data.format={path} leaves it out")
+        if not isinstance(made, Mapping):
+            raise BadRow("format", f"data.format={path} gave {type(made).__name__}, not a mapping or None")
+        return dict(made)
 
     def _drop(self, audit: SplitAudit, where: str, bad: BadRow) -> None:
         overlong = bad.reason in OVERLONG

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from align.config import OptimizerConfig
+from align.config import OptimizerConfig, OwnOptimizerConfig
 from align.engine.world import World
 from align.models import Network
 from align.types import PackedBatch, Stats
@@ -120,20 +120,18 @@ class Engine(Protocol):
 def parameter_groups(
     parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, value_lr_scale: float
 ) -> list[dict[str, Any]]:
-    """Groups of an AdamW: matrices, which decay, the rest, and a value head with a learning rate of its own."""
+    """Groups of an optimiser: matrices, which decay, the rest, and a value head with a learning rate of its own."""
     value = [p for n, p in parameters.items() if n.startswith("value_head.")]
     policy_only = [p for n, p in parameters.items() if not n.startswith("value_head.")]
     decay = [p for p in policy_only if len(shape_of(p)) > 1]
     rest = [p for p in policy_only if len(shape_of(p)) <= 1]  # norms and biases are not decayed
-    return [
-        {"params": params, "weight_decay": weight_decay, "scale": scale}
-        for params, weight_decay, scale in (
-            (decay, config.weight_decay, 1.0),
-            (rest, 0.0, 1.0),
-            (value, 0.0, value_lr_scale),
-        )
-        if params
+    own = isinstance(config, OwnOptimizerConfig)  # decays by the key beside it, or as it does by itself
+    found = [
+        {"params": decay, "scale": 1.0} | ({} if own else {"weight_decay": config.weight_decay}),
+        {"params": rest, "scale": 1.0, "weight_decay": 0.0},
+        {"params": value, "scale": value_lr_scale, "weight_decay": 0.0},
     ]
+    return [group for group in found if group["params"]]
 
 
 def shape_of(p: nn.Parameter) -> torch.Size:

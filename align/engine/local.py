@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,6 +14,7 @@ from torch import Tensor
 from align.config import OptimizerConfig
 from align.engine.base import WholeGradients, moving, parameter_groups, seed_generators
 from align.engine.files import TensorFiles, file_name, saved_files
+from align.engine.optimizer import OptimizerState, make_optimizer
 from align.engine.world import World
 from align.models import Network
 from align.types import PackedBatch, Stats
@@ -42,9 +42,8 @@ class LocalEngine:
         self.sharded = False
         self.parameters = {n: p for n, p in policy.named_parameters() if p.requires_grad}
         groups = parameter_groups(self.parameters, config, value_lr_scale)
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True
-        )
+        self.optimizer = make_optimizer(groups, config)
+        self._state = OptimizerState(self.optimizer, self.parameters)
 
     def forward(self, batch: PackedBatch, needs: frozenset[str]) -> Stats:
         """The policy's stats in the run's precision."""
@@ -116,10 +115,7 @@ class LocalEngine:
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Moments and counts of each weight, and the generators' states, as flat names."""
-        out = {}
-        for name, p in self.parameters.items():
-            for key, value in self.optimizer.state.get(p, {}).items():
-                out[f"{name}|{key}"] = value
+        out = self._state.tensors()
         out["rng|cpu"] = torch.get_rng_state()
         if self.policy.device.type == "cuda":
             out["rng|cuda"] = torch.cuda.get_rng_state(self.policy.device)
@@ -139,15 +135,7 @@ class LocalEngine:
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(model[name])
-        for name, p in self.parameters.items():
-            state: dict[str, Any] = {}
-            for full, value in optimizer.items():
-                owner, _, key = full.rpartition("|")
-                if owner == name:
-                    # a fused optimiser keeps its count beside the weights
-                    state[key] = value.to(p.device) if value.ndim or p.is_cuda else value.clone()
-            if state:
-                self.optimizer.state[p] = state
+        self._state.restore(optimizer)
         torch.set_rng_state(optimizer["rng|cpu"].cpu())
         if "rng|cuda" in optimizer and self.policy.device.type == "cuda":
             torch.cuda.set_rng_state(optimizer["rng|cuda"].cpu(), self.policy.device)

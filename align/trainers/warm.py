@@ -85,7 +85,8 @@ def settings_of(config: Config, number: int, precision: str | None = None) -> Co
     run = replace(config.run, dir=str(directory_of(config, number)))
     merge = lora.rank > 0  # weights are averaged, not factors
     trainer = TrainerConfig(**own)
-    for name, section in dict(run=run, lora=lora, head=head, optimizer=optimizer, trainer=trainer).items():
+    tree.optimizer.lr = optimizer.lr
+    for name, section in dict(run=run, lora=lora, head=head, trainer=trainer).items():
         tree[name] = {f.name: getattr(section, f.name) for f in fields(section)}
     tree.seed, tree.merge, tree.log.wandb = seed, merge, "off"
     return replace(

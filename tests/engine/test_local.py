@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from align.config import OptimizerConfig
+from align.config import OptimizerConfig, OwnOptimizerConfig
 from align.engine.local import LocalEngine, learning_rate
 from align.models import Policy, lora
 from align.packing import pack
@@ -173,3 +173,73 @@ def test_learning_rate_by_hand(schedule, warmup, steps, final, expected):
     config = optimizer(lr=2e-3, schedule=schedule, warmup_fraction=warmup, final_fraction=final)
     for step, share in expected.items():
         assert learning_rate(config, step, steps) == pytest.approx(2e-3 * share, abs=1e-15), step
+
+
+class Counting(torch.optim.SGD):
+    """SGD that keeps numbers beside its tensors, by weight and by group."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["scale_seen"] = group.get("scale_seen", 0.0) + 0.1
+            for p in group["params"]:
+                self.state[p]["count"] = self.state[p].get("count", 0) + 1
+                self.state[p]["odd"] = bool(self.state[p]["count"] % 2)
+        return super().step(closure)
+
+
+def no_optimizer(groups, lr):
+    return groups, lr
+
+
+def own_engine(target, **keys) -> LocalEngine:
+    config = OwnOptimizerConfig(**vars(optimizer()), target=target, keys=keys)
+    return LocalEngine(Policy(tiny_model("llama", torch.float32), "packed"), config, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "target, keys",
+    [
+        ("torch.optim.SGD", {"momentum": 0.9, "weight_decay": 0.1}),
+        ("torch.optim.RMSprop", {"centered": True}),
+        ("torch.optim.Adagrad", {}),
+        ("torch.optim.AdamW", {"amsgrad": True}),
+        ("tests.engine.test_local.Counting", {"momentum": 0.9}),
+    ],
+)
+def test_an_optimiser_of_ones_own_comes_back_bit_for_bit(make_pairs, tmp_path, target, keys):
+    pairs = make_pairs(4)
+    whole, halves = own_engine(target, **keys), own_engine(target, **keys)
+    for own in (whole, halves):
+        for _ in range(2):
+            backward(own, pairs)
+            own.step(1e-2)
+    halves.write(tmp_path)
+    again = own_engine(target, **keys)
+    again.read(tmp_path)
+    for own in (whole, again):
+        backward(own, pairs)
+        own.step(1e-2)
+    for name, p in whole.parameters.items():
+        assert torch.equal(p, again.parameters[name]), name
+        one, two = whole.optimizer.state[p], again.optimizer.state[again.parameters[name]]
+        assert {k: type(v) for k, v in one.items() if v is not None} == {k: type(v) for k, v in two.items()}
+    for one, two in zip(whole.optimizer.param_groups, again.optimizer.param_groups, strict=True):
+        assert {k: v for k, v in one.items() if k != "params"} == {k: v for k, v in two.items() if k != "params"}
+
+
+def test_what_cannot_be_saved_or_stepped_is_refused(make_pairs):
+    with pytest.raises(ValueError, match="must make a torch.optim.Optimizer"):
+        own_engine("tests.engine.test_local.no_optimizer")
+    with pytest.raises(ValueError, match="optimizer .torch.optim.SGD.: .*momentun"):
+        own_engine("torch.optim.SGD", momentun=0.9)
+    own = own_engine("torch.optim.SGD")
+    backward(own, make_pairs(2))
+    own.step(1e-2)
+    own.optimizer.state[next(iter(own.parameters.values()))]["history"] = [1, 2]
+    with pytest.raises(ValueError, match="is of type list; keep tensors and numbers only"):
+        own.optimizer_state()
+
+
+def test_norms_of_ones_own_optimiser_do_not_decay():
+    groups = own_engine("torch.optim.SGD", weight_decay=0.1).optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
