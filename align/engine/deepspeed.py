@@ -23,8 +23,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from align.config import EngineConfig, OptimizerConfig
-from align.engine.base import Gradients, WholeGradients, moving, parameter_groups, seed_generators, shape_of
+from align.engine.base import parameter_groups, seed_generators, shape_of
 from align.engine.files import TensorFiles, TensorWriter, deal, file_name, saved_files
+from align.engine.measuring import Gradients, WholeGradients, moving
 from align.engine.world import PeerLost, World
 from align.models import Network
 from align.types import PackedBatch, Stats
@@ -164,7 +165,7 @@ class DeepSpeedEngine:
     # ------------------------------------------------------------------ beside the steps
 
     def gradients(self, names: Sequence[str], count: int) -> Gradients:
-        """See Engine."""
+        """See MeasuringEngine."""
         if self.stage == 3:
             assert count == 1, "stage 3 gathers one gradient at a time"
             return _ShardGradients(self, names)
@@ -172,7 +173,7 @@ class DeepSpeedEngine:
 
     @contextlib.contextmanager
     def moving(self, along: Mapping[str, Tensor]) -> Iterator[Callable[[float], None]]:
-        """See Engine."""
+        """See MeasuringEngine."""
         if self.stage < 3:
             with moving(self.parameters, along) as move:
                 yield move

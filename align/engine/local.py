@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from align.config import OptimizerConfig
-from align.engine.base import WholeGradients, moving, parameter_groups, seed_generators
+from align.engine.base import parameter_groups, seed_generators
 from align.engine.files import TensorFiles, file_name, saved_files
+from align.engine.measuring import WholeGradients, moving
 from align.engine.optimizer import OptimizerState, make_optimizer
 from align.engine.world import World
 from align.models import Network
@@ -77,11 +78,11 @@ class LocalEngine:
         self.optimizer.zero_grad(set_to_none=True)
 
     def gradients(self, names: Sequence[str], count: int) -> WholeGradients:
-        """See Engine."""
+        """See MeasuringEngine."""
         return WholeGradients({name: self.parameters[name] for name in names}, count, self.world)
 
     def moving(self, along: Mapping[str, Tensor]) -> AbstractContextManager[Callable[[float], None]]:
-        """See Engine."""
+        """See MeasuringEngine."""
         return moving(self.parameters, along)
 
     def frozen(self, network: Network) -> Network:

@@ -1,7 +1,7 @@
 """How much the gradient of each objective helps all of them, measured on the completions of a step.
 
 exact: K backward passes over one graph, all inner products. directional: one backward pass and two forward passes,
-whatever K is, for the products with the sum of the gradients alone; by itself, or beside the update's own passes.
+whatever K is, for the products with the sum of the gradients alone; by itself, or as the hook of the update's own step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from align.composers.gradient import cosines, influences
 from align.engine.base import Engine
-from align.trainers.loop import Cotangents, NonFinite, Pass, Trainee, passes, token_values
+from align.engine.measuring import MeasuringEngine
+from align.trainers.loop import Cotangents, NonFinite, Pass, StepHook, Trainee, passes, token_values
 from align.types import Example
 
 # Of the difference, by the run's precision: how far it moves log-probs, nats, at least. Less drowns in rounding, more
@@ -73,11 +74,11 @@ def measure(
     process of the run calls it and gets the same. Raises NonFinite.
     """
     if how == "directional":
-        beside = Directional(trainee, examples, advantages, pattern, check)
-        for passed in passes(trainee, beside.examples, check, recompute=True):
-            beside.add(passed)
-        beside.finish()
-        return Influences(beside.influences, {})
+        found = Directional(trainee, examples, advantages, pattern, check)
+        for passed in passes(trainee, found.examples, check, recompute=True):
+            found.add(passed)
+        found.gathered()
+        return Influences(found.influences, {})
     trained = trainee.engine.parameters
     chosen = chosen_parameters(trained, pattern)
     parts = with_advantages(examples, advantages.cpu().numpy())
@@ -106,7 +107,7 @@ def _gram(
     check: Callable[[], None],
 ) -> tuple[Tensor, Tensor]:
     """Inner products [K, K] over the chosen weights, and norms [K] over all that are wanted; float64 on the CPU."""
-    engine = trainee.engine
+    engine = _measuring(trainee.engine)
     gradients = engine.gradients(list(wanted), num)
     cotangents = Cotangents(trainee, examples, _columns(num))
     for passed in passes(trainee, examples, check, recompute=False):
@@ -115,6 +116,11 @@ def _gram(
     everything = _products(engine, totals, list(wanted))
     inside = everything if chosen.keys() == wanted.keys() else _products(engine, totals, list(chosen))
     return inside, everything.diagonal().sqrt()
+
+
+def _measuring(engine: Engine) -> MeasuringEngine:
+    assert isinstance(engine, MeasuringEngine)
+    return engine
 
 
 def _products(engine: Engine, totals: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> Tensor:
@@ -134,13 +140,13 @@ def _products(engine: Engine, totals: Sequence[Mapping[str, Tensor]], names: Seq
     return torch.tensor(world.sum(out.flatten().tolist()), dtype=torch.float64).view_as(out)
 
 
-class Directional:
+class Directional(StepHook):
     """<g_k, g> of the objectives whose advantages [C, K] are given, g = sum_j g_j: sum over tokens of dL_k/dlogp times
     the derivative of logp along g, which is a central difference.
 
-    It is shown the passes of a step, over `examples`, and finished before the weights move; then influences [K] float64
-    is there. The length of the difference: along g the loss sum_j L_j changes by length |g|^2, to which log-probs that
-    all move by the number of STEPS would add up.
+    It is the hook of a step over `examples`, or is shown the passes of one; then influences [K] float64 is there. The
+    length of the difference: along g the loss sum_j L_j changes by length |g|^2, to which log-probs that all move by
+    the number of STEPS would add up.
     """
 
     def __init__(
@@ -155,13 +161,19 @@ class Directional:
         self.examples = with_advantages(examples, advantages.cpu().numpy())
         self.influences = torch.zeros(num, dtype=torch.float64)
         self._trainee, self._check = trainee, check
-        self._names = list(chosen_parameters(trainee.engine.parameters, pattern))
-        self._gradients = trainee.engine.gradients(self._names, 1)
+        self._engine = _measuring(trainee.engine)
+        self._names = list(chosen_parameters(self._engine.parameters, pattern))
+        self._gradients = self._engine.gradients(self._names, 1)
         self._cotangents = Cotangents(trainee, self.examples, _columns(num))
         self._slopes: dict[int, np.ndarray] = {}  # of this process's examples: dL_k/dlogp [their C, K]
 
+    def backward(self, passed: Pass, loss: Tensor, last: bool) -> None:
+        """See StepHook."""
+        self._engine.backward(loss, last, keep_graph=True)
+        self.add(passed)
+
     def add(self, passed: Pass) -> None:
-        """See Beside."""
+        """Its share of the gradient and of the derivatives by log-probs; its graph is used up."""
         found = self._cotangents(passed)
         self._gradients.add(passed.policy.token_logps, [found.sum(1)], passed.own)
         if passed.own:
@@ -169,9 +181,9 @@ class Directional:
             borders = np.cumsum([sum(int(row.targets.sum()) for row in own) for own in rows])[:-1]
             self._slopes |= dict(zip(passed.part, np.split(found.double().cpu().numpy(), borders), strict=True))
 
-    def finish(self) -> None:
-        """See Beside. Raises NonFinite."""
-        engine = self._trainee.engine
+    def gathered(self) -> None:
+        """See StepHook. Raises NonFinite."""
+        engine = self._engine
         totals = self._gradients.total()
         square = float(_products(engine, totals, self._names))
         if square == 0:
@@ -189,7 +201,7 @@ class Directional:
     @torch.no_grad()
     def _difference(self, along: Mapping[str, Tensor], length: float) -> list[np.ndarray]:
         """(logp(w + length g) - logp(w - length g)) / 2 length of each example's tokens [its C]."""
-        trainee, engine = self._trainee, self._trainee.engine
+        trainee, engine = self._trainee, self._engine
         engine.policy.eval()
         found = []
         with engine.moving(along) as move:

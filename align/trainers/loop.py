@@ -106,20 +106,20 @@ class Pass:
     reference: Stats | None
 
 
-class Beside(Protocol):
-    """What is measured during a step, of which the step knows nothing."""
+class StepHook(Protocol):
+    """What watches a step from inside; it leaves the step as it would have been."""
 
-    def add(self, passed: Pass) -> None:
-        """After the backward of each micro-batch, whose graph is still there."""
+    def backward(self, passed: Pass, loss: torch.Tensor, last: bool) -> None:
+        """In the place of the engine's, which it calls before all else: what is kept of a forward serves the first."""
         ...
 
-    def finish(self) -> None:
-        """After the last of them, before the weights move."""
+    def gathered(self) -> None:
+        """The gradient is whole and finite; the weights have not moved."""
         ...
 
 
 def train_step(
-    trainee: Trainee, examples: Sequence[Example], lr: float, beside: Beside | None = None
+    trainee: Trainee, examples: Sequence[Example], lr: float, hook: StepHook | None = None
 ) -> dict[str, float]:
     """One optimiser step over all of `examples`; returns its metrics.
 
@@ -139,9 +139,10 @@ def train_step(
             blamed += _blame(batch, out)
             if engine.world.size == 1:
                 continue
-        engine.backward(loss, last=number == len(parts), keep_graph=beside is not None)
-        if beside is not None:
-            beside.add(passed)
+        if hook is None:
+            engine.backward(loss, last=number == len(parts))
+        else:
+            hook.backward(passed, loss, last=number == len(parts))
     blamed = [source for found in engine.world.gather(blamed) for source in found]
     if blamed:
         raise NonFinite(f"the loss is not a number for {', '.join(blamed[:8])}")
@@ -149,8 +150,8 @@ def train_step(
     if not math.isfinite(norm):
         rows = ", ".join(e.source for e in examples[:8])
         raise NonFinite(f"the gradient is not a number; its batch holds {rows}")
-    if beside is not None:
-        beside.finish()
+    if hook is not None:
+        hook.gathered()
     engine.step(lr)
     return totals.metrics("train", engine.world) | {"optimizer/gradient_norm": norm, "optimizer/lr": lr}
 

@@ -135,8 +135,8 @@ class Learner:
         completions need, stay together: what an inner batch holds does not depend on the size of micro-batches."""
         t, lr = self.trainer, self.rate(step)
         each = len(parts) // num_prompts
-        beside = self._beside(parts)
-        parts = parts if beside is None else beside.examples
+        hook = self._hook(parts)
+        parts = parts if hook is None else hook.examples
         rows = []
         for epoch in range(t.inner_epochs):
             order = np.arange(num_prompts)
@@ -144,18 +144,18 @@ class Learner:
                 order = np.random.default_rng([self.session.config.seed, step, epoch]).permutation(num_prompts)
             for chosen in np.array_split(order, min(t.inner_batches, num_prompts)):
                 batch = [p for i in chosen for p in parts[i * each : (i + 1) * each]]
-                rows.append(train_step(self.trainee, batch, lr, beside))
-        self._measured = None if beside is None else beside.influences
+                rows.append(train_step(self.trainee, batch, lr, hook))
+        self._measured = None if hook is None else hook.influences
         keys = dict.fromkeys(k for row in rows for k in row)
         return {k: float(np.mean([row[k] for row in rows if k in row])) for k in keys}
 
-    def _beside(self, parts: list[Example]) -> influence.Directional | None:
+    def _hook(self, parts: list[Example]) -> influence.Directional | None:
         """What the update measures, of the objectives that _influences left to it."""
         if self._objectives is None:
             return None
         assert self.composing is not None
         objectives, self._objectives = self._objectives, None
-        pattern = self.composing.composer.parameters  # type: ignore[attr-defined]
+        pattern = self.composing.composer.parameters
         return influence.Directional(self.trainee, parts, objectives, pattern, self.session.signals.check)
 
     def learnt(self, row: dict[str, Any]) -> dict[str, float]:
