@@ -188,6 +188,8 @@ def test_the_overview_names_every_command_and_a_group_its_own(capfd):
         (["evaluat"], "did you mean `align evaluate`?"),
         (["completion", "tcsh"], "say align completion bash, zsh or fish"),
         (["check", "--keys", "seed=1"], "leave seed=1 out"),
+        (["score", "out=x", "data.train=y", "data.format=a.b"], "data.format has no effect in align score"),
+        (["evaluate", "pairs", "out=x", "data.train=y", "data.loader=a.b"], "has no effect in align evaluate pairs"),
     ],
 )
 def test_wrong_commands_and_options_send_the_user_the_right_way(words, text):

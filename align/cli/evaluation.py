@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.cli.parse import Call
+from align.cli.parse import Call, refuse_plugs_of_data
 from align.cli.show import show
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def _asked(call: Call) -> tuple[Config, Path]:
         raise ValueError(f"align {call.command.name}: give out=DIR, where the report is written")
     if not any(word.startswith("data.train=") for word in call.settings):
         raise ValueError(f"align {call.command.name}: give data.train=FILE")
+    refuse_plugs_of_data(call)
     from align.config import compose
 
     return compose(call.settings, call.config_dir), Path(call.own["out"])

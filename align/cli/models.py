@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from align.cli.parse import Call
+from align.cli.parse import Call, refuse_plugs_of_data
 from align.cli.show import show
 
 
@@ -45,6 +45,7 @@ def score(call: Call) -> int:
         raise ValueError("give out=FILE.jsonl: where the rows with their scores are written")
     if not any(word.startswith("data.train=") for word in call.settings):
         raise ValueError("give data.train=FILE: the rows to be scored")
+    refuse_plugs_of_data(call)
     from align.config import compose
 
     config = compose(call.settings, call.config_dir)

@@ -88,3 +88,12 @@ def _setting(name: str) -> str:
     from align.config.foreign import hint
 
     return hint(name.lstrip("-").replace("-", "_"))
+
+
+def refuse_plugs_of_data(call: Call) -> None:
+    """Raises ValueError for what reads data in training and not here, where rows are written as they stand."""
+    given = {word.partition("=")[0] for word in call.settings} & {"data.format", "data.loader"}
+    if given:
+        raise ValueError(
+            f"{min(given)} has no effect in align {call.command.name}: rows are read as they stand; remove it"
+        )

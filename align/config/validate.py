@@ -71,6 +71,9 @@ def check_data(config: Config) -> None:
     if config.collect is not None:
         gym.check_task(config.collect.task, f"collect.task={config.collect.task}")
     data = config.data
+    if config.collect is not None and (data.format or data.loader):
+        key = "data.format" if data.format else "data.loader"
+        raise ValueError(f"{key} has no effect: collect=... writes its rows itself; remove it")
     for key, path in (("data.gold", data.gold), ("data.format", data.format), ("data.loader", data.loader)):
         if path is not None:
             build.function(path, key)

@@ -429,7 +429,7 @@ class Iteration:
             "data": {
                 **{f.name: getattr(config.data, f.name) for f in fields(config.data)},
                 **{"train": sources if len(sources) > 1 else sources[0], "heldout": None, "heldout_fraction": 0.0},
-                **{"repeat": None, "gold": None},
+                **{"repeat": None, "gold": None, "format": None, "loader": None},  # rows that are written here
             },
         }
         tree = OmegaConf.create(OmegaConf.to_container(config.tree, resolve=False))
