@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, get_method, instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from align.advantages.base import Advantage
 from align.composers.base import Composer
@@ -81,6 +81,13 @@ def composer(node: DictConfig, names: Sequence[str]) -> Composer:
     values."""
     made = _instantiate(node, "composer", names=tuple(names))
     return adopt(made, Composer, "composer")  # type: ignore[type-abstract]
+
+
+def reward_node(config: Config) -> dict[str, Any]:
+    """The node `reward`, resolved."""
+    node = OmegaConf.to_container(config.reward, resolve=True)  # type: ignore[arg-type]
+    assert isinstance(node, dict)
+    return {str(name): part for name, part in node.items()}
 
 
 def trainer(config: Config) -> Any:

@@ -171,5 +171,5 @@ def _words(name: str) -> Iterator[str]:
 def _path(thing: object) -> str:
     if isinstance(thing, partial):
         return _path(thing.func)
-    named = thing if isinstance(thing, (type, *_FUNCTIONS)) else type(thing)
+    named: Any = thing if isinstance(thing, (type, *_FUNCTIONS)) else type(thing)
     return f"{named.__module__}.{named.__qualname__}"

@@ -146,7 +146,8 @@ class Scorer(Network):
         last = hidden.index_select(0, batch.last_index).float()
         with torch.autocast(hidden.device.type, enabled=False):
             scores = self.head(last)
-            gates = self.head.gates(hidden.index_select(0, prompt_ends(batch)).float()) if "gates" in needs else None
+            head: Any = self.head  # one that is gated has them
+            gates = head.gates(hidden.index_select(0, prompt_ends(batch)).float()) if "gates" in needs else None
         empty = scores.new_zeros(0)
         return Stats(empty, empty, batch.lengths, batch.row, scores=scores, gates=gates)
 

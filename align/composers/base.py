@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,8 +15,11 @@ from align import simplex as checks
 
 KL = "kl"  # the name of the KL's own stream
 NEEDS = ("kl_stream", "influence", "validation", "gold", "uncertainty", "direction")
-TARGETS = ("reward", "advantage")
-MOMENTS = ("now", "next")
+Target = Literal["reward", "advantage"]
+Apply = Literal["now", "next"]
+Measure = Literal["exact", "directional"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+MOMENTS: tuple[Apply, ...] = get_args(Apply)
 _COMPONENT = "component with a weight"  # what composers see of the reward
 
 
@@ -49,13 +52,13 @@ class Composer(ABC):
     names: tuple[str, ...]
     # reward: streams are rewards [N, K] and the estimator sees their sum. advantage: advantages [C, K], one estimate
     # of each component
-    target: Literal["reward", "advantage"] = "advantage"
+    target: Target = "advantage"
     # now: told of a batch before it composes that batch. next: after the optimiser step
-    apply: Literal["now", "next"] = "next"
+    apply: Apply = "next"
     gold_metric: str | None = None  # what follows heldout/, for the need "gold"
     # for the need "influence": how it is measured; the norm to which each gradient is scaled down first (exact only);
     # by which weights gradients are taken, a regular expression that their names hold (None: all)
-    measure: Literal["exact", "directional"] = "exact"
+    measure: Measure = "exact"
     max_norm: float | None = None
     parameters: str | None = None
     # for the need "kl_stream": the KL's stream is brought to one size, so that the strength of the KL has no effect

@@ -11,6 +11,7 @@ from torch import Tensor
 from align.composers.base import (
     TARGETS,
     Composer,
+    Target,
     by_name,
     named,
     one_of,
@@ -34,7 +35,13 @@ class Fixed(Composer):
     """
 
     def __init__(
-        self, names: Sequence[str], *, weights: Mapping[str, float] | None, normalise: str, epsilon: float, target: str
+        self,
+        names: Sequence[str],
+        *,
+        weights: Mapping[str, float] | None,
+        normalise: str,
+        epsilon: float,
+        target: Target,
     ):
         super().__init__(names)
         one_of("normalise", normalise, NORMALISATIONS)

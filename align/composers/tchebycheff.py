@@ -13,6 +13,7 @@ from align.composers.base import (
     TARGETS,
     Composer,
     Observed,
+    Target,
     by_name,
     named,
     one_of,
@@ -65,7 +66,7 @@ class Tchebycheff(Composer):
         names: Sequence[str],
         *,
         weights: Mapping[str, float] | None,
-        target: str,
+        target: Target,
         form: str,
         mu: float | None,
         eta: float | None,
@@ -121,9 +122,9 @@ class Tchebycheff(Composer):
         if self.form == "plain":
             self._shares = torch.zeros_like(found)
             self._shares[found.argmax()] = 1.0
-        elif self.form == "smooth":
+        elif self.mu is not None:  # form=smooth
             self._shares = torch.softmax(found / self.mu, 0)
-        else:
+        elif self.eta is not None:  # form=mirror
             # a share that has underflowed to 0 would stay there
             self._shares = torch.softmax(self._shares.clamp(min=1e-300).log() + self.eta * found, 0)
 

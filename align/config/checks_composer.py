@@ -8,14 +8,14 @@ from align import build
 from align.advantages.base import Advantage
 from align.composers.base import Composer
 from align.composers.invariance import columns_of
-from align.config.checks_rewards import reward_node
 from align.config.schema import Config, OnlineConfig
 from align.rewards.build import counted
 
 
 def check(config: Config, advantage: Advantage) -> None:
     """Raises ValueError for a composer that does not go with the other settings, before a model is loaded."""
-    weights = counted(reward_node(config))
+    assert config.composer is not None
+    weights = counted(build.reward_node(config))
     composer = build.composer(config.composer, tuple(weights))
     t, choice, name = config.trainer, config.choices["advantage"], config.choices["composer"]
     assert isinstance(t, OnlineConfig)

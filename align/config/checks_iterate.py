@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from align import build
-from align.config.checks_rewards import examine, reward_node
+from align.config.checks_rewards import examine
 from align.config.schema import Config, IterateConfig
 from align.data.sources import locate_all
 from align.objectives.base import Objective
@@ -109,7 +109,8 @@ def _check_reference(config: Config, t: IterateConfig, objective: Objective) -> 
 
 
 def _check_composer(config: Config) -> None:
-    composer = build.composer(config.composer, tuple(counted(reward_node(config))))
+    assert config.composer is not None
+    composer = build.composer(config.composer, tuple(counted(build.reward_node(config))))
     if "direction" not in composer.needs:
         raise ValueError(
             f"composer={config.choices['composer']} composes what an online step learns from: use trainer=online, or "

@@ -5,24 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from align import build
 from align.config.schema import Config
 from align.data.sources import locate_all, read
 from align.rewards.build import Part, examined
 
 
-def reward_node(config: Config) -> dict[str, Any]:
-    """The node `reward`, resolved."""
-    node = OmegaConf.to_container(config.reward, resolve=True)  # type: ignore[arg-type]
-    assert isinstance(node, dict)
-    return node  # type: ignore[return-value]
-
-
 def examine(config: Config) -> dict[str, Part]:
     """What each component is. Raises ValueError, naming the setting, for one that cannot be made of its keys, or that
     asks for a column which no row of data.train has."""
-    parts = examined(reward_node(config))
+    parts = examined(build.reward_node(config))
     if any(part.columns for part in parts.values()):
         _check_columns(config.data.train, parts)
     return parts

@@ -103,7 +103,7 @@ def compose_run(overrides: Sequence[str]) -> Config:
 
     Raises ConfigError as compose does, and for a setting that is part of what the run is.
     """
-    given = dict(word.partition("=")[::2] for word in overrides)
+    given = {key: value for key, _, value in (word.partition("=") for word in overrides)}
     path = Path(given.pop("run.dir", "nowhere")) / "config.yaml"
     if not path.is_file():
         raise ConfigError("run.dir=DIR is needed: the directory of a run")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from align.models import Policy
+from align.models import Network
 from align.packing import micro_batches, pack_groups, to_device
 from align.rollout.base import Completion
 from align.types import PackedBatch, Row, Stats
@@ -56,7 +56,7 @@ def paired_bootstrap(before: Sequence[float], after: Sequence[float], seed: int 
 def sequence_kl(
     policy: Callable[[PackedBatch], Stats],
     reference: Callable[[PackedBatch], Stats],
-    module: Policy,
+    module: Network,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Completion],
     max_tokens: int,

@@ -125,7 +125,7 @@ class PALHead(nn.Module):
         comparison: Comparison,
     ):
         super().__init__()
-        self.point = point
+        self.point: Point = point
         self.comparison = comparison
         self.projector = projector(width, dim, num_layers)
         # as large as hidden states are after a norm

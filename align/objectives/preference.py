@@ -218,6 +218,8 @@ class AOT(Objective):
     def __call__(self, policy: Stats, reference: Stats, batch: PackedBatch) -> Losses:
         """One loss per pair [P]; over a step, values and gradients sum to those of the sorted numbers."""
         left, right = self._sides(policy, reference, batch)
+        assert batch.step_values is not None
+        assert batch.step_index is not None
         all_left, all_right = batch.step_values.to(left.dtype).unbind(1)  # [B]
         losses = self._loss(left, _same_place(all_left, all_right, batch.step_index))
         if not self.paired:

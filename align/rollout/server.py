@@ -106,7 +106,7 @@ class VLLMServerRollout(Rollout):
         }
         self.retries = retries
         self.allow_untested_version = allow_untested_version
-        self.counts = {"resent": 0, "lost": 0, "resynced": 0, "syncs": 0}
+        self.counts: dict[str, int] = {"resent": 0, "lost": 0, "resynced": 0, "syncs": 0}
         self.policy: Policy = host.policy
         self.lora = is_peft(self.policy.model)
         self.dtype = getattr(torch, host.precision)

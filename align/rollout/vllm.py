@@ -96,7 +96,7 @@ class VLLMRollout(Rollout):
         self.threads = threads
         self.start_seconds, self.request_seconds, self.sync_seconds = start_seconds, request_seconds, sync_seconds
         self.max_restarts = max_restarts
-        self.counts = {"restarts": 0, "resent": 0, "syncs": 0}
+        self.counts: dict[str, int] = {"restarts": 0, "resent": 0, "syncs": 0}
         self.stops = chat.stop_ids(host.tokenizer, self.policy.causal_lm.generation_config)
         if not self.stops:
             raise ValueError("neither the tokenizer nor the model names a token that ends a turn; set its eos_token")

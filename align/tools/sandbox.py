@@ -132,9 +132,10 @@ def execute(program: str) -> str:
     scope = {"__name__": "__main__", "__builtins__": __builtins__}
     try:
         tree = compile(program, name, "exec", _ast.PyCF_ONLY_AST, True)
+        assert isinstance(tree, _ast.Module)
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], _ast.Expr) else None
         exec(compile(tree, name, "exec", 0, True), scope)
-        if last is not None:
+        if isinstance(last, _ast.Expr):
             sys.displayhook(eval(compile(_ast.Expression(last.value), name, "eval", 0, True), scope))
     except SystemExit:
         raise

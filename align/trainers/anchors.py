@@ -11,7 +11,7 @@ import torch
 from align.config import Config, cache_root
 from align.engine.base import Engine
 from align.log import Log
-from align.models import Policy, choose_layout, weights_hash
+from align.models import Network, Policy, choose_layout, weights_hash
 from align.objectives.base import Objective
 from align.pretrained import Pretrained, from_hub
 from align.reference import ReferenceCache
@@ -39,7 +39,7 @@ class Anchors:
         examples: Sequence[Example],
         log: Log,
         check: Callable[[], None],
-        probe: Callable[[Policy], object],
+        probe: Callable[[Network], object],
         foreign: Pretrained | None = None,
     ):
         self.config = config
@@ -122,6 +122,7 @@ class Anchors:
 
     def _adapter_off(self) -> Forward:
         policy, engine = self.engine.policy, self.engine
+        assert isinstance(policy, Policy)
 
         def forward(batch: PackedBatch) -> Stats:
             with policy.as_reference(), engine.autocast():
@@ -129,7 +130,7 @@ class Anchors:
 
         return forward
 
-    def _in_precision(self, network: Policy) -> Forward:
+    def _in_precision(self, network: Network) -> Forward:
         engine = self.engine
 
         def forward(batch: PackedBatch) -> Stats:
@@ -138,7 +139,7 @@ class Anchors:
 
         return forward
 
-    def _cache(self, network: Policy, model_hash: str) -> ReferenceCache:
+    def _cache(self, network: Network, model_hash: str) -> ReferenceCache:
         root = self.config.reference.cache_dir or cache_root() / "reference"
         cache = ReferenceCache(Path(root), model_hash, self.engine.precision)
         network.eval()

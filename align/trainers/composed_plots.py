@@ -93,8 +93,8 @@ def _over_steps(rows: Rows) -> Any:
 
 def _front(rows: Rows, names: Sequence[str]) -> Any:
     """A panel for each pair of components: held-out means of every evaluation, those on the front of all filled."""
-    points = [tuple(_heldout(row, name) for name in names) for row in rows]
-    known = [(row["step"], p) for row, p in zip(rows, points, strict=True) if None not in p]
+    found = [(row["step"], [_heldout(row, name) for name in names]) for row in rows]
+    known = [(step, tuple(v for v in p if v is not None)) for step, p in found if None not in p]
     if len(known) < 2 or len(names) < 2:
         return None
     on = non_dominated([p for _, p in known])

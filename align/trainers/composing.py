@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from align import build
@@ -106,7 +105,7 @@ class Composing:
             found = measure(streams, others, self.composer)
             if found is not None:
                 influences, metrics = found.influences, dict(found.metrics)
-        self._observed = Observed(**_moments(raw), influences=influences, learning_rate=self.learning_rate)
+        self._observed = replace(_moments(raw), influences=influences, learning_rate=self.learning_rate)
         if self.composer.apply == "now":
             self.composer.update(self._observed)
         if self.composer.target == "reward":
@@ -230,19 +229,19 @@ def composing(config: Config, advantage: Advantage, say: Callable[[str], None] =
     """Of the settings; None without a composer. Raises ValueError for what the user can cure."""
     if config.composer is None:
         return None
-    node = OmegaConf.to_container(config.reward, resolve=True)  # type: ignore[arg-type]
-    assert isinstance(node, dict)
+    node = build.reward_node(config)
     return Composing(build.composer(config.composer, tuple(counted(node))), advantage, list(map(str, node)), say)
 
 
-def _moments(raw: np.ndarray) -> dict[str, Tensor]:
+def _moments(raw: np.ndarray) -> Observed:
     """means, lowest, highest [K] of rewards [N, K] over what is known; NaN where nothing is."""
     out: dict[str, list[float]] = {"means": [], "lowest": [], "highest": []}
     for column in raw.T:
         known = column[~np.isnan(column)]
         for key, function in (("means", np.mean), ("lowest", np.min), ("highest", np.max)):
             out[key].append(float(function(known)) if len(known) else math.nan)
-    return {key: torch.tensor(values, dtype=torch.float64) for key, values in out.items()}
+    means, lowest, highest = (torch.tensor(values, dtype=torch.float64) for values in out.values())
+    return Observed(means, lowest, highest)
 
 
 def _heldout_mean(row: Mapping[str, float], name: str) -> float:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 
 from align import build
 from align.composers.base import Composer
@@ -88,9 +87,9 @@ def directional(config: Config) -> Directional | None:
     """The composer of a run that keeps the best completions; None without one."""
     if config.composer is None:
         return None
-    node = OmegaConf.to_container(config.reward, resolve=True)  # type: ignore[arg-type]
-    assert isinstance(node, dict)
-    return build.composer(config.composer, tuple(counted(node)))
+    composer = build.composer(config.composer, tuple(counted(build.reward_node(config))))
+    assert isinstance(composer, Directional)  # validate has seen to it
+    return composer
 
 
 def scorer(composer: Directional, names: Sequence[str]) -> Scorer:

@@ -124,7 +124,10 @@ class Experience:
                 tuple(written[:n]),
                 r[:n],
                 s[:n],
-                *((group[n], written[n], r[n], float(s[n])) if greedy else ()),
+                greedy=group[n] if greedy else None,
+                greedy_text=written[n] if greedy else "",
+                greedy_rewards=r[n] if greedy else None,
+                greedy_score=float(s[n]) if greedy else math.nan,
                 steps=tuple(rows[i * size : i * size + n]) if self.steps and rows is not None else None,
             )
             for i, (prompt, group, written, r, s) in enumerate(

@@ -49,16 +49,16 @@ def write_final(
 
 
 def _write_policy(policy: Network, generation_config: Any, merge: bool, directory: Path) -> None:
-    model = policy.model
+    model: Any = policy.model
     if is_peft(model) and merge:
         # merging changes the weights in place; the run's own stay as they are
         model = copy.deepcopy(model).merge_and_unload()
     if generation_config is not None:
         generation_config.save_pretrained(directory)
     if is_peft(model):  # and not what a reward has put beside it
-        model.save_pretrained(directory, selected_adapters=["default"])
+        model.save_pretrained(str(directory), selected_adapters=["default"])
     else:
-        model.save_pretrained(directory)
+        model.save_pretrained(str(directory))
 
 
 def model_card(config: Config, base: str, command: str, summary: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from align import build, checkpoint
 from align.config import Config, IterateConfig, TrainerConfig
@@ -433,6 +433,7 @@ class Iteration:
             },
         }
         tree = OmegaConf.create(OmegaConf.to_container(config.tree, resolve=False))
+        assert isinstance(tree, DictConfig)
         for name, value in changed.items():
             tree[name] = value
         for name in ("collect", "reward", "pairs", "advantage", "composer"):
@@ -527,8 +528,8 @@ class Iteration:
             solved = [self._problems(1, "before"), self._problems(number, "after")]
             summary["problems"] = solved_summary(*solved)
         elif self.heldout:
-            ends = [rounds.read_rows(self._answers_path(n)) for n in (0, number)]
-            summary["rewards"] = changes(*(rounds.heldout(lines)[0] for lines in ends), self.rewards.names)
+            before, after = (rounds.heldout(rounds.read_rows(self._answers_path(n)))[0] for n in (0, number))
+            summary["rewards"] = changes(before, after, self.rewards.names)
         told = summary | {"step": sum(row["train/steps"] for row in rows)}
         checkpoint.atomic_directory(self.out.final, partial(self._write_final, told))
         self.out.write_json("summary.json", summary)

@@ -42,7 +42,7 @@ class Plan:
         the number of epochs fixed the last step has what is left.
         """
         first = (step - 1) * self.batch_size
-        last = min(first + self.batch_size, self.limit)
+        last = int(min(first + self.batch_size, self.limit))
         out = []
         for k in range(first, last):
             epoch, position = divmod(k, self.num_examples)
@@ -319,6 +319,7 @@ def _with_anchors(trainee: Trainee, batch: PackedBatch, rows: Sequence[Row]) -> 
         if trainee.start.cached is not None:
             out["start_token_logps"] = token_column(trainee.start.cached(rows), batch)
         else:
+            assert trainee.start.network is not None
             with torch.no_grad():
                 out["start_token_logps"] = trainee.start.network(batch).token_logps
     return replace(batch, **out)
@@ -329,6 +330,7 @@ def _reference(trainee: Trainee, batch: PackedBatch) -> Stats | None:
         return None
     if batch.reference_token_logps is not None:
         return cached_stats(batch.reference_token_logps, batch)
+    assert trainee.reference.network is not None
     with torch.no_grad():
         return trainee.reference.network(batch)
 

@@ -17,6 +17,7 @@ from align.engine.local import learning_rate
 from align.engine.world import together
 from align.evaluate.samples import paired_bootstrap
 from align.models import Network, Policy, Scorer, base_model, choose_layout, weights_hash
+from align.objectives.base import RewardObjective
 from align.pretrained import Pretrained
 from align.rewards import network
 from align.trainers import resume, selfcheck, trained
@@ -205,7 +206,7 @@ def _collection(session: Session, model: Any, rollouts: Rollouts) -> _Collection
     collected = collector.collect()
     for line in collected.lines():
         session.log.say(line)
-    return _Collection(collector, before, str(collected.file(Wanted.by(session.objective).kind or "pair")))
+    return _Collection(collector, before, str(collected.file(session.objective.kind)))
 
 
 def _prepared(session: Session, model: Any, data: Data, plan: Plan) -> trained.Trained:
@@ -215,7 +216,7 @@ def _prepared(session: Session, model: Any, data: Data, plan: Plan) -> trained.T
     stream, plain = token_plan(data.train, layout, budget)
     token_plan(data.heldout, layout, budget)
     made = trained.prepare(session, model, stream, lambda model, layout: _network(session, model, layout))
-    noun = _NOUNS[Wanted.by(session.objective).kind]
+    noun = _NOUNS[session.objective.kind]
     first, second, third = made.lines
     for line in (
         first,
@@ -307,7 +308,7 @@ def _summary(session: Session, parts: _Parts, data: Data, step: int) -> dict[str
         "step": step,
         "merged": session.config.merge,
         "seconds": session.seconds(),
-        "heldout": f"{len(data.heldout)} {_NOUNS[Wanted.by(session.objective).kind]}",
+        "heldout": f"{len(data.heldout)} {_NOUNS[session.objective.kind]}",
         **summarise(last, samples, kl),
     }
     before = session.out.read_json("before.json")
@@ -326,7 +327,12 @@ class Form:
     def __call__(self) -> dict[str, Any]:
         """Of the weights as they are; all processes must ask."""
         objective = self.session.objective
-        form = {"kind": objective.reward_kind, "outputs": list(objective.outputs), "ends": "end_of_turn"}
+        assert isinstance(objective, RewardObjective)
+        form: dict[str, Any] = {
+            "kind": objective.reward_kind,
+            "outputs": list(objective.outputs),
+            "ends": "end_of_turn",
+        }
         # how a prompt that comes as a text is to be written when it is scored
         form["prompts"] = "both" if len(self.chat) > 1 else "chat" if True in self.chat else "text"
         form |= objective.metadata()

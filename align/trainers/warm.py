@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from align import build, checkpoint
@@ -22,6 +22,7 @@ from align.data.examples import Wanted
 from align.data.load import fingerprint, load
 from align.device import pick_device
 from align.evaluate.samples import paired_bootstrap
+from align.objectives.base import RewardObjective
 from align.rewards.combine import mean
 from align.rewards.network import RewardNetwork
 from align.rewards.network import load as load_network
@@ -61,6 +62,7 @@ def settings_of(config: Config, number: int, precision: str | None = None) -> Co
     own = {f.name: getattr(t, f.name) for f in fields(TrainerConfig)}
     own |= {"kind": "offline", "precision": precision or t.precision}
     tree = OmegaConf.create(OmegaConf.to_container(config.tree, resolve=False))
+    assert isinstance(tree, DictConfig)
     turn = max(number - 1, 0)
     if t.starts is not None:
         model = {"_target_": "align.pretrained.from_hub", "path": t.starts[turn % len(t.starts)], "revision": None}
@@ -157,6 +159,7 @@ class Warm:
         """Held-out accuracy of each member, of the mean of their scores (ENS) and of the mean of their weights."""
         out: dict[str, Any] = {"members": len(members), "step": len(members), "merged": self.config.merge}
         out["seconds"] = self.session.seconds()
+        assert isinstance(self.objective, RewardObjective)
         if not heldout or self.objective.kind != "pair" or len(self.objective.outputs) > 1:
             return out
         scores = [self._scores(path, heldout) for path in members]  # M times [P, 2]

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from align import build, checkpoint
 from align.advantages.base import Advantage
 from align.config import Config, OnlineConfig
@@ -204,7 +202,7 @@ def _reference(session: Session, engine: Engine, model_hash: str, probe: Sequenc
 
 
 def _rewards(session: Session, whole: Whole) -> Rewards:
-    node = OmegaConf.to_container(session.config.reward, resolve=True)  # type: ignore[arg-type]
+    node = build.reward_node(session.config)
     policy = whole()
     host = RewardHost(
         policy,
