@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     import numpy as np
@@ -151,6 +151,10 @@ class Term:
     unit: Unit
     weight: float = 1.0
     column: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.unit not in get_args(Unit):
+            raise ValueError(f"a term of the loss with unit={self.unit!r}: must be {', '.join(get_args(Unit))}")
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,11 @@ def resolve(path: str) -> Any:
 
 def bound(path: str, keys: Mapping[str, Any]) -> tuple[Callable[..., Any], Signature]:
     """The callable of a component and how to call it. Raises Refused for what cannot be called with these keys."""
-    target = resolve(path)
+    return bound_to(resolve(path), keys)
+
+
+def bound_to(target: Any, keys: Mapping[str, Any]) -> tuple[Callable[..., Any], Signature]:
+    """The same of the object that a path names."""
     if not callable(target):
         raise Refused(f"is no function or class but {type(target).__name__}")
     if inspect.isclass(target):

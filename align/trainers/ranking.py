@@ -44,7 +44,7 @@ def evaluate_run(config: Config, out: str | None) -> list[str]:
     unrewarded = _unrewarded(config, objective)
     device = pick_device()
     precision, _ = pick_precision(_precision(config), device)
-    policy = _with_final(base, final).to(device)
+    policy = final_model(base, final).to(device)
     layout, _ = choose_layout(policy, config.trainer.layout, 0.0)
     policy = Policy(policy, layout).eval()
     reference = (
@@ -121,7 +121,8 @@ def _pairs_of(config: Config, names: Iterable[str], tokenizer: Any) -> dict[str,
     return {name: load(replace(alone, train=name), tokenizer, Wanted()).train for name in names}
 
 
-def _with_final(base: Pretrained, final: Path) -> Any:
+def final_model(base: Pretrained, final: Path) -> Any:
+    """The model in a run's final/, in float32; base: the model that the run started from."""
     if (final / "adapter_config.json").is_file():
         return with_adapter(base.model().float(), str(final))
     return from_hub(str(final), None, False, False, None, "float32").model()
