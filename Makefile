@@ -15,7 +15,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 unexport PYTHONDONTWRITEBYTECODE
 STAMP := $(VENV)/.stamp-$(shell cat $(LOCK) pyproject.toml Makefile | sha256sum | cut -c1-12)
 
-.PHONY: setup demo test experiments bench lint
+.PHONY: setup demo test test-fast experiments bench lint
 setup: $(STAMP)
 
 $(STAMP): $(LOCK) pyproject.toml Makefile
@@ -32,6 +32,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -rs -n 2 --dist loadgroup --no-loadscope-reorder -m "not gpu"
+
+# Without what starts engines, clusters or several processes, or takes more than about ten seconds.
+test-fast: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -rs -n 2 --dist loadgroup --no-loadscope-reorder \
+		-m "not gpu and not slow and not vllm and not slurm and not distributed"
 
 # What needs seeds and intervals; writes docs/experiments.
 experiments: $(STAMP)
@@ -54,4 +59,4 @@ bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m tests.bench.online_vs_trl
 
 lint: $(STAMP)
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/basedpyright
