@@ -14,6 +14,7 @@ import pytest
 from align.launch import local
 from tests.killer import evidence, settings, shared
 from tests.launch.cluster import FIRST, SECOND, Cluster, wait_for
+from tests.variants import variant
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slurm")]
@@ -46,7 +47,7 @@ def text(log: Path) -> str:
 
 def slow_start(base: Path, run: Path, *more: str) -> list[str]:
     words = settings(base, f"run.dir={run}", "trainer.max_steps=25", "trainer.eval_every=0", "launch.threads=1", *more)
-    return [*words, "objective._target_=tests.launch.slow.SlowStart"]
+    return [*words, *variant("objective", "wpo", "tests.launch.slow.SlowStart")]
 
 
 def numbers(run: Path) -> tuple[list[dict], dict[str, bytes]]:
@@ -138,7 +139,7 @@ def test_members_of_warm_are_an_array_and_the_average_follows(slurm, base):
 def test_a_failing_job_names_rank_and_host_and_fails(slurm, base):
     """The second of two nodes fails; the first only loses its peer."""
     words = [*settings(base, f"run.dir={base}/failing", "engine=zero0"), "launch.nodes=2", "launch.preflight=false"]
-    ((number, log),) = submit(slurm, base, [*words, "objective._target_=tests.launch.slow.FailsInOne"])
+    ((number, log),) = submit(slurm, base, [*words, *variant("objective", "wpo", "tests.launch.slow.FailsInOne")])
     assert slurm.ended(number, 120) == "FAILED"
     assert slurm.job(number)["ExitCode"] == "1:0"
     assert "Comment=a test " in slurm.say("scontrol", "show", "job", number, "--oneliner")

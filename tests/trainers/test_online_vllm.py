@@ -14,6 +14,7 @@ from align.cli import main
 from tests.killer import Ended, Hook, leftovers, shared
 from tests.trainers.online_runs import left, rows_of, words_of
 from tests.trainers.vllm_rollouts import engines_of
+from tests.variants import variant
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("online_vllm")]
 
@@ -39,7 +40,7 @@ def words(base: Path, run: Path, *more: str) -> list[str]:
         (base / "heldout.jsonl").write_text('{"prompt": "what now?"}\n{"prompt": "and then"}\n')
     settings = words_of(
         base, f"run.dir={run}", "model.hidden_size=128", "trainer.max_steps=4", "trainer.micro_batch_tokens=1024",
-        "rollout=vllm", f"rollout._target_={ROLLOUTS}.Watched", "rollout.max_model_len=512",
+        *variant("rollout", "vllm", f"{ROLLOUTS}.Watched"), "rollout.max_model_len=512",
         "rollout.cpu_kv_cache_gib=0.25", "rollout.threads=1", *ALGORITHM, *more,
     )  # fmt: skip
     return ["train", *settings]

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from tests.killer import Ended, Hook, evidence, leftovers, rows_file, settings, shared
 from tests.trainers.online_runs import FAMILY, words_of
 from tests.trainers.test_composing import FAMILY as COMPOSED
+from tests.variants import variant
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes")]
 
@@ -119,7 +120,7 @@ def test_every_trainer(base, tmp_path, name, stage):
 
 
 def test_servers_are_asked_by_the_lead(base, tmp_path):
-    more = ["engine=zero2", "rollout._target_=tests.trainers.served_rollout.Served"]
+    more = ["engine=zero2", *variant("rollout", "hf", "tests.trainers.served_rollout.Served")]
     done(shared().run(words(base, tmp_path / "run", "remax", *more), processes=2))
     assert_same_run(tmp_path / "run", alone(base, "remax"))
     assert [path.read_text() for path in (tmp_path / "run").glob("served-*")] == ["made"]
