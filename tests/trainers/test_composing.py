@@ -317,9 +317,7 @@ def test_refused(tmp_path, capsys, words, message):
 
 def test_refused_without_a_model(tmp_path, monkeypatch):
     """What settings alone show is told before anything heavy."""
-    from align.trainers import online
-
-    monkeypatch.setattr(online, "start", lambda *_: pytest.fail("a run was started"))
+    monkeypatch.setattr("align.trainers.online.run.start", lambda *_: pytest.fail("a run was started"))
     for words, _ in BAD_SETTINGS:
         assert main(["train", *words_of(tmp_path, f"run.dir={tmp_path / 'run'}", *words)]) == 2
 
