@@ -406,6 +406,9 @@ def test_epochs_of_the_command_line_take_the_place_of_the_recipes_steps():
     assert settings.remarks[0].startswith("trainer.epochs=2 takes the place of the recipe's trainer.max_steps=")
     assert settings.tree.trainer.max_steps is None
     assert compose([f"recipe={with_steps[0]}", "model=tiny"]).remarks == ()
+    both = compose(["recipe=dpo", "model=tiny", "trainer.epochs=2", "trainer.max_steps=5"])
+    assert both.trainer.max_steps == 5
+    assert both.remarks == ("trainer.epochs=2 has no effect beside trainer.max_steps=5",)
 
 
 def test_a_finished_run_needs_no_variable(tmp_path, monkeypatch):

@@ -16,7 +16,6 @@ REFUSED = [
     (["recipe=dpo", "optimizer.schedule=cosin"], "must be one of cosine, linear, constant; did you mean cosine?"),
     (["recipe=dpo", "optimizer.betas=[0.9]"], "optimizer.betas=[0.9]: must be two numbers in [0, 1)"),
     (["recipe=dpo", "trainer.epochs=many"], "trainer.epochs=many"),
-    (["recipe=dpo", "trainer.epochs=2", "trainer.max_steps=5"], "trainer.epochs=2 has no effect with trainer.max_st"),
     (["recipe=dpo", "seed=true"], "seed=true: must be an integer"),
     (["recipe=dpo", "lora.targets=5"], "lora.targets=5: must be all-linear or a list of names"),
     (["recipe=dpo", "lora.rank=8", "lora.dropout=0.1", "trainer.layout=shared"], "use trainer.layout=packed"),

@@ -77,13 +77,13 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
 
 def _one_length(full: DictConfig, overrides: Sequence[str]) -> str | None:
     """trainer.epochs has no effect beside trainer.max_steps: of the two the one that the command line names counts.
-    Sets the tree, returns what is to be said. Raises ConfigError if it names both."""
+    Of both steps count, as in a recipe. Sets the tree, returns what is to be said."""
     given = {word.lstrip("+").partition("=")[0] for word in overrides}
     epochs, steps = full.trainer.get("epochs"), full.trainer.get("max_steps")
     if "trainer.epochs" not in given or steps is None:
         return None
     if "trainer.max_steps" in given:
-        raise ConfigError(f"trainer.epochs={epochs} has no effect with trainer.max_steps={steps}: give one of them")
+        return f"trainer.epochs={epochs} has no effect beside trainer.max_steps={steps}"
     full.trainer.max_steps = None
     return f"trainer.epochs={epochs} takes the place of the recipe's trainer.max_steps={steps}"
 
