@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from align.data.examples import Wanted
 from align.data.load import Data, load
+from align.data.wanted import Wanted
 from align.pretrained import smollm2
 from tests.data.helpers import settings
 from tests.data.test_templates import BEFORE, ENDS, TEMPLATES, of_family, target_texts, tokenizer_of

@@ -15,9 +15,9 @@ def check(call: Call) -> int:
     config = compose(call.settings, call.config_dir)
     from align.build import check_margins, objective, tokenizer
     from align.data.check import check, failed, lines
-    from align.data.examples import Wanted
     from align.data.load import load
     from align.data.report import write_html, write_json
+    from align.data.wanted import Wanted
 
     # rows are shown as an objective gets them if one is chosen, else as what they are
     chosen = any(word.split("=")[0] in ("recipe", "objective") for word in call.settings)

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,42 +19,13 @@ from align.data.chat import Rendering, Span, prompt_ids, render, render_text
 from align.data.formats import Dialogue, Message, Record, Tokenised
 from align.data.margins import margin_numbers
 from align.data.sources import BadRow
+from align.data.wanted import Wanted
 from align.packing import common_prefix_length
 from align.types import Example, Kind, Prompt, Row
-
-if TYPE_CHECKING:
-    from align.objectives.base import Objective
 
 
 class NotUsed(BadRow):
     """A good row that this objective has no use for."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What an objective reads of the data; `columns` are further rows of each pair, by name or dotted path."""
-
-    kind: Kind | None = "pair"  # None: each row as what it is
-    columns: tuple[str, ...] = ()
-    mismatched: bool = False
-    # every sequence with its end of turn, cut off or not: a reward model is read at the last token
-    whole: bool = False
-    margins: tuple[str, ...] = ()  # components whose margins a pair must have: all of them, or one at least
-    all_margins: bool = True
-    row_weights: bool = False  # a weight of each of them too
-
-    @classmethod
-    def by(cls, objective: Objective) -> Wanted:
-        """What an objective says of it."""
-        return cls(
-            objective.kind,
-            tuple(objective.columns),
-            objective.step_rows == "mismatched",
-            "scores" in objective.needs,
-            tuple(objective.margins),
-            objective.all_margins,
-            objective.row_weights,
-        )
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import numpy as np
 
 from align.config import DataConfig
 from align.data.audit import Audit, SplitAudit
-from align.data.examples import Loaded, Wanted, assign_mismatched, loaded, prompt_key
+from align.data.examples import Loaded, assign_mismatched, loaded, prompt_key
 from align.data.formats import parse
 from align.data.splits import Reader, num_repeated, repeated, repeats
+from align.data.wanted import Wanted
 from align.types import Example, Row
 
 

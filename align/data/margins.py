@@ -11,14 +11,12 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from align.data.sources import BadRow
+from align.data.wanted import Wanted
 from align.simplex import simplex
 from align.types import MARGIN, WEIGHT
-
-if TYPE_CHECKING:
-    from align.data.examples import Wanted
 
 FIELDS = ("margins", "scores", "weights")  # of a row
 _SIDES = ("chosen", "rejected")

@@ -10,8 +10,8 @@ from typing import Any
 
 from align import build, checkpoint
 from align.config import Config
-from align.data.examples import Wanted
 from align.data.load import Data, fingerprint, load
+from align.data.wanted import Wanted
 from align.engine.build import make_engine
 from align.engine.local import learning_rate
 from align.engine.world import together

@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 
 from align import build
 from align.config import Config, IterateConfig, OnlineConfig
-from align.data.examples import Wanted
 from align.data.load import load
+from align.data.wanted import Wanted
 from align.device import pick_device, pick_precision
 from align.evaluate.ranking import as_dict, lines, ranking_report
 from align.models import Policy, choose_layout, with_adapter

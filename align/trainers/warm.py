@@ -18,8 +18,8 @@ from rich.table import Table
 from align import build, checkpoint
 from align.averaging.command import run as average
 from align.config import Config, TrainerConfig, WarmConfig
-from align.data.examples import Wanted
 from align.data.load import fingerprint, load
+from align.data.wanted import Wanted
 from align.device import pick_device
 from align.evaluate.samples import paired_bootstrap
 from align.objectives.base import RewardObjective

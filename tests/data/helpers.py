@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from align.config import DataConfig
-from align.data.examples import Wanted, loaded
+from align.data.examples import loaded
 from align.data.formats import parse
+from align.data.wanted import Wanted
 from align.types import Example
 
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from align.data.examples import Wanted
 from align.data.load import load
+from align.data.wanted import Wanted
 from align.pretrained import byte_tokenizer
 from tests.data.helpers import settings
 

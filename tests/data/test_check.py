@@ -11,8 +11,9 @@ import pytest
 from align.data.audit import Audit, SplitAudit
 from align.data.chat import Rendering, Span
 from align.data.check import Finding, check, failed, lines, target_runs
-from align.data.examples import Loaded, Wanted
+from align.data.examples import Loaded
 from align.data.load import Data, load
+from align.data.wanted import Wanted
 from align.pretrained import byte_tokenizer
 from align.types import Example, Prompt, Row
 from tests.data.helpers import settings

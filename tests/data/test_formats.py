@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from align.data.examples import Wanted, assign_mismatched
+from align.data.examples import assign_mismatched
 from align.data.sources import BadRow
+from align.data.wanted import Wanted
 from align.pretrained import byte_tokenizer
 from tests.data.helpers import example, examples
 

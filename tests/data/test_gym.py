@@ -10,11 +10,11 @@ import pytest
 from align.cli import main
 from align.config import compose
 from align.data import gym
-from align.data.examples import Wanted
 from align.data.load import load
 from align.data.prompts import load_prompts, prompts_fingerprint
 from align.data.reasoning import problems
 from align.data.sources import content_hash, locate, read
+from align.data.wanted import Wanted
 from align.pretrained import byte_tokenizer
 from tests.data.helpers import settings
 

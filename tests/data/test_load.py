@@ -11,8 +11,8 @@ import pytest
 
 from align.data import examples
 from align.data.chat import render
-from align.data.examples import Wanted
 from align.data.load import fingerprint, load
+from align.data.wanted import Wanted
 from align.pretrained import byte_tokenizer
 from align.types import Row
 from tests.data.helpers import settings

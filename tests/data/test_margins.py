@@ -7,12 +7,12 @@ import math
 
 import pytest
 
-from align.data.examples import Wanted
 from align.data.load import fingerprint, load
 from align.data.margins import scoring
 from align.data.pairs import MaxMin, pairs_of
 from align.data.scored import read_scored
 from align.data.sources import BadRow
+from align.data.wanted import Wanted
 from align.packing import pack
 from align.pretrained import byte_tokenizer
 from tests.data.helpers import examples, settings

@@ -10,7 +10,8 @@ import torch
 
 from align import build
 from align.config import compose, options
-from align.data.examples import Wanted, assign_mismatched
+from align.data.examples import assign_mismatched
+from align.data.wanted import Wanted
 from align.engine.local import LocalEngine
 from align.models import Policy
 from align.packing import pack
