@@ -292,25 +292,3 @@ def test_completion_scripts_are_the_shells_own(shell, capfd):
     assert "align complete" in script
     if shutil.which(shell):
         subprocess.run([shell, "-n", "/dev/stdin"], input=script, text=True, check=True)
-
-
-def test_checking_a_recipe_without_a_composer_imports_no_torch_and_leaves_it_whole():
-    code = """
-import sys
-from align.config import compose, recipes
-from align.config.validate import validate
-for name in recipes():
-    config = compose([f"recipe={name}"])
-    if config.composer is None:
-        try:
-            validate(config)
-        except ValueError as error:  # of papers, data that nobody has here
-            assert "bitsandbytes" in str(error) or "no such" in str(error), (name, error)
-        assert not {"torch", "transformers"} & set(sys.modules), name
-from align.objectives import losses, preference
-assert losses.F.logsigmoid.__name__ == "logsigmoid"
-import torch
-assert preference.torch is torch and losses.Tensor is torch.Tensor and losses.F is torch.nn.functional
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -80,7 +80,17 @@ def test_what_is_refused_without_a_model_is_asked_by_commands_alone():
 
 @pytest.mark.parametrize("file", below("objectives") + below("advantages") + below("composers"))
 def test_objectives_advantages_and_composers_need_torch_only(file):
-    assert packages(file) <= {"__future__", "abc", "collections", "dataclasses", "typing", "math", "torch", "align"}
+    assert packages(file) <= {
+        "__future__",
+        "abc",
+        "collections",
+        "dataclasses",
+        "functools",
+        "typing",
+        "math",
+        "torch",
+        "align",
+    }
 
 
 @pytest.mark.parametrize(

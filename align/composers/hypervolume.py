@@ -14,6 +14,7 @@ from align.composers.base import (
     Composer,
     Observed,
     Target,
+    Vector,
     by_name,
     named,
     one_of,
@@ -89,6 +90,7 @@ class Hypervolume(Composer):
 
     needs = frozenset({"validation"})
     apply = "next"
+    weights = Vector()
 
     def __init__(
         self,

@@ -82,13 +82,13 @@ class _NoGrad:
 class _Finder(MetaPathFinder):
     """Sees torch being imported, whoever does so, and gives it to the modules that hold stand-ins."""
 
-    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:  # noqa: ARG002
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         """Of torch itself: its own, but for the loader. Of its other modules, while it is deferred: themselves."""
         if name == "torch":
-            sys.meta_path.remove(self)
-            spec = find_spec(name)
+            found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+            spec = next(filter(None, found), None)
             if spec is not None and spec.loader is not None:
-                spec.loader = _Loader(spec.loader)
+                spec.loader = _Loader(spec.loader, self)
             return spec
         if name.startswith("torch.") and isinstance(sys.modules.get("torch"), _Module):
             _load()
@@ -99,8 +99,8 @@ class _Finder(MetaPathFinder):
 class _Loader(Loader):
     """Loads torch as its own loader does, and replaces the stand-ins."""
 
-    def __init__(self, own: Loader):
-        self._own = own
+    def __init__(self, own: Loader, finder: _Finder):
+        self._own, self._finder = own, finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         """As its own loader."""
@@ -111,6 +111,7 @@ class _Loader(Loader):
         assert module.__spec__ is not None
         module.__loader__ = module.__spec__.loader = self._own
         self._own.exec_module(module)
+        sys.meta_path.remove(self._finder)
         _replace(module)
 
 
@@ -174,8 +175,10 @@ def _replace(torch: ModuleType) -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, `import torch` binds a stand-in, until it is used or torch is imported after. Without effect once torch is
-    imported."""
+    """Inside, `import torch` binds a stand-in, which is replaced when it is used or torch is imported after.
+
+    Without effect once torch is imported.
+    """
     if "torch" in sys.modules or find_spec("torch") is None:
         yield
         return
