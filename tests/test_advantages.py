@@ -22,7 +22,6 @@ from align.advantages.baselines import GRPO, RLOO, Reinforce, ReinforcePlusPlus,
 from align.advantages.copo import COPO, answer_entropy
 from align.advantages.ppo import PPO
 from align.advantages.process import PURE, Progress, PUREStrictMin, progress, regret, step_lengths, weighted_steps
-from align.composers.invariance import NO_EFFECT, probe, rescaling_effect
 from align.types import Episodes
 from tests.experiments import pure_toy, remax_toy
 
@@ -694,15 +693,3 @@ def test_the_sum_of_process_rewards_breeds_fillers_and_their_minimum_does_not():
     }
     assert fillers["sum"] > 6
     assert fillers["min"] < 0.6
-
-
-@pytest.mark.parametrize("path", OPTIONS, ids=lambda path: path.stem)
-def test_estimators_say_of_themselves_what_probing_finds(path):
-    """Whoever checks settings reads it instead of computing."""
-    node = OmegaConf.load(path)
-    if OmegaConf.is_missing(node, "length"):
-        node.length = 8
-    estimator = instantiate(node)
-    assert estimator.columns == set(estimator(probe(1.0, False)).columns)
-    if estimator.scale_free is False:
-        assert rescaling_effect(estimator, penalties=False) > NO_EFFECT

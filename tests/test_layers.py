@@ -14,7 +14,7 @@ import align
 ROOT = Path(align.__file__).parent
 FILES = {p.relative_to(ROOT).as_posix(): ast.parse(p.read_text()) for p in sorted(ROOT.rglob("*.py"))}
 MAKE = "data/everyday/make.py"
-CHECKS = {f for f in FILES if f.startswith(("config/validate", "config/checks"))}
+CHECKS = {f for f in FILES if f.startswith(("config/validate", "config/checks_"))}
 PURE = ("align.types", "align.contracts")
 
 
@@ -49,8 +49,7 @@ def below(folder: str) -> list[str]:
         ("types.py", set()),
         ("packing.py", {"align.types"}),
         ("attention.py", {"align.types"}),
-        ("stats.py", {"align.types", "align.sums"}),
-        ("sums.py", {"align.types"}),
+        ("stats.py", {"align.types"}),
         *(
             (file, {"align.config", "align.engine.settings", "align.vocabulary"})
             for file in below("config")
@@ -61,7 +60,7 @@ def below(folder: str) -> list[str]:
         ("files.py", set()),
         ("tensor_files.py", set()),
         ("simplex.py", set()),
-        *((file, {*PURE, "align.sums", "align.simplex", "align.objectives"}) for file in below("objectives")),
+        *((file, {*PURE, "align.stats", "align.simplex", "align.objectives"}) for file in below("objectives")),
         *((file, {*PURE, "align.advantages"}) for file in below("advantages")),
         *((file, {*PURE, "align.simplex", "align.composers"}) for file in below("composers")),
     ],
@@ -80,17 +79,7 @@ def test_what_is_refused_without_a_model_is_asked_by_commands_alone():
 
 @pytest.mark.parametrize("file", below("objectives") + below("advantages") + below("composers"))
 def test_objectives_advantages_and_composers_need_torch_only(file):
-    assert packages(file) <= {
-        "__future__",
-        "abc",
-        "collections",
-        "dataclasses",
-        "functools",
-        "typing",
-        "math",
-        "torch",
-        "align",
-    }
+    assert packages(file) <= {"__future__", "abc", "collections", "dataclasses", "typing", "math", "torch", "align"}
 
 
 @pytest.mark.parametrize(

@@ -43,9 +43,6 @@ class ReMax(Advantage):
     Li et al. 2023, ReMax, arXiv 2310.10505.
     """
 
-    columns = frozenset({"advantages"})
-    scale_free = False
-
     form: str
     gamma: float
     clip: float | None
@@ -93,9 +90,6 @@ class Reinforce(Advantage):
     Williams 1992. Whitened over all tokens it is ReinforcePlusPlus.
     """
 
-    columns = frozenset({"advantages"})
-    scale_free = False
-
     gamma: float
     score_clip: Sequence[float] | None
 
@@ -119,9 +113,6 @@ class RLOO(Advantage):
     and cumulated after the baseline and the clip (OpenRLHF@3c3be62).
     Ahmadian et al. 2024, RLOO, arXiv 2402.14740.
     """
-
-    columns = frozenset({"advantages"})
-    scale_free = False
 
     penalty: str
     score_clip: Sequence[float] | None
@@ -148,8 +139,6 @@ class GRPO(Advantage):
     Dr.GRPO's constant length is the objective's. penalty as in RLOO. A group of one has mean 0 and std 1.
     Shao et al. 2024, DeepSeekMath, arXiv 2402.03300; Liu et al. 2025, Dr.GRPO, arXiv 2503.20783.
     """
-
-    columns = frozenset({"advantages"})
 
     divide_by_std: bool
     epsilon: float
@@ -182,8 +171,6 @@ class ReinforcePlusPlus(Advantage):
     in_score. OpenRLHF@3c3be62 (reinforce, reinforce_baseline): population, after_baseline.
     Hu et al. 2025, REINFORCE++, arXiv 2501.03262.
     """
-
-    columns = frozenset({"advantages"})
 
     gamma: float
     group_baseline: bool

@@ -42,8 +42,6 @@ class COPO(Advantage):
     COPO, arXiv 2508.04138; hijih/copo-code@095afa5.
     """
 
-    columns = frozenset({"advantages", "global_advantages", "local_weight"})
-
     blend: str
     midpoint: float
     steepness: float

@@ -34,8 +34,6 @@ class PPO(Advantage):
     Schulman et al. 2016, GAE, arXiv 1506.02438; Schulman et al. 2017, PPO, arXiv 1707.06347.
     """
 
-    columns = frozenset({"advantages", "returns", "old_values"})
-
     gamma: float
     lam: float
     whiten: str

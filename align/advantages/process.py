@@ -43,8 +43,6 @@ class PURE(Advantage):
     Cheng et al. 2025, PURE, arXiv 2504.15275; CJReinforce/PURE@41f9363, branch main.
     """
 
-    columns = frozenset({"advantages"})
-
     temperature: float | None
     baseline: str
     outcome_weight: float
@@ -104,8 +102,6 @@ class PUREStrictMin(Advantage):
     padded batch.
     """
 
-    columns = frozenset({"advantages"})
-
     aggregate: str
     length: int
     whiten: str
@@ -155,8 +151,6 @@ class Progress(Advantage):
     Progress: success rate of the policy made to answer after the block, minus that before it (see progress).
     Qu et al. 2025, MRT, arXiv 2503.07572; the authors published no training code, so the formula is the paper's only.
     """
-
-    columns = frozenset({"advantages"})
 
     alpha: float
     inner: Advantage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -35,26 +35,6 @@ class Observed:
     learning_rate: float | None = None  # of this optimiser step
     validation: Tensor | None = None  # [K] held-out means, after an evaluation
     gold: float | None = None  # the held-out metric that `gold_metric` names, after an evaluation; higher is better
-
-
-class Vector:
-    """A tensor of a composer, float64 on the CPU, set as one, as numbers, or as what gives numbers: of these it is made
-    when it is first read, so that settings are checked without torch."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, composer: Any, owner: type | None = None) -> Any:
-        if composer is None:
-            return self
-        kept = vars(composer)
-        value = kept[self._name]
-        if isinstance(value, list) or callable(value):
-            kept[self._name] = tensor(value if isinstance(value, list) else value())
-        return kept[self._name]
-
-    def __set__(self, composer: Any, value: Tensor | list[float] | Callable[[], list[float]] | None) -> None:
-        vars(composer)[self._name] = value
 
 
 class Composer(ABC):
@@ -198,14 +178,14 @@ def by_name(values: Mapping[str, Any], names: Sequence[str], key: str, complete:
     return checks.by_name(values, names, f"composer.{key}", complete, _COMPONENT)
 
 
-def simplex(values: Mapping[str, Any] | None, names: Sequence[str], key: str, zeros: bool = True) -> list[float]:
-    """align.simplex.simplex of composer.KEY [K]."""
-    return checks.simplex(values, names, f"composer.{key}", zeros, _COMPONENT)
+def simplex(values: Mapping[str, Any] | None, names: Sequence[str], key: str, zeros: bool = True) -> Tensor:
+    """align.simplex.simplex of composer.KEY [K] float64."""
+    return tensor(checks.simplex(values, names, f"composer.{key}", zeros, _COMPONENT))
 
 
-def summing_to_one(values: Sequence[float], key: str) -> list[float]:
-    """align.simplex.summing_to_one of composer.KEY [K]."""
-    return checks.summing_to_one(values, f"composer.{key}")
+def summing_to_one(values: Sequence[float], key: str) -> Tensor:
+    """align.simplex.summing_to_one of composer.KEY [K] float64."""
+    return tensor(checks.summing_to_one(values, f"composer.{key}"))
 
 
 def named(form: str, names: Sequence[str], values: Sequence[float] | Tensor) -> dict[str, float]:

@@ -12,13 +12,13 @@ from align.composers.base import (
     TARGETS,
     Composer,
     Target,
-    Vector,
     by_name,
     named,
     one_of,
     positive,
     simplex,
     summing_to_one,
+    tensor,
     weighted,
     whitened,
     within,
@@ -33,8 +33,6 @@ class Fixed(Composer):
     Plain sums of rewards, which the constrained form is compared with (Moskovitz et al. 2023, arXiv 2310.04373), and
     the static baselines of dynamic reward weighting (arXiv 2509.11452). A weight may be negative, of a cost.
     """
-
-    weights = Vector()
 
     def __init__(
         self,
@@ -76,11 +74,10 @@ class Satisficing(Composer):
     """
 
     target = "reward"
-    thresholds = Vector()
 
     def __init__(self, names: Sequence[str], *, thresholds: Mapping[str, float]):
         super().__init__(names, smallest=1)
-        self.thresholds = list(by_name(thresholds, self.names, "thresholds").values())
+        self.thresholds = tensor(list(by_name(thresholds, self.names, "thresholds").values()))
 
     @torch.no_grad()
     def __call__(self, streams: Tensor, keep: Tensor | None = None, context: Tensor | None = None) -> Tensor:  # noqa: ARG002
@@ -104,7 +101,6 @@ class Uncertainty(Composer):
 
     needs = frozenset({"uncertainty"})
     target = "advantage"
-    weights = Vector()
 
     def __init__(self, names: Sequence[str], *, weights: Mapping[str, float] | None, scale: float, floor: float):
         super().__init__(names, smallest=1)

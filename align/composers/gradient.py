@@ -20,7 +20,6 @@ from align.composers.base import (
     Measure,
     Observed,
     Target,
-    Vector,
     count,
     named,
     one_of,
@@ -94,8 +93,6 @@ class Gradient(Composer):
     """
 
     needs = frozenset({"influence"})
-    weights = Vector()
-    _sum = Vector()
 
     def __init__(
         self,
@@ -133,10 +130,10 @@ class Gradient(Composer):
             )
         self.target, self.apply, self.mu, self.accumulate = target, apply, mu, accumulate
         self.measure, self.max_norm, self.parameters = measure, max_norm, parameters
-        self.weights = started = simplex(weights, self.names, "weights", zeros=False)  # a weight of 0 could never grow
-        if not all(self.low <= weight <= self.high for weight in started):
+        self.weights = simplex(weights, self.names, "weights", zeros=False)  # a weight of 0 could never grow
+        if bool(((self.weights < self.low) | (self.weights > self.high)).any()):
             raise ValueError(f"composer.weights: must lie in [{self.low:g}, {self.high:g}], see min_weight, max_weight")
-        self._sum = [0.0] * len(self.names)
+        self._sum = torch.zeros(len(self.names), dtype=torch.float64)
         self._summed = 0
         self._last: list[float] = []
 

@@ -14,7 +14,6 @@ from align.composers.base import (
     Composer,
     Observed,
     Target,
-    Vector,
     by_name,
     named,
     one_of,
@@ -90,7 +89,6 @@ class Hypervolume(Composer):
 
     needs = frozenset({"validation"})
     apply = "next"
-    weights = Vector()
 
     def __init__(
         self,

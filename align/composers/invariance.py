@@ -18,21 +18,17 @@ def rescaling_effect(advantage: Any, penalties: bool) -> float:
     Probed on 16 made-up completions with distinct scores. Values of a value head double too, as they do once it has
     learnt. penalties: with a KL in the reward, which is not doubled.
     """
-    once, twice = (advantage(probe(factor, penalties)).columns["advantages"] for factor in (1.0, FACTOR))
+    once, twice = (advantage(_probe(factor, penalties)).columns["advantages"] for factor in (1.0, FACTOR))
     return float((twice - once).abs().max() / once.abs().max().clamp(min=1e-12))
 
 
 def columns_of(advantage: Any) -> set[str]:
-    """Names of the columns that an estimator gives: as it says, or else as it does."""
-    if advantage.columns is not None:
-        return set(advantage.columns)
-    return set(advantage(probe(1.0, False)).columns)
+    """Names of the columns that an estimator gives."""
+    return set(advantage(_probe(1.0, False)).columns)
 
 
 def refuse_without_effect(advantage: Any, choice: str, penalties: bool) -> None:
     """Raises ValueError if a factor on all rewards is a no-op under the estimator called `choice`."""
-    if advantage.scale_free is False:
-        return
     effect = rescaling_effect(advantage, penalties)
     if effect < NO_EFFECT:
         raise ValueError(
@@ -42,8 +38,7 @@ def refuse_without_effect(advantage: Any, choice: str, penalties: bool) -> None:
         )
 
 
-def probe(factor: float, penalties: bool) -> Episodes:
-    """16 made-up completions with all that an estimator can read."""
+def _probe(factor: float, penalties: bool) -> Episodes:
     num = PROMPTS * COMPLETIONS
     generator = torch.Generator().manual_seed(0)
     lengths = torch.arange(num) % 3 + 1

@@ -12,7 +12,6 @@ from align.composers.base import (
     KL,
     Composer,
     Observed,
-    Vector,
     by_name,
     named,
     one_of,
@@ -41,7 +40,6 @@ class Lagrangian(Composer):
 
     target = "advantage"
     apply = "next"
-    _thresholds = Vector()  # [N]
 
     def __init__(
         self,
@@ -82,15 +80,15 @@ class Lagrangian(Composer):
             )
         self.constrained = tuple(known)
         _check_ranges(known, ranges)
-        self._index = [self.names.index(name) for name in self.constrained]
-        self._thresholds = list(known.values())
+        self._index = torch.tensor([self.names.index(name) for name in self.constrained])
+        self._thresholds = tensor(list(known.values()))  # [N]
         self._state = rule.start(len(known))
         self._violations: list[float] = []
         self._extremes: list[list[float]] = []  # [2, N], lowest and highest reward of a completion so far
         self._updates = 0
         if search is not None:
             self.gold_metric = search.metric
-            self._thresholds = self._searched
+            self._set(search.point)
 
     def _needs(self) -> frozenset[str]:
         kl = {"kl_stream"} if KL in self.objective else set()
@@ -119,10 +117,10 @@ class Lagrangian(Composer):
             raise ValueError("composer.thresholds: they are searched for; take them out, or use composer.search=null")
         return {name: 0.0 for name in self.search.names}
 
-    def _searched(self) -> list[float]:
+    def _set(self, point: Sequence[float]) -> None:
         assert self.search is not None
-        found = dict(zip(self.search.names, self.search.point, strict=True))
-        return [found[name] for name in self.constrained]
+        found = dict(zip(self.search.names, point, strict=True))
+        self._thresholds = tensor([found[name] for name in self.constrained])
 
     @property
     def penalty_signs(self) -> tuple[float, ...]:
@@ -173,7 +171,7 @@ class Lagrangian(Composer):
                 self.search.waited(dict(zip(self.constrained, means.tolist(), strict=True)))
         if observed.gold is not None and self.search is not None and self.search.due:
             self.search.tell(observed.gold)
-            self._thresholds = self._searched()
+            self._set(self.search.point)
 
     def _widen(self, lowest: Tensor, highest: Tensor) -> None:
         low = self.vector(lowest, "lowest reward")[self._index]

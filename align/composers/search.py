@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -146,18 +145,14 @@ class ThresholdSearch:
             raise ValueError(f"composer.search.max_points={max_points}: the first simplex has {len(self.names) + 1}")
         self.metric, self.steps, self.check_every, self.band = metric, steps, check_every, band
         self.max_points, self.method = max_points, method
-        self._bounds, self._seed = (list(bottom.values()), list(top.values())), seed
+        self._simplex = drawn_simplex(list(bottom.values()), list(top.values()), seed)
         self._points: list[Point] = []
         self._values: list[float] = []  # minus the metric
         self._waited = 0
         self._reached = False
+        self._asked = self._next()
 
-    @cached_property  # drawn by torch, which checking settings does without
-    def _simplex(self) -> list[Point]:
-        return drawn_simplex(*self._bounds, self._seed)
-
-    @cached_property
-    def _asked(self) -> Point | None:
+    def _next(self) -> Point | None:
         if len(self._points) >= self.max_points:
             return None
         moves = MOVES_PER_POINT * self.max_points
@@ -196,7 +191,7 @@ class ThresholdSearch:
         self._points.append(self._asked)
         self._values.append(-gold)
         self._waited, self._reached = 0, False
-        del self._asked
+        self._asked = self._next()
 
     def metrics(self) -> dict[str, float]:
         """search/points, search/best_NAME, search/best_score, search/finished."""
@@ -223,4 +218,4 @@ class ThresholdSearch:
         self._points = [tuple(p) for p in state["points"]]
         self._values = list(state["values"])
         self._waited, self._reached = state["waited"], state["reached"]
-        vars(self).pop("_asked", None)
+        self._asked = self._next()

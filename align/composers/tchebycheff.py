@@ -14,7 +14,6 @@ from align.composers.base import (
     Composer,
     Observed,
     Target,
-    Vector,
     by_name,
     named,
     one_of,
@@ -61,9 +60,6 @@ class Tchebycheff(Composer):
     """
 
     apply = "now"
-    preference = Vector()
-    _given = Vector()
-    _shares = Vector()
 
     def __init__(
         self,
@@ -92,10 +88,10 @@ class Tchebycheff(Composer):
             raise ValueError("composer.decay=1: values would never move; use a number below 1")
         self.target, self.form, self.mu, self.eta, self.tau, self.decay = target, form, mu, eta, tau, decay
         self.preference = simplex(weights, self.names, "weights", zeros=False)  # 0: weakly optimal points
-        self._given = list(by_name(ideal, self.names, "ideal").values()) if ideal else None
+        self._given = tensor(list(by_name(ideal, self.names, "ideal").values())) if ideal else None
         self._best: Tensor | None = None
         self._values: Tensor | None = None
-        self._shares = [1 / len(self.names)] * len(self.names)
+        self._shares = torch.full((len(self.names),), 1 / len(self.names), dtype=torch.float64)
 
     @property
     def ideal(self) -> Tensor | None:

@@ -1,17 +1,146 @@
-"""All that `align train` refuses without a model: every command calls it first, also where it submits."""
+"""All that `align train` refuses without a model: every command calls it first, in the launcher and on the login node.
+
+It makes the objective, the estimator, the composer and the pair rule, whose own refusals stand in their classes, and
+leaves what a trainer or a group of settings forbids to checks_*.py. Nothing is read but names of files.
+"""
 
 from __future__ import annotations
 
-from align.config.deferred import deferred
-from align.config.schema import Config
+from collections.abc import Callable
+from pathlib import Path
+
+from align import build
+from align.config import checks_iterate, checks_offline, checks_online
+from align.config.schema import Config, WarmConfig
+from align.data import gym
+from align.data.sources import locate_all
+from align.launch import local, slurm
+from align.objectives.base import Objective
+
+# trainer.kind -> what it refuses, given the settings and the objective
+_TRAINERS: dict[str, Callable[[Config, Objective], None]] = {
+    "offline": checks_offline.check,
+    "online": checks_online.check,
+    "iterate": checks_iterate.check,
+    "warm": checks_offline.check_warm,
+}
 
 
 def validate(config: Config) -> None:
-    """Raises ValueError, one line, for settings with which `align train` would not run.
+    """Raises ValueError, one line, for settings with which `align train` would not run."""
+    objective = build.objective(config)
+    check_model(config)
+    check_data(config)
+    build.check_optimizer(config)
+    _TRAINERS[config.trainer.kind](config, objective)
+    _check_head(config, objective)
+    build.check_margins(config, objective)
+    _check_processes(config)
+    _check_launch(config)
+    _check_observers(config)
 
-    Parts are made to be checked; torch, which their modules name, is not imported for that.
-    """
-    with deferred():
-        from align.config.checks import check
 
-        check(config)
+def check_model(config: Config) -> None:
+    """Raises ValueError for a model that cannot be, or cannot be trained in this form."""
+    if config.model.get("four_bit"):
+        _check_four_bit(config)
+    build.pretrained(config)
+    named = {"model.path": config.model.get("path"), "reference.path": config.reference.path}
+    if isinstance(config.trainer, WarmConfig):
+        named |= {f"trainer.starts[{i}]": path for i, path in enumerate(config.trainer.starts or ())}
+    for key, path in named.items():
+        check_path(key, path)
+
+
+def check_path(key: str, path: object) -> None:
+    """Raises ValueError for what can only be a directory and is none; names on the hub are NAME or OWNER/NAME."""
+    if not isinstance(path, str) or Path(path).expanduser().exists():
+        return
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise ValueError(f"{key}={path}: no such directory; give a hub name or a directory in Hugging Face format")
+
+
+def check_data(config: Config) -> None:
+    """Raises ValueError for sources that are not there and for a gold function that cannot be imported."""
+    for key, names in (("data.train", config.data.train), ("data.heldout", config.data.heldout)):
+        if names is None or (config.collect is not None and key == "data.train"):
+            continue
+        for source in locate_all(names, key, config.data.loader):
+            if source.kind == "gym":
+                gym.check_task(gym.parse_name(source.name).task, source.name)
+    if config.collect is not None:
+        gym.check_task(config.collect.task, f"collect.task={config.collect.task}")
+    data = config.data
+    if config.collect is not None and (data.format or data.loader):
+        key = "data.format" if data.format else "data.loader"
+        raise ValueError(f"{key} has no effect: collect=... writes its rows itself; remove it")
+    for key, path in (("data.gold", data.gold), ("data.format", data.format), ("data.loader", data.loader)):
+        if path is not None:
+            build.function(path, key)
+
+
+def _check_head(config: Config, objective: Objective) -> None:
+    head = config.head
+    if "scores" not in objective.needs and (head.path is not None or head.only or head.dropout):
+        raise ValueError(
+            f"head has no effect: objective={config.choices['objective']} trains no reward model; leave it"
+        )
+
+
+def _check_four_bit(config: Config) -> None:
+    if config.lora.rank == 0:
+        raise ValueError("model.four_bit=true: weights of 4 bits cannot be trained; set lora.rank=16")
+    if config.merge:
+        raise ValueError("model.four_bit=true: merge=true would round the adapter to 4 bits; leave merge out")
+    if config.engine.stage == 3:
+        raise ValueError("model.four_bit=true: engine=zero3 cannot shard weights of 4 bits; use engine=zero2")
+    if config.reference.mode == "model":
+        raise ValueError("model.four_bit=true: reference.mode=model would hold the model twice; use adapter")
+    if "vllm" in str(config.rollout.get("_target_")) and config.trainer.kind != "offline":
+        raise ValueError("model.four_bit=true: vLLM would draw from weights that are not these; use rollout=hf")
+
+
+def _check_launch(config: Config) -> None:
+    """Raises ValueError for a launch that its scheduler or the engine would not take."""
+    if config.launch.kind == "slurm":
+        slurm.check(config)
+    elif not local.in_job():
+        local.check_engine(config, config.launch.processes or 1, 1)
+        one = config.choices.get("engine", "local") == "local" or config.launch.processes == 1
+        if one and config.launch.port is not None:
+            raise ValueError("launch.port has no effect on one process; leave it out")
+
+
+def _check_processes(config: Config) -> None:
+    """Raises ValueError for what an engine of several processes cannot do."""
+    if config.engine.stage is None:
+        return
+    if config.trainer.kind not in ("offline", "online"):
+        raise ValueError(f"trainer={config.trainer.kind} runs in one process: use engine=local")
+    if config.collect is not None:
+        raise ValueError(
+            "collect runs in one process: use engine=local; with trainer.max_steps=1 it collects, and its pairs are "
+            "data.train of another run"
+        )
+
+
+def _check_observers(config: Config) -> None:
+    """Raises ValueError for a best model that nothing tells, and callbacks that cannot be made."""
+    t = config.trainer
+    if t.stop_after is not None and t.keep_best is None:
+        raise ValueError(
+            f"trainer.stop_after={t.stop_after} has no effect without trainer.keep_best; use keep_best=loss/heldout"
+        )
+    if t.keep_best is not None:
+        if t.kind == "iterate":
+            raise ValueError(
+                f"trainer.keep_best={t.keep_best} has no effect with trainer=iterate: a round's training is evaluated "
+                "at its end; remove it"
+            )
+        if (config.data.heldout is None and config.data.heldout_fraction == 0) or t.eval_every == 0:
+            raise ValueError(
+                f"trainer.keep_best={t.keep_best} needs evaluations: set data.heldout, and trainer.eval_every above 0"
+            )
+    if t.export_at is not None and any(step < 1 for step in t.export_at):
+        raise ValueError(f"trainer.export_at={t.export_at}: must be steps from 1 on")
+    build.callbacks(config)

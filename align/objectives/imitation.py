@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from align.objectives.base import Objective
-from align.sums import positive
+from align.stats import positive
 from align.types import Losses, PackedBatch, Stats, Term
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from align.objectives.checks import not_negative, one_of, positive_value
-from align.sums import row_sums
+from align.stats import row_sums
 
 Level = Literal["token", "sequence"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from align.objectives.base import Objective
 from align.objectives.checks import needed_number, positive_value
-from align.sums import positive, row_sums
+from align.stats import positive, row_sums
 from align.types import Losses, PackedBatch, Stats, Term
 
 

@@ -23,7 +23,7 @@ from align.objectives.mismatch import (
     off_policy_mask,
     weight_totals,
 )
-from align.sums import positive, row_sums, target_sums
+from align.stats import positive, row_sums, target_sums
 from align.types import Losses, PackedBatch, Stats, Term
 
 Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "sequence_sum_over_length"]

@@ -13,7 +13,7 @@ from align.objectives.checks import not_negative, one_of, positive_value
 from align.objectives.imitation import nll_means, nll_term
 from align.objectives.losses import BaseLoss, Ratios
 from align.objectives.preference import needs_difference
-from align.sums import positive
+from align.stats import positive
 from align.types import Losses, PackedBatch, Stats, Term
 
 Scope = Literal["whole", "completion"]

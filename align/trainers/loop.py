@@ -18,8 +18,7 @@ from align.engine.base import Engine
 from align.engine.world import World
 from align.objectives.base import Objective
 from align.packing import micro_batches, num_tokens, pack, pack_groups, shares, to_device, token_column
-from align.stats import cached_stats
-from align.sums import positive
+from align.stats import cached_stats, positive
 from align.types import Example, Layout, Losses, PackedBatch, Row, Stats, Term, Unit
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from align.sums import positive, row_sums
+from align.stats import positive, row_sums
 from align.types import Losses, PackedBatch, Stats
 
 

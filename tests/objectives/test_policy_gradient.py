@@ -12,7 +12,7 @@ import torch
 
 from align.objectives.mismatch import Masked, SequenceMeanMasked, Truncated, Uncorrected
 from align.objectives.policy_gradient import Clipped, PolicyGradient, kl_estimate
-from align.sums import positive
+from align.stats import positive
 from tests.objectives.build import batch_of, select, stats_of
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "online_public.json").read_text())
