@@ -21,7 +21,7 @@ from align.engine.world import World
 from align.log import Log
 from align.models import Policy, lora
 from align.pretrained import byte_tokenizer, tiny
-from align.rewards.base import Conversation
+from align.rewards.base import Component, Conversation
 from align.rewards.build import RewardHost, Rewards, components
 from align.rollout.base import Host
 from align.rollout.hf import HFRollout
@@ -148,7 +148,7 @@ def test_a_tracker_is_finished_once(tmp_path):
     assert finished == [1]
 
 
-class Fragile:
+class Fragile(Component):
     """A reward of a user's, in the trainer's process, whose close fails."""
 
     in_process = True
