@@ -14,6 +14,8 @@ import yaml
 
 from align.cli import main
 
+pytestmark = pytest.mark.xdist_group("extend")  # some look at the runs of others
+
 PAGE = (Path(__file__).parents[1] / "docs" / "extend.md").read_text()
 SECTIONS = re.findall(r"^## (.+?)\n(.+?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
 SMALL = ["model.hidden_size=16", "model.num_layers=1", "trainer.batch_size=2", "log.tensorboard=false"]
