@@ -304,6 +304,19 @@ def test_no_part_is_asked_by_name():
     assert asked_of_parts() == []
 
 
+def test_step_rows_without_step_values_are_refused_before_a_step():
+    class Lacking:
+        kind, needs, step_rows = "pair", frozenset(), "examples"
+
+        def __call__(self, *_):
+            """Never called."""
+
+    with pytest.raises(ValueError, match="step_rows=examples needs the method step_values"):
+        as_objective(Lacking(), "objective")
+    Lacking.step_values = lambda *_: None
+    assert as_objective(Lacking(), "objective").step_rows == "examples"
+
+
 MODULE = """
 from dataclasses import dataclass
 

@@ -62,6 +62,13 @@ class RewardObjective(Objective):
 
 
 def as_objective(part: object, key: str) -> Objective:
-    """A part as an objective, or a RewardObjective where it needs scores, see contracts.adopt."""
+    """A part as an objective, or a RewardObjective where it needs scores, see contracts.adopt.
+
+    Raises ValueError also for step_rows without step_values: a run would find out at its first step.
+    """
     objective = adopt(part, Objective, key)
+    if objective.step_rows is not None and type(objective).step_values is Objective.step_values:
+        raise ValueError(
+            f"{key}: step_rows={objective.step_rows} needs the method step_values; see {__name__}.Objective"
+        )
     return adopt(part, RewardObjective, key) if "scores" in objective.needs else objective
