@@ -21,6 +21,7 @@ def train(
     if local.is_worker():
         config = compose(words, config_dir)
         local.check_engine(config, int(os.environ["WORLD_SIZE"]), 1)
+        _check(sweep.Element("", tuple(words), config))  # another's launcher has checked nothing
         return _here(words, config)
     if local.in_job():
         return _as_node(words, config_dir, tell)
