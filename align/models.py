@@ -24,7 +24,7 @@ from torch.utils import checkpoint
 from align import attention
 from align.packing import pack, to_device
 from align.stats import Head, stats
-from align.types import Example, Layout, PackedBatch, Row, Stats
+from align.types import Example, Extras, Layout, PackedBatch, Row, Stats
 from align.weights import check_finite
 
 if TYPE_CHECKING:
@@ -141,15 +141,17 @@ class Scorer(Network):
         self.head = head.to(self.device)
 
     def forward(self, batch: PackedBatch, needs: frozenset[str] = frozenset()) -> Stats:
-        """Stats with scores; with gates if they are needed."""
+        """Stats with scores, and gates among the extras if they are needed."""
         hidden = self.hidden(batch)
         last = hidden.index_select(0, batch.last_index).float()
         with torch.autocast(hidden.device.type, enabled=False):
             scores = self.head(last)
             head: Any = self.head  # one that is gated has them
-            gates = head.gates(hidden.index_select(0, prompt_ends(batch)).float()) if "gates" in needs else None
+            extras = Extras()
+            if "gates" in needs:
+                extras["gates"] = head.gates(hidden.index_select(0, prompt_ends(batch)).float())
         empty = scores.new_zeros(0)
-        return Stats(empty, empty, batch.lengths, batch.row, scores=scores, gates=gates)
+        return Stats(empty, empty, batch.lengths, batch.row, scores=scores, extras=extras)
 
     def own_scores(self, row: Row) -> torch.Tensor:
         """Scores [D] of one row by the trunk's own forward, as transformers' classifiers compute them."""

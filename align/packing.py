@@ -6,13 +6,13 @@ Knows nothing of models, text or losses.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from align.types import Example, Layout, PackedBatch, Row
+from align.types import Example, Extras, Layout, PackedBatch, Row
 
 
 def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
@@ -201,6 +201,11 @@ def token_column(parts: Sequence[np.ndarray], batch: PackedBatch) -> torch.Tenso
     return values.to(batch.row.device, non_blocking=True)
 
 
+def with_extras(batch: PackedBatch, more: Mapping[str, torch.Tensor]) -> PackedBatch:
+    """The batch with these extras beside its own."""
+    return replace(batch, extras=Extras({**batch.extras, **more}))
+
+
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
     """The batch with its tensors on `device`; tensors on a GPU are copied without waiting."""
     moved = {
@@ -210,7 +215,8 @@ def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
     }
     numbers = {name: value.to(device, non_blocking=True) for name, value in batch.numbers.items()}
     columns = {name: value.to(device, non_blocking=True) for name, value in batch.columns.items()}
-    return replace(batch, **moved, numbers=numbers, columns=columns)
+    extras = Extras({name: value.to(device, non_blocking=True) for name, value in batch.extras.items()})
+    return replace(batch, **moved, numbers=numbers, columns=columns, extras=extras)
 
 
 def _long(parts: list[np.ndarray]) -> torch.Tensor:

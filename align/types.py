@@ -55,8 +55,19 @@ class Example:
     prompt: Prompt
     origin: str = ""  # free label of how the completions were made, for metrics by origin
     label: bool | None = None  # kind labelled: whether the row is desirable
-    mismatched: Row | None = None  # the prompt of the row with the completion of another prompt
+    # rows that are in no loss, of which Objective.step_rows names one: mismatched, the prompt with another's completion
+    extras: Mapping[str, Row] = field(default_factory=dict)
     numbers: Mapping[str, float] = field(default_factory=dict)  # columns of the data that an objective reads
+
+
+class Extras(dict[str, "Tensor"]):
+    """Tensors of a batch or of a network's opinion that few objectives read, by the names in Objective.extras."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise ValueError(
+            f"{name} is not among the extras ({', '.join(self) or 'none'}): an objective names in its extras what it "
+            "reads of batch.extras and policy.extras, and has step_values and step_index by its step_rows"
+        )
 
 
 @dataclass(frozen=True)
@@ -87,9 +98,7 @@ class PackedBatch:
     numbers: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [P] float32
     columns: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [C] float32, of rows that carry them
     reference_token_logps: Tensor | None = None  # [C] float32, when cached
-    start_token_logps: Tensor | None = None  # [C] float32, of the policy this run started from, when asked for
-    step_values: Tensor | None = None  # [B, K], what the objective computed of all B examples of the step beforehand
-    step_index: Tensor | None = None  # [P] int64, the place of each example among the B
+    extras: Mapping[str, Tensor] = field(default_factory=Extras)  # what Objective.extras and step_rows ask for
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ class Stats:
     # [C] of the value head, before each target, with their gradient; [C, K] of a head with K > 1 outputs
     values: Tensor | None = None
     scores: Tensor | None = None  # [N, D] float32, of a reward model's head at each sequence's last token
-    gates: Tensor | None = None  # [N, D] float32, of its second head at the last token before the first target
+    extras: Mapping[str, Tensor] = field(default_factory=Extras)  # what Objective.extras asks of the network
 
 
 @dataclass(frozen=True)

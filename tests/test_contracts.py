@@ -20,14 +20,16 @@ from align.composers.base import Composer
 from align.contracts import adopt, declared_by
 from align.data.pairs import MaxMin, PairRule
 from align.objectives.base import Objective, RewardObjective, as_objective
-from align.objectives.losses import BaseLoss, as_loss
+from align.objectives.losses import BaseLoss, Sigmoid, as_loss
 from align.objectives.mix import Mix
 from align.objectives.preference import DPO
 from align.rewards.base import Reward, RewardTarget, StepReward
 from align.rollout.base import Rollout
 from align.tools import Tool
 from align.trainers.callbacks import Callback
+from align.types import Extras
 from tests.bench.house import asked, asked_of_parts
+from tests.conftest import plain_dpo
 
 # For each base: what a plain class of this kind must say, and a default that it then has.
 PLAIN = {
@@ -164,6 +166,7 @@ def test_what_has_no_default_is_required(base, leave_out, text):
         (Objective, "kind", "pairs", "kind=pairs: must be pair, "),
         (Objective, "step_rows", "all", "step_rows=all: must be examples, mismatched or None"),
         (Objective, "needs", "reference", r"needs=reference: must be a tuple or a set of names, as in \{'reference'\}"),
+        (Objective, "extras", "gates", "extras=gates: must be a tuple or a set of names"),
         (Objective, "columns", "second", "columns=second: must be a tuple or a set of names"),
         (RewardObjective, "outputs", "reward", "outputs=reward: must be a tuple or a set of names"),
         (Composer, "apply", "later", "apply=later: must be now or next"),
@@ -315,6 +318,37 @@ def test_step_rows_without_step_values_are_refused_before_a_step():
         as_objective(Lacking(), "objective")
     Lacking.step_values = lambda *_: None
     assert as_objective(Lacking(), "objective").step_rows == "examples"
+
+
+@pytest.mark.parametrize(
+    "said, text",
+    [
+        ({"needs": {"start"}}, "^objective.first: needs names start: must be of reference, values, scores, log_coll"),
+        (
+            {"extras": {"start_logps"}},
+            "^objective.first: extras names start_logps: must be of start_token_logps, gates$",
+        ),
+        ({"extras": {"start_token_logps"}, "kind": "rollout"}, "which no reward model and no online step has"),
+        ({"extras": {"start_token_logps"}, "needs": {"scores"}}, "which no reward model and no online step has"),
+        ({"extras": {"gates"}}, "extras names gates, which only a RewardObjective with gated=true has"),
+        (
+            {"extras": {"gates"}, "needs": {"scores"}},
+            "extras names gates, which only a RewardObjective with gated=true",
+        ),
+        ({"step_rows": "mismatched"}, "^objective.first: step_rows=mismatched needs the method step_values"),
+    ],
+)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_names_that_no_loop_gives_are_refused_when_the_objective_is_made(said, text, mixed):
+    part = plain(RewardObjective, **said)
+    with pytest.raises(ValueError, match=text):
+        Mix(part, plain_dpo(0.1, Sigmoid(0.0)), 1.0, 1.0) if mixed else as_objective(part, "objective.first")
+
+
+def test_extra_that_is_not_declared_is_told_in_a_sentence():
+    text = r"start_token_logps is not among the extras \(step_values\): an objective names in its extras what it reads"
+    with pytest.raises(ValueError, match=text):
+        Extras(step_values=torch.zeros(1))["start_token_logps"]
 
 
 MODULE = """

@@ -97,7 +97,7 @@ def _check_reference(config: Config, t: IterateConfig, objective: Objective) -> 
             raise ValueError(
                 f"reference.path={path} has no effect with trainer.reference=updated; use trainer.reference=fixed"
             )
-        if "start" in objective.needs:
+        if "start_token_logps" in objective.extras:
             raise ValueError(
                 f"objective={name} needs trainer.reference=fixed: updated makes its two anchors the same policy"
             )

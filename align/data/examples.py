@@ -290,7 +290,8 @@ def assign_mismatched(examples: Sequence[Example], seed: int, max_tokens: int) -
     out: list[Example | None] = [None] * n
     for k, i in enumerate(order):
         partner = examples[order[following[k]]]
-        out[i] = replace(examples[i], mismatched=_swapped(examples[i].rows[0], partner.rows[0], max_tokens))
+        row = _swapped(examples[i].rows[0], partner.rows[0], max_tokens)
+        out[i] = replace(examples[i], extras={"mismatched": row})
     return [e for e in out if e is not None]
 
 

@@ -78,7 +78,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
     is resumed."""
     digest = hashlib.sha256()
     for e in examples:
-        for row in (*e.rows, *([e.mismatched] if e.mismatched is not None else [])):
+        for row in (*e.rows, *e.extras.values()):
             _digest(digest, row)
         if e.label is not None or e.numbers:
             digest.update(repr((e.label, sorted(e.numbers.items()))).encode())

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from align.contracts import adopt
 from align.types import Kind, Losses, PackedBatch, Stats
 
+NEEDS = ("reference", "values", "scores", "log_collision", "log_max", "entropy", "entropy_bonus")
+EXTRAS = ("start_token_logps", "gates")
+
 
 class Objective(ABC):
     """A pure function from a network's log-probs or scores to losses that nothing has reduced yet."""
@@ -21,9 +24,12 @@ class Objective(ABC):
     __slots__ = ()
 
     kind: Kind = "pair"  # of examples that it reads
-    # Of reference, start (log-probs of the policy that the run began with), values, scores, gates and the names of
-    # Stats: what it reads beside token_logps and logps. With scores it is a RewardObjective.
+    # Of NEEDS, reference or fields of Stats: what it reads beside token_logps and logps. With scores it is a
+    # RewardObjective.
     needs: frozenset[str] = frozenset()
+    # Of EXTRAS. In batch.extras: start_token_logps [C], of the policy that the run began with. In policy.extras: gates
+    # [N, D / 2], of a gated reward model's second head at the last token before the first target
+    extras: frozenset[str] = frozenset()
     columns: tuple[str, ...] = ()  # further rows of each pair, by the data's field or a dotted path
     # examples, mismatched: step_values is asked of the rows of all examples of a step, or of each prompt with the
     # completion of another one, before its first loss
@@ -38,7 +44,7 @@ class Objective(ABC):
 
     def step_values(self, policy: Stats, reference: Stats | None, batch: PackedBatch) -> Tensor:
         """With step_rows: numbers of each example of a batch [P, K], without gradient. A loss then finds those of the
-        whole step in batch.step_values [B, K], and its examples' places among them in batch.step_index [P]."""
+        whole step in batch.extras["step_values"] [B, K], its examples' places among them in "step_index" [P]."""
         raise NotImplementedError(f"{type(self).__name__} has step_rows={self.step_rows} and no step_values")
 
 
@@ -64,11 +70,20 @@ class RewardObjective(Objective):
 def as_objective(part: object, key: str) -> Objective:
     """A part as an objective, or a RewardObjective where it needs scores, see contracts.adopt.
 
-    Raises ValueError also for step_rows without step_values: a run would find out at its first step.
+    Raises ValueError also for names that no loop knows and for step_rows without step_values: a run would find out at
+    its first step.
     """
     objective = adopt(part, Objective, key)
+    for attribute, given, known in (("needs", objective.needs, NEEDS), ("extras", objective.extras, EXTRAS)):
+        for name in sorted(set(given).difference(known)):
+            raise ValueError(f"{key}: {attribute} names {name}: must be of {', '.join(known)}")
+    scores = "scores" in objective.needs
+    if "start_token_logps" in objective.extras and (scores or objective.kind == "rollout"):
+        raise ValueError(f"{key}: extras names start_token_logps, which no reward model and no online step has")
+    if "gates" in objective.extras and not (scores and adopt(part, RewardObjective, key).gated):
+        raise ValueError(f"{key}: extras names gates, which only a RewardObjective with gated=true has")
     if objective.step_rows is not None and type(objective).step_values is Objective.step_values:
         raise ValueError(
             f"{key}: step_rows={objective.step_rows} needs the method step_values; see {__name__}.Objective"
         )
-    return adopt(part, RewardObjective, key) if "scores" in objective.needs else objective
+    return adopt(part, RewardObjective, key) if scores else objective

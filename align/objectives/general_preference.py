@@ -46,9 +46,9 @@ class GeneralPreference(RewardObjective):
         positive_value("objective.tau", self.tau)
 
     @property
-    def needs(self) -> frozenset[str]:
-        """Scores, and gates if they are on."""
-        return frozenset({"scores", "gates"} if self.gated else {"scores"})
+    def extras(self) -> frozenset[str]:
+        """Gates if they are on."""
+        return frozenset({"gates"} if self.gated else ())
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -66,9 +66,7 @@ class GeneralPreference(RewardObjective):
             chosen, rejected = F.normalize(chosen, dim=-1), F.normalize(rejected, dim=-1)
         weights = None
         if self.gated:
-            if policy.gates is None:
-                raise ValueError("objective.gated=true: the network has no gates")
-            weights = policy.gates[batch.groups[:, 0]].softmax(-1)  # [P, D / 2]
+            weights = policy.extras["gates"][batch.groups[:, 0]].softmax(-1)  # [P, D / 2]
         score = skew_score(chosen, rejected, weights)
         z = (score - margins(batch, self.margin, score, "objective.margin")) / self.tau
         score = score.detach()

@@ -8,8 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from align.contracts import adopt
-from align.objectives.base import Objective
+from align.objectives.base import Objective, as_objective
 from align.objectives.checks import positive_value
 from align.types import Kind, Losses, PackedBatch, Stats, Term
 
@@ -30,8 +29,8 @@ class Mix(Objective):
     def __post_init__(self) -> None:
         positive_value("objective.first_weight", self.first_weight)
         positive_value("objective.second_weight", self.second_weight)
-        adopt(self.first, Objective, "objective.first")
-        adopt(self.second, Objective, "objective.second")
+        as_objective(self.first, "objective.first")
+        as_objective(self.second, "objective.second")
         kinds = {self.first.kind, self.second.kind}
         if len(kinds) > 1 and kinds != {"pair", "single"}:
             raise ValueError(
@@ -51,6 +50,11 @@ class Mix(Objective):
     def needs(self) -> frozenset[str]:
         """What either part needs."""
         return self.first.needs | self.second.needs
+
+    @property
+    def extras(self) -> frozenset[str]:
+        """What either part names."""
+        return self.first.extras | self.second.extras
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -188,8 +188,7 @@ class _Online(Objective):
             if corrected:
                 weights, changed = correction_weights(self.correction, gap)
                 if self.correction.normalise:
-                    assert batch.step_values is not None
-                    total, count = batch.step_values.to(weights.dtype).sum(0)
+                    total, count = batch.extras["step_values"].to(weights.dtype).sum(0)
                     weights = weights / positive(total / positive(count))
                 measured |= _weight_metrics(weights, changed, gap, self.correction, batch)
         if self.off_policy_threshold is not None:

@@ -218,12 +218,11 @@ class AOT(Objective):
     def __call__(self, policy: Stats, reference: Stats, batch: PackedBatch) -> Losses:
         """One loss per pair [P]; over a step, values and gradients sum to those of the sorted numbers."""
         left, right = self._sides(policy, reference, batch)
-        assert batch.step_values is not None
-        assert batch.step_index is not None
-        all_left, all_right = batch.step_values.to(left.dtype).unbind(1)  # [B]
-        losses = self._loss(left, _same_place(all_left, all_right, batch.step_index))
+        place = batch.extras["step_index"]
+        all_left, all_right = batch.extras["step_values"].to(left.dtype).unbind(1)  # [B]
+        losses = self._loss(left, _same_place(all_left, all_right, place))
         if not self.paired:
-            other = self._loss(_same_place(all_right, all_left, batch.step_index), right)
+            other = self._loss(_same_place(all_right, all_left, place), right)
             # Each sorted couple is met twice, once from either side, each time with the gradient of that side alone:
             # the gradients add up, the values are to be halved.
             losses = losses + other - 0.5 * (losses + other).detach()
@@ -257,7 +256,8 @@ class INPO(Objective):
     tau: float
 
     kind = "pair"
-    needs = frozenset({"reference", "start"})
+    needs = frozenset({"reference"})
+    extras = frozenset({"start_token_logps"})
 
     def __post_init__(self) -> None:
         positive_value("objective.eta", self.eta)
@@ -266,9 +266,7 @@ class INPO(Objective):
 
     def __call__(self, policy: Stats, reference: Stats, batch: PackedBatch) -> Losses:
         """Losses [P]; rewards in the metrics are eta times each completion's part of h, so their margin aims at 1/2."""
-        if batch.start_token_logps is None:
-            raise ValueError("objective inpo: the batch has no log-probs of the policy that the run started from")
-        start = target_sums(batch.start_token_logps, batch)
+        start = target_sums(batch.extras["start_token_logps"], batch)
         share = self.tau / self.eta
         anchor = share * reference.logps + (1 - share) * start  # [N]
         ratios = pair_ratios(policy, replace(reference, logps=anchor), batch)

@@ -45,9 +45,8 @@ class KTO(Objective):
         """Losses [P]; metrics by label, NaN for the other label, and kl, the point z0 in nats."""
         labels = _labels(batch)
         ratios = _log_ratios(policy, reference, batch)
-        assert batch.step_values is not None
         # the mean first: a sum of clamps is biased
-        point = batch.step_values[:, 0].mean().clamp(min=0).to(ratios.dtype)
+        point = batch.extras["step_values"][:, 0].mean().clamp(min=0).to(ratios.dtype)
         above = ratios - point
         signed = torch.where(labels, -above, above)
         losses = (self.beta * signed).sigmoid()

@@ -216,7 +216,7 @@ class RewardNetwork:
                 stats = network(batch, needs)
             borders = np.cumsum([len(chunks[i]) for i in part])[:-1]
             values = np.split(_array(stats.scores), borders)
-            second = [None] * len(part) if stats.gates is None else np.split(_array(stats.gates), borders)
+            second = np.split(_array(stats.extras["gates"]), borders) if needs else [None] * len(part)
             found |= {i: (v, g) for i, v, g in zip(part, values, second, strict=True)}
         for i, (group, _) in enumerate(parts):
             out[group].append(found[i][0])

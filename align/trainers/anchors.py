@@ -54,18 +54,22 @@ class Anchors:
         # a reference that is not the model the run starts from
         self.foreign = foreign if path is None else from_hub(path, None, False, False, None, "auto")
 
-    def of(self, objective: Objective) -> tuple[Anchor | None, Anchor | None]:
-        """Reference and start as far as an objective needs them. Raises ValueError for a setting without effect."""
-        reference = start = None
+    def of(self, objective: Objective) -> tuple[Anchor | None, dict[str, Anchor]]:
+        """The reference if an objective needs it, and the networks of its extras.
+
+        Raises ValueError for a setting without effect.
+        """
+        reference = None
         if "reference" in objective.needs:
             reference = self._own() if self.foreign is None else self._other(self.foreign)
         elif self.foreign is not None:
             raise ValueError(
                 f"reference.path={self.foreign.name} has no effect: {self.config.choices['objective']} has no reference"
             )
-        if "start" in objective.needs:
-            start = self._own() if reference is None or self.foreign is not None else reference
-        return reference, start
+        if "start_token_logps" not in objective.extras:
+            return reference, {}
+        start = self._own() if reference is None or self.foreign is not None else reference
+        return reference, {"start_token_logps": start}
 
     def network(self, reference: Anchor | None) -> Forward:
         """The reference as a network, for batches that no cache knows."""
@@ -151,7 +155,7 @@ class Anchors:
 
         start = time.perf_counter()
         done = cache.fill(
-            [e.rows if e.mismatched is None else (*e.rows, e.mismatched) for e in self.examples],
+            [(*e.rows, *e.extras.values()) for e in self.examples],
             [e.source for e in self.examples],
             self._in_precision(network),
             network.layout,

@@ -6,8 +6,8 @@ Blind to the algorithm: an objective says what it needs and what it returns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +17,7 @@ from align.config import TrainerConfig
 from align.engine.base import Engine
 from align.engine.world import World
 from align.objectives.base import Objective
-from align.packing import micro_batches, num_tokens, pack, pack_groups, shares, to_device, token_column
+from align.packing import micro_batches, num_tokens, pack, pack_groups, shares, to_device, token_column, with_extras
 from align.stats import cached_stats, positive
 from align.types import Example, Layout, Losses, PackedBatch, Row, Stats, Term, Unit
 
@@ -92,7 +92,7 @@ class Trainee:
     layout: Layout
     max_tokens: int  # of a micro-batch
     reference: Anchor | None
-    start: Anchor | None = None  # the policy that the run started from, where it is not the reference
+    anchors: Mapping[str, Anchor] = field(default_factory=dict)  # whose log-probs are these extras of a batch
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def train_step(
     blamed = []
     parts = _parts(trainee, examples)
     for number, (part, own) in enumerate(parts, 1):
-        passed = _passed(trainee, examples, part, own, values, trainee.objective.needs)
+        passed = _passed(trainee, examples, part, own, values, _asked(trainee.objective))
         batch, out = passed.batch, trainee.objective(passed.policy, passed.reference, passed.batch)
         loss = totals.add(batch, out) if own else totals.nothing(out)
         if not torch.isfinite(loss.detach()):
@@ -166,7 +166,7 @@ def evaluate(
     totals = _Totals(examples)
     for part, own in _parts(trainee, examples):
         check()
-        passed = _passed(trainee, examples, part, own, values, trainee.objective.needs)
+        passed = _passed(trainee, examples, part, own, values, _asked(trainee.objective))
         found = trainee.objective(passed.policy, passed.reference, passed.batch)
         if own:
             totals.add(passed.batch, found)
@@ -263,7 +263,7 @@ def _step_values(
     if which is None:
         return None
     own = which == "examples"
-    groups = [e.rows if own else (_mismatched(e),) for e in examples]
+    groups = [e.rows if own else (e.extras[which],) for e in examples]
     sources = [e.source for e in examples]
     engine = trainee.engine
     engine.policy.eval()
@@ -276,7 +276,7 @@ def _step_values(
         else:
             packed = pack_groups([groups[i] for i in part], trainee.layout, [sources[i] for i in part])
         batch = _with_anchors(trainee, to_device(packed, engine.policy.device), rows)
-        policy = engine.forward(batch, objective.needs)
+        policy = engine.forward(batch, _asked(objective))
         values = objective.step_values(policy, _reference(trainee, batch), batch)
         if mine:
             found.append((part, values if engine.world.size == 1 else values.cpu()))
@@ -287,9 +287,9 @@ def _step_values(
     return out
 
 
-def _mismatched(example: Example) -> Row:
-    assert example.mismatched is not None, example.source
-    return example.mismatched
+def _asked(objective: Objective) -> frozenset[str]:
+    """Of the network, beside log-probs; names that it does not know are others'."""
+    return frozenset((*objective.needs, *objective.extras))
 
 
 def _passed(
@@ -305,24 +305,25 @@ def _passed(
     rows = [row for e in chosen for row in e.rows]
     batch = _with_anchors(trainee, to_device(pack(chosen, trainee.layout), device), rows)
     if step_values is not None:
-        batch = replace(batch, step_values=step_values, step_index=torch.tensor(part, device=device))
+        batch = with_extras(batch, {"step_values": step_values, "step_index": torch.tensor(part, device=device)})
     reference = _reference(trainee, batch)
     return Pass(part, own, batch, trainee.engine.forward(batch, needs), reference)
 
 
 def _with_anchors(trainee: Trainee, batch: PackedBatch, rows: Sequence[Row]) -> PackedBatch:
     """The batch with the log-probs that are cached, or that only a network of its own can give."""
-    out = {}
     if trainee.reference is not None and trainee.reference.cached is not None:
-        out["reference_token_logps"] = token_column(trainee.reference.cached(rows), batch)
-    if trainee.start is not None:
-        if trainee.start.cached is not None:
-            out["start_token_logps"] = token_column(trainee.start.cached(rows), batch)
-        else:
-            assert trainee.start.network is not None
-            with torch.no_grad():
-                out["start_token_logps"] = trainee.start.network(batch).token_logps
-    return replace(batch, **out)
+        batch = replace(batch, reference_token_logps=token_column(trainee.reference.cached(rows), batch))
+    return with_extras(batch, {name: _anchored(anchor, batch, rows) for name, anchor in trainee.anchors.items()})
+
+
+@torch.no_grad()
+def _anchored(anchor: Anchor, batch: PackedBatch, rows: Sequence[Row]) -> torch.Tensor:
+    """Its log-probs of the targets [C]."""
+    if anchor.cached is not None:
+        return token_column(anchor.cached(rows), batch)
+    assert anchor.network is not None
+    return anchor.network(batch).token_logps
 
 
 def _reference(trainee: Trainee, batch: PackedBatch) -> Stats | None:
@@ -451,8 +452,8 @@ def token_plan(examples: Sequence[Example], layout: Layout, max_tokens: int) -> 
     """
     sources = [e.source for e in examples]
     micro_batches([e.rows for e in examples], sources, layout, max_tokens)
-    if any(e.mismatched is not None for e in examples):
-        micro_batches([(_mismatched(e),) for e in examples], sources, layout, max_tokens)
+    for name in examples[0].extras if examples else ():
+        micro_batches([(e.extras[name],) for e in examples], sources, layout, max_tokens)
     stream = sum(num_tokens(e.rows, layout) for e in examples)
     return stream, sum(num_tokens(e.rows, "packed") for e in examples)
 
@@ -465,7 +466,7 @@ def passes(trainee: Trainee, examples: Sequence[Example], check: Callable[[], No
     """
     values = _step_values(trainee, examples, check)
     trainee.engine.policy.train(recompute)
-    needs = trainee.objective.needs - {"entropy"}  # which is only watched
+    needs = _asked(trainee.objective) - {"entropy"}  # which is only watched
     for part, own in _parts(trainee, examples):
         check()
         yield _passed(trainee, examples, part, own, values, needs)

@@ -165,9 +165,9 @@ def _parts(
     model_hash = whole.hash()
     resume.check_weights(session, state, model_hash)
     anchors = _anchors(session, engine, data, plan, model_hash, given)
-    reference, start = anchors.of(session.objective)
+    reference, further = anchors.of(session.objective)
     budget = session.config.trainer.micro_batch_tokens
-    trainee = Trainee(engine, session.objective, made.layout, budget, reference, start)
+    trainee = Trainee(engine, session.objective, made.layout, budget, reference, further)
     _self_check(session, trainee, data.train[:2], anchors.foreign is None)
     form = None
     if "scores" in session.objective.needs:

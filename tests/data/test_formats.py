@@ -272,17 +272,17 @@ def labelled(prompts):
 def test_partner_has_another_prompt(prompts, seed):
     found = assign_mismatched(labelled(prompts), seed, 1000)
     for i, e in enumerate(found):
-        text = TOKENIZER.decode(e.mismatched.token_ids)
+        text = TOKENIZER.decode(e.extras["mismatched"].token_ids)
         assert text.startswith(prompts[i] + "answer ")
         partner = int(text.removeprefix(prompts[i] + "answer ").removesuffix("<|im_end|>"))
         assert prompts[partner] != prompts[i]
-        assert learnt([e.mismatched]) == [f"answer {partner}<|im_end|>"]
+        assert learnt([e.extras["mismatched"]]) == [f"answer {partner}<|im_end|>"]
 
 
 def test_partners_are_fixed_by_the_seed_and_cut_at_the_limit():
     rows = labelled("abcdefghij")
     first, again, other = (assign_mismatched(rows, seed, 9) for seed in (0, 0, 1))
-    ids = [[e.mismatched.token_ids.tolist() for e in found] for found in (first, again, other)]
+    ids = [[e.extras["mismatched"].token_ids.tolist() for e in found] for found in (first, again, other)]
     assert ids[0] == ids[1] != ids[2]
     assert {len(i) for i in ids[0]} == {9}
     with pytest.raises(ValueError, match="two different prompts"):

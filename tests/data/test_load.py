@@ -125,8 +125,8 @@ def test_one_heldout_prompt_takes_its_mismatched_answer_from_the_training_data(t
     train = write(tmp_path / "r.jsonl", [labelled(f"Question {i}", i % 2 == 0) for i in range(10)])
     data = load(settings(train, heldout_fraction=0.05), byte_tokenizer(), Wanted("labelled", mismatched=True))
     (held,) = data.heldout
-    assert byte_tokenizer().decode(held.mismatched.token_ids).startswith(held.prompt.text + " ")
-    assert all(e.mismatched is not None for e in data.train)
+    assert byte_tokenizer().decode(held.extras["mismatched"].token_ids).startswith(held.prompt.text + " ")
+    assert all("mismatched" in e.extras for e in data.train)
 
 
 def test_the_check_holds_out_the_rows_that_training_does(tmp_path):

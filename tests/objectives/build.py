@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from align.packing import with_extras
 from align.stats import positive, row_sums
-from align.types import Losses, PackedBatch, Stats
+from align.types import Extras, Losses, PackedBatch, Stats
 
 
 def batch_of(row: Tensor, num_rows: int, num_columns: int = 2, weights: Tensor | None = None, **fields) -> PackedBatch:
@@ -51,7 +52,7 @@ def select(stats: Stats, batch: PackedBatch, examples: Sequence[int]) -> tuple[S
         labels=None if batch.labels is None else batch.labels[index],
         numbers={name: values[index] for name, values in batch.numbers.items()},
         sources=tuple(batch.sources[i] for i in examples), origins=tuple(batch.origins[i] for i in examples),
-        step_index=index,
+        extras=Extras({**batch.extras, "step_index": index}),
     )  # fmt: skip
     extras = {n: getattr(stats, n) for n in ("log_collision", "log_max", "entropy") if getattr(stats, n) is not None}
     return stats_of(stats.token_logps[keep], part, **{n: v[keep] for n, v in extras.items()}), part
@@ -75,4 +76,4 @@ def with_step(objective, policy: Stats, reference: Stats | None, batch: PackedBa
     """The batch as one whole step, with what an objective of step_rows="examples" computed of it."""
     values = objective.step_values(policy, reference, batch)
     assert not values.requires_grad
-    return replace(batch, step_values=values, step_index=torch.arange(len(batch.groups)))
+    return with_extras(batch, {"step_values": values, "step_index": torch.arange(len(batch.groups))})

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from align.types import PackedBatch, Stats
+from align.types import Extras, PackedBatch, Stats
 from tests.objectives.build import batch_of
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "reward_public.json").read_text())
@@ -54,7 +54,8 @@ def listed(*lists: Tensor) -> tuple[Stats, PackedBatch]:
 
 def stats(scores: Tensor, batch: PackedBatch, gates: Tensor | None = None) -> Stats:
     empty = scores.new_zeros(0)
-    return Stats(empty, empty, batch.lengths, batch.row, scores=scores, gates=gates)
+    extras = Extras() if gates is None else Extras(gates=gates)
+    return Stats(empty, empty, batch.lengths, batch.row, scores=scores, extras=extras)
 
 
 def part(policy: Stats, batch: PackedBatch, examples: Sequence[int]) -> tuple[Stats, PackedBatch]:
@@ -69,4 +70,5 @@ def part(policy: Stats, batch: PackedBatch, examples: Sequence[int]) -> tuple[St
         numbers={name: values[torch.tensor(examples)] for name, values in batch.numbers.items()},
     )  # fmt: skip
     assert policy.scores is not None
-    return stats(policy.scores[rows], small, None if policy.gates is None else policy.gates[rows]), small
+    gates = policy.extras.get("gates")
+    return stats(policy.scores[rows], small, None if gates is None else gates[rows]), small

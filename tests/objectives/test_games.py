@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from align.objectives.losses import Sigmoid
 from align.objectives.preference import INPO
+from align.packing import with_extras
 from tests.conftest import plain_dpo
 from tests.objectives.build import batch_of, stats_of
 
@@ -24,7 +23,7 @@ FIRST = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64).log()
 def minimised(objective, start: Tensor, reference: Tensor) -> Tensor:
     """Log-probs [3] of the policy with the least expected loss over pairs of samples from `start`."""
     both = torch.cat([CHOSEN, REJECTED])
-    batch = replace(BATCH, start_token_logps=start[both])
+    batch = with_extras(BATCH, {"start_token_logps": start[both]})
     anchor = stats_of(reference[both], batch)
     weights = (start[CHOSEN] + start[REJECTED]).exp() * BEATS[CHOSEN, REJECTED]
     logits = start.clone().requires_grad_()

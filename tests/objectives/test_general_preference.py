@@ -10,6 +10,7 @@ import torch
 
 from align.objectives.general_preference import GeneralPreference, gpo_loss, mean_scores, score_table, skew_score
 from align.objectives.reward_model import BradleyTerry
+from align.types import Extras
 from tests.objectives.build import reduced
 from tests.objectives.scored import leaf, named, part, scored
 
@@ -153,8 +154,8 @@ def test_gates_learn():
     policy, batch = scored(leaf([[1.0, 0, 1, 0]]), leaf([[0.0, 1, 0, -1]]), gates=gates)
     plain(4, gated=True)(policy, None, batch).terms[0].losses.sum().backward()
     assert gates.grad[0, 0] < 0 < gates.grad[0, 1]
-    with pytest.raises(ValueError, match="objective.gated=true"):
-        plain(4, gated=True)(replace(policy, gates=None), None, batch)
+    with pytest.raises(ValueError, match="gates is not among the extras"):
+        plain(4, gated=True)(replace(policy, extras=Extras()), None, batch)
 
 
 @pytest.mark.parametrize("objective", [plain(4, 0.1), plain(4, normalise=True), plain(4, gated=True, margin="lead")])
@@ -183,8 +184,8 @@ def test_extreme_embeddings_in_float32(normalise):
 def test_what_is_stored_and_needed():
     objective = plain(4, 0.1, normalise=True, gated=True)
     assert objective.metadata() == {"tau": 0.1, "normalise": True, "gated": True}
-    assert objective.needs == {"scores", "gates"}
-    assert plain(4).needs == {"scores"}
+    assert (objective.needs, objective.extras) == ({"scores"}, {"gates"})
+    assert plain(4).extras == frozenset()
     assert objective.outputs == ("embedding_0", "embedding_1", "embedding_2", "embedding_3")
 
 

@@ -16,6 +16,7 @@ from align.objectives.preference import AOT, RPO, WPO
 from align.objectives.rationale import RDPO, RORPO
 from align.objectives.reference_free import ORPO, SimPO
 from align.objectives.unpaired import KTO, ApoZeroUnpaired
+from align.types import Extras
 from tests.conftest import plain_dpo
 from tests.objectives.build import reduced, rows_of, stats_of, with_step
 
@@ -86,8 +87,8 @@ def test_step_values_are_those_of_the_part_that_needs_them():
 
 
 def test_labelled_parts():
-    fields = {"labels": torch.tensor([True, False, True, False]), "step_values": torch.full((4, 1), 0.3).double()}
-    policy, reference, batch = random_rows(1, **fields)
+    labels, extras = torch.tensor([True, False, True, False]), Extras(step_values=torch.full((4, 1), 0.3).double())
+    policy, reference, batch = random_rows(1, labels=labels, extras=extras)
     kto, apo = KTO(0.1, 1.0, 1.0), ApoZeroUnpaired(0.1)
     mix = Mix(kto, apo, 1.0, 0.5)
     assert (mix.kind, mix.step_rows) == ("labelled", "mismatched")

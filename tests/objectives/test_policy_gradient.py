@@ -12,6 +12,7 @@ import torch
 
 from align.objectives.mismatch import Masked, SequenceMeanMasked, Truncated, Uncorrected
 from align.objectives.policy_gradient import Clipped, PolicyGradient, kl_estimate
+from align.packing import with_extras
 from align.stats import positive
 from tests.objectives.build import batch_of, select, stats_of
 
@@ -222,7 +223,7 @@ def whole_step(objective, policy, batch):
         return batch
     values = objective.step_values(policy, None, batch)
     assert not values.requires_grad
-    return replace(batch, step_values=values, step_index=torch.arange(len(batch.groups)))
+    return with_extras(batch, {"step_values": values, "step_index": torch.arange(len(batch.groups))})
 
 
 def part_of(policy, reference, batch, examples):

@@ -10,6 +10,7 @@ import torch
 
 from align.objectives.losses import Hinge, IpoSum, NcaPair, Robust, Sigmoid, SigmoidNorm
 from align.objectives.preference import AOT, INPO, RPO, WPO, beyond_shorter
+from align.packing import with_extras
 from tests.conftest import plain_dpo
 from tests.objectives.build import batch_of, reduced, rows_of, select, stats_of, with_step
 
@@ -257,15 +258,15 @@ def test_inpo_with_one_anchor_is_ipo():
     policy, reference, batch = random_pairs()
     start = torch.rand(len(batch.row), generator=torch.Generator().manual_seed(1)).double() - 3
     ipo = plain_dpo(0.2, IpoSum())
-    only_reference = INPO(0.2, 0.2)(policy, reference, replace(batch, start_token_logps=start))
+    only_reference = INPO(0.2, 0.2)(policy, reference, with_extras(batch, {"start_token_logps": start}))
     torch.testing.assert_close(only_reference.terms[0].losses, ipo(policy, reference, batch).terms[0].losses)
-    same = INPO(0.2, 0.05)(policy, reference, replace(batch, start_token_logps=reference.token_logps))
+    same = INPO(0.2, 0.05)(policy, reference, with_extras(batch, {"start_token_logps": reference.token_logps}))
     torch.testing.assert_close(same.terms[0].losses, ipo(policy, reference, batch).terms[0].losses)
 
 
 def test_inpo_needs_the_start_policy():
     policy, reference, batch = random_pairs()
-    with pytest.raises(ValueError, match="no log-probs of the policy that the run started from"):
+    with pytest.raises(ValueError, match="start_token_logps is not among the extras"):
         INPO(0.2, 0.1)(policy, reference, batch)
 
 
@@ -295,7 +296,7 @@ def test_loss_and_gradient_do_not_depend_on_micro_batches(objective):
 def test_reference_gets_no_gradient():
     policy, batch = rows_of([[-1.0], [-2.0]])
     reference, _ = rows_of([[-1.5], [-1.0]])
-    batch = replace(batch, start_token_logps=torch.tensor([-1.0, -3.0]).double())
+    batch = with_extras(batch, {"start_token_logps": torch.tensor([-1.0, -3.0]).double()})
     sigmoid = Sigmoid(0.0)
     aot = [AOT(0.1, sigmoid, paired) for paired in (True, False)]
     for objective in (

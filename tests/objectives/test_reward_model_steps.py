@@ -84,9 +84,10 @@ def test_a_saved_model_scores_the_same(name, tmp_path):
     loaded = network.load(str(tmp_path)).network
     batch = pack(rows_of(objective.kind, 3), loaded.layout)
     with torch.no_grad():
-        before, after = trained(batch, objective.needs), loaded(batch, objective.needs)
+        before, after = (scorer(batch, objective.needs | objective.extras) for scorer in (trained, loaded))
     assert torch.equal(before.scores, after.scores)
-    assert before.gates is None or torch.equal(before.gates, after.gates)
+    assert before.extras.keys() == after.extras.keys() == objective.extras
+    assert all(torch.equal(before.extras[name], after.extras[name]) for name in objective.extras)
 
 
 def step(objective, layout: str = "shared", max_tokens: int = 10_000, shuffled: bool = False):

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from align.objectives.unpaired import KTO, ApoZeroUnpaired, reversed_partners, rotated_partners
+from align.types import Extras
 from tests.objectives.build import reduced, rows_of, select, stats_of
 
 
 def labelled(values, labels, point=(0.0,)):
     """Policy (leaf), a reference of zeros, so that h is the sum of a row's values, and the batch."""
     steps = torch.tensor(point, dtype=torch.float64)[:, None]
-    policy, batch = rows_of(values, 1, labels=torch.tensor(labels), step_values=steps)
+    policy, batch = rows_of(values, 1, labels=torch.tensor(labels), extras=Extras(step_values=steps))
     return policy, stats_of(torch.zeros_like(policy.token_logps), batch), batch
 
 

@@ -24,8 +24,9 @@ from align.objectives.rationale import RDPO, RORPO
 from align.objectives.reference_free import ORPO, SimPO
 from align.objectives.tree import MCTSDPO
 from align.objectives.unpaired import KTO, reversed_partners, rotated_partners
+from align.packing import with_extras
 from align.stats import Head, token_stats
-from align.types import PackedBatch, Row, Stats
+from align.types import Extras, PackedBatch, Row, Stats
 from tests.conftest import plain_dpo
 from tests.objectives.build import batch_of, reduced, stats_of, with_step
 
@@ -149,7 +150,8 @@ def set_up(entry, objective) -> tuple[Stats, Stats | None, PackedBatch, dict[str
         ids, mask = torch.tensor(inputs["input_ids"]), targets_of(entry)
         fields = {}
         if layout == "kto_logits":
-            fields = {"labels": torch.tensor(inputs["labels"]).bool(), "step_values": kl_rows(entry, objective)}
+            fields = {"labels": torch.tensor(inputs["labels"]).bool()}
+            fields |= {"extras": Extras(step_values=kl_rows(entry, objective))}
         batch = batch_of(mask.nonzero()[:, 0], len(mask), 2 - len(fields) // 2, **fields)
         policy = opinion(leaves["policy_logits"], ids, mask, batch, objective.needs)
         return policy, opinion(tensor(inputs["ref_logits"]), ids, mask, batch), batch, leaves
@@ -158,7 +160,7 @@ def set_up(entry, objective) -> tuple[Stats, Stats | None, PackedBatch, dict[str
         num = len(inputs["labels"])
         ratios = tensor(inputs["kl_policy_logps"]) - tensor(inputs["kl_ref_logps"])
         labels = torch.tensor(inputs["labels"]).bool()
-        batch = batch_of(torch.arange(num), num, 1, labels=labels, step_values=ratios[:, None])
+        batch = batch_of(torch.arange(num), num, 1, labels=labels, extras=Extras(step_values=ratios[:, None]))
         reference = stats_of(tensor(inputs["ref_logps"]), batch)
         return stats_of(leaves["policy_logps"], batch), reference, batch, leaves
     # sequence values, one token each, which sums and means over tokens leave alone
@@ -175,7 +177,7 @@ def set_up(entry, objective) -> tuple[Stats, Stats | None, PackedBatch, dict[str
         return torch.cat([tensor(inputs.get(f"{who}_{c}_logps", [0.0] * num)) for c in columns])
 
     if layout == "pair_seq_t":
-        batch = replace(batch, start_token_logps=frozen("prev"))
+        batch = with_extras(batch, {"start_token_logps": frozen("prev")})
     return policy, stats_of(frozen("ref"), batch), batch, leaves
 
 
@@ -244,7 +246,7 @@ def check_rest(expected, objective, policy, reference, batch, out, tolerance) ->
     if "kl" in expected:
         close(metrics["kl"], [expected["kl"]] * len(batch.groups), tolerance)
     if "kl_unclamped" in expected:
-        close(batch.step_values.mean(), expected["kl_unclamped"], tolerance)
+        close(batch.extras["step_values"].mean(), expected["kl_unclamped"], tolerance)
     if "dpo_loss" in expected:
         close(out.terms[0].losses.mean(), expected["dpo_loss"], tolerance)
     if "nll" in expected:

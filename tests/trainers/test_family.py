@@ -17,6 +17,7 @@ from align.models import Policy
 from align.packing import pack
 from align.pretrained import byte_tokenizer
 from align.trainers.loop import Anchor, Trainee, train_step
+from align.types import Extras
 from tests.conftest import tiny_model
 from tests.data.helpers import examples
 from tests.engine.test_local import optimizer
@@ -109,7 +110,7 @@ def gradient_of(case: str, split: int, layout: str = "shared", shuffled: bool = 
     engine.step = lambda lr: taken.update(g=torch.cat([p.grad.flatten() for p in policy.parameters()]).clone())  # noqa: ARG005
     own = Trainee(
         engine, objective, layout, split, network if "reference" in objective.needs else None,
-        network if "start" in objective.needs else None,
+        {name: network for name in objective.extras},
     )  # fmt: skip
     return train_step(own, rows, 0.0), taken["g"]
 
@@ -153,11 +154,9 @@ def test_loss_does_not_depend_on_what_tools_and_users_said(case):
     totals = []
     for batch in batches:
         stats = policy(batch)
-        step = dict(step_values=torch.ones(len(rows), 1), step_index=torch.arange(len(rows)))
+        step = Extras(step_values=torch.ones(len(rows), 1), step_index=torch.arange(len(rows)))
         reference = replace(stats, logps=stats.logps.detach() * 0.9)
-        out = objective(
-            stats, reference, replace(batch, **step) if "mismatched" in str(Wanted.by(objective)) else batch
-        )
+        out = objective(stats, reference, replace(batch, extras=step) if Wanted.by(objective).mismatched else batch)
         totals.append(torch.stack([t.losses.sum() for t in out.terms]))
     assert torch.equal(totals[0], totals[1])
 
