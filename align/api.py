@@ -58,7 +58,7 @@ class Run:
         Of a reward model the align.rewards.network.RewardNetwork. Raises ValueError for a run that is not over.
         """
         from align import build
-        from align.trainers.ranking import final_model
+        from align.evaluate.finished import final_model
 
         self._file("summary.json")
         final = self.path / "final"

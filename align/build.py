@@ -17,8 +17,8 @@ from align.config import Config, OwnOptimizerConfig
 from align.contracts import adopt, declared_by
 from align.data.margins import scoring
 from align.data.pairs import PairRule
+from align.models.pretrained import Pretrained
 from align.objectives.base import Objective, as_objective
-from align.pretrained import Pretrained
 from align.rollout.base import Host, Rollout
 from align.tools import Tool
 from align.trainers.callbacks import Callback, as_callback

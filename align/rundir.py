@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from omegaconf import OmegaConf
 
 from align import checkpoint
-from align.config import Config, differences, leaves
+from align.config import Config, differences, leaves, saved_settings
 from align.config.schema import may_change
 from align.engine.world import World, by_lead, together
 from align.files import write_whole
@@ -88,7 +88,7 @@ class RunDirectory:
             )
         else:
             # what auto found holds for the same settings: trajectories may have been collected with it
-            same = saved.exists() and not differences(OmegaConf.load(saved), config.tree)  # type: ignore[arg-type]
+            same = saved.exists() and not differences(saved_settings(saved), config.tree)
             for name in _OF_A_START:
                 if not (same and name == "resolved.json"):
                     (self.path / name).unlink(missing_ok=True)
@@ -145,7 +145,7 @@ class RunDirectory:
         return stream
 
     def _compare(self, config: Config) -> None:
-        changed = differences(OmegaConf.load(self.path / "config.yaml"), config.tree)  # type: ignore[arg-type]
+        changed = differences(saved_settings(self.path / "config.yaml"), config.tree)
         if changed:
             key, (there, now) = next(iter(changed.items()))
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from align.attention import SegmentPlan, packed_attention, varlen_plan
+from align.models.attention import SegmentPlan, packed_attention, varlen_plan
 
 CPU = torch.device("cpu")
 # a pair: chosen 0..5 whole, rejected 5..8 after a prefix of 2; then a row on its own

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from align.cli import main, table
 from align.cli.complete import candidates
 from align.config import compose, keys_with_help, recipes
-from align.pretrained import byte_tokenizer
+from align.models.pretrained import byte_tokenizer
 
 ROW = {"prompt": "What is red?", "chosen": "A colour.", "rejected": "A fruit."}
 # In the same process: the command's answer, and whether torch was imported for it.

@@ -18,9 +18,9 @@ from omegaconf import OmegaConf
 from align.config import LogConfig, shipped_root
 from align.engine.files import TensorWriter
 from align.engine.world import World
-from align.log import Log
-from align.models import Policy, lora
-from align.pretrained import byte_tokenizer, tiny
+from align.models.policy import Policy, lora
+from align.models.pretrained import byte_tokenizer, tiny
+from align.report.log import Log
 from align.rewards.base import Component, Conversation
 from align.rewards.build import RewardHost, Rewards, components
 from align.rollout.base import Host

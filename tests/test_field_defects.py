@@ -14,7 +14,7 @@ import pytest
 
 from align.data.load import Data, load
 from align.data.wanted import Wanted
-from align.pretrained import smollm2
+from align.models.pretrained import smollm2
 from tests.data.helpers import settings
 from tests.data.test_templates import BEFORE, ENDS, TEMPLATES, of_family, target_texts, tokenizer_of
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from align.cli import main
-from align.pretrained import byte_tokenizer
+from align.models.pretrained import byte_tokenizer
 from tests.killer import settings, shared
 from tests.trainers.online_runs import words_of
 from tests.trainers.test_processes import assert_same_run, done
@@ -49,6 +49,6 @@ def test_vllm_would_draw_from_other_weights(tmp_path, capsys):
 
 
 def test_without_the_package(tmp_path, model, capsys, monkeypatch):
-    monkeypatch.setattr("align.pretrained.find_spec", lambda _: None)
+    monkeypatch.setattr("align.models.pretrained.find_spec", lambda _: None)
     assert main(settings(tmp_path, *SHORT, model, f"run.dir={tmp_path / 'run'}")) == 2
     assert 'pip install "align[four_bit]"' in capsys.readouterr().err

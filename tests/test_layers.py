@@ -13,7 +13,7 @@ import align
 
 ROOT = Path(align.__file__).parent
 FILES = {p.relative_to(ROOT).as_posix(): ast.parse(p.read_text()) for p in sorted(ROOT.rglob("*.py"))}
-MAKE = "data/everyday/make.py"
+MAKE = "prepare/everyday.py"
 CHECKS = {f for f in FILES if f.startswith(("config/validate", "config/checks_"))}
 PURE = ("align.types", "align.contracts")
 
@@ -48,8 +48,8 @@ def below(folder: str) -> list[str]:
     [
         ("types.py", set()),
         ("packing.py", {"align.types"}),
-        ("attention.py", {"align.types"}),
-        ("stats.py", {"align.types"}),
+        ("models/attention.py", {"align.types"}),
+        ("models/logprobs.py", {"align.types"}),
         *(
             (file, {"align.config", "align.engine.settings", "align.vocabulary"})
             for file in below("config")
@@ -60,7 +60,10 @@ def below(folder: str) -> list[str]:
         ("files.py", set()),
         ("tensor_files.py", set()),
         ("simplex.py", set()),
-        *((file, {*PURE, "align.stats", "align.simplex", "align.objectives"}) for file in below("objectives")),
+        *(
+            (file, {*PURE, "align.models.logprobs", "align.simplex", "align.objectives"})
+            for file in below("objectives")
+        ),
         *((file, {*PURE, "align.advantages"}) for file in below("advantages")),
         *((file, {*PURE, "align.simplex", "align.composers"}) for file in below("composers")),
     ],
@@ -72,8 +75,8 @@ def test_lower_layers(file, allowed):
 def test_what_is_refused_without_a_model_is_asked_by_commands_alone():
     """It knows every part by its contract, and no part knows it."""
     asking = {file for file in FILES if any(f"align.{c[:-3].replace('/', '.')}" in ours(file) for c in CHECKS)}
-    assert asking - CHECKS == {"api.py", "cli/settings.py", "launch/command.py", "front/command.py"}
-    above = ("align.trainers", "align.models", "align.engine.", "align.rollout")
+    assert asking - CHECKS == {"api.py", "cli/settings.py", "launch/command.py", "pareto/command.py"}
+    above = ("align.trainers", "align.models.policy", "align.engine.", "align.rollout")
     assert not any(name.startswith(above) for file in CHECKS for name in ours(file))
 
 
@@ -88,8 +91,8 @@ def test_objectives_advantages_and_composers_need_torch_only(file):
         ("hydra", {"config/compose.py", "config/explain.py", "config/words.py", "build.py"}),
         ("deepspeed", {"engine/deepspeed.py"}),
         ("vllm", {"rollout/vllm_engine.py", "rollout/transfer.py", "rollout/serve.py", MAKE}),
-        ("wandb", {"log.py"}),
-        ("peft", {"models.py"}),
+        ("wandb", {"report/log.py"}),
+        ("peft", {"models/policy.py"}),
     ],
 )
 def test_owner_of_a_heavy_package(package, allowed):
@@ -101,9 +104,11 @@ def test_rollouts_and_rewards_know_no_loop(file):
     assert not any(name.startswith(("align.trainers", "align.engine", "align.objectives")) for name in ours(file))
 
 
-@pytest.mark.parametrize("file", [f for f in below("data") if f != MAKE])
+@pytest.mark.parametrize("file", below("data"))
 def test_data_knows_no_model(file):
-    assert not any(name.startswith(("align.models", "align.trainers", "align.engine")) for name in ours(file))
+    assert not any(
+        name.startswith(("align.models", "align.prepare", "align.trainers", "align.engine")) for name in ours(file)
+    )
     assert "torch" not in packages(file)
 
 

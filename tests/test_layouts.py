@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from align.models import Policy, enable_recompute, lora, prompt_ends
+from align.models.policy import Policy, enable_recompute, lora, prompt_ends
 from align.objectives.losses import Sigmoid
 from align.packing import micro_batches, pack, pack_groups
 from align.types import Example, Row

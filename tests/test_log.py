@@ -12,7 +12,7 @@ import pytest
 
 from align.checkpoint import WriteFailed
 from align.config import LogConfig
-from align.log import Log
+from align.report.log import Log
 
 
 def make(directory, tensorboard=False, wandb="off") -> Log:

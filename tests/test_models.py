@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 
-from align import attention
-from align.device import MemoryPlan, memory_plan, pick_precision, pick_recompute
-from align.models import (
+from align.models.device import MemoryPlan, memory_plan, pick_precision, pick_recompute
+from align.models.policy import (
     Apart,
     Policy,
     ScoreHead,
     Scorer,
+    attention,
     choose_layout,
     lora,
     own_attention,

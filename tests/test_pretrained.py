@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from align.pretrained import byte_tokenizer, from_hub, tiny
+from align.models.pretrained import byte_tokenizer, from_hub, tiny
 
 OPTIONS = {"revision": None, "trust_remote_code": False, "allow_pickle": False, "chat_template": None, "dtype": "auto"}
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from align.models import Policy, lora, weights_hash
+from align.models.policy import Policy, lora, weights_hash
+from align.models.reference import CHUNK_ROWS, ReferenceCache, row_key
 from align.packing import pack, token_column
-from align.reference import CHUNK_ROWS, ReferenceCache, row_key
 from align.types import Row
 from tests.conftest import tiny_model
 

@@ -42,11 +42,11 @@ def _elsewhere() -> list[Hook]:
     seeded = random.Random(20)
     hooks = [Hook(ENGINE + "step", seeded.randint(1, 30), when=w) for w in ("before", "after") for _ in range(3)]
     hooks += [Hook(ENGINE + "backward", seeded.randint(1, 60)) for _ in range(2)]
-    hooks += [Hook("align.models:Policy.forward", seeded.randint(1, 60)) for _ in range(2)]
-    hooks += [Hook("align.log:Log.row", seeded.randint(1, 30), when=w) for w in ("before", "after")]
+    hooks += [Hook("align.models.policy:Policy.forward", seeded.randint(1, 60)) for _ in range(2)]
+    hooks += [Hook("align.report.log:Log.row", seeded.randint(1, 30), when=w) for w in ("before", "after")]
     hooks += [Hook("os:fsync", seeded.randint(5, 80)) for _ in range(2)]
     hooks += [
-        Hook("align.reference:ReferenceCache._write", 1, when="after"),
+        Hook("align.models.reference:ReferenceCache._write", 1, when="after"),
         Hook("align.trainers.trained:write_final", 1),
         Hook("align.trainers.trained:write_final", 1, when="after"),
     ]
@@ -120,8 +120,8 @@ FAMILY = {
 # Where they die: in the pass over the reference, in a forward (of KTO's point or AOT's order too), in a step, in a
 # save, in an evaluation, before and after final/ is written.
 DEATHS = [
-    Hook("align.reference:ReferenceCache._write", 1, when="after"),
-    Hook("align.models:Policy.forward", 9),
+    Hook("align.models.reference:ReferenceCache._write", 1, when="after"),
+    Hook("align.models.policy:Policy.forward", 9),
     Hook(ENGINE + "step", 5, when="after"),
     Hook("align.engine.local:save_file", 4),
     Hook("align.trainers.offline:evaluate", 2),
@@ -143,7 +143,7 @@ def _family(base: Path, name: str, run: Path, *more: str) -> list[str]:
 
 
 def _second_model(base: Path) -> Path:
-    from align.pretrained import tiny
+    from align.models.pretrained import tiny
 
     where = base / "second"
     if not where.exists():
@@ -450,7 +450,7 @@ def test_merge_of_a_complete_run(base, copy):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from align.pretrained import tiny
+    from align.models.pretrained import tiny
 
     adapted = PeftModel.from_pretrained(tiny(0, 16, 1).model(), copy / "final").eval()
     ids = torch.arange(40)[None]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from align.reference import CHUNK_ROWS
+from align.models.reference import CHUNK_ROWS
 from align.trainers.signals import Signals, Stopped
 from tests.killer import Hook, evidence, leftovers, settings, shared
 
@@ -16,7 +16,7 @@ STEP = "align.engine.local:LocalEngine.step"
 SAMPLES = ["trainer.num_samples=2", "trainer.sample_tokens=4"]
 # stage -> where the signal comes, and the newest checkpoint then
 STAGES = {
-    "reference": (Hook("align.reference:ReferenceCache._write", 1), None),
+    "reference": (Hook("align.models.reference:ReferenceCache._write", 1), None),
     "samples before": (Hook("align.rollout.hf:HFRollout.generate", 1), None),
     "step": (Hook(STEP, 7), "step-000007"),
     "evaluation": (Hook("align.trainers.offline:evaluate", 2), "step-000010"),

@@ -9,8 +9,8 @@ import torch
 
 from align.config import cache_root, compose
 from align.data.sources import locate
-from align.pretrained import smollm2
-from align.smollm2 import convert, package_gguf, smollm2_directory
+from align.models.pretrained import smollm2
+from align.models.smollm2 import convert, package_gguf, smollm2_directory
 from align.trainers.offline import train
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from align.stats import Head, full_kl, stats, token_stats
+from align.models.logprobs import Head, full_kl, stats, token_stats
 from tests.objectives.build import batch_of
 
 

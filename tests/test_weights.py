@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from align.cli import main
 from align.engine.loading import fill, shard_plan
 from align.engine.world import World
-from align.pretrained import Pretrained, from_hub, tiny
+from align.models.pretrained import Pretrained, from_hub, tiny
+from align.models.weights import WrongWeights
 from align.rewards.network import load
-from align.weights import WrongWeights
 from tests.trainers.test_train import write_pairs
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -218,7 +218,7 @@ def test_a_reward_model_is_held_to_the_same(tmp_path):
 
 
 def test_an_adapter_of_another_base_is_refused(directory, tmp_path):
-    from align.models import lora, with_adapter
+    from align.models.policy import lora, with_adapter
 
     def adapted(layers: int):
         base = tiny(seed=0, hidden_size=32, num_layers=layers).model()

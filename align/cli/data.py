@@ -14,10 +14,10 @@ def check(call: Call) -> int:
 
     config = compose(call.settings, call.config_dir)
     from align.build import check_margins, objective, tokenizer
-    from align.data.check import check, failed, lines
     from align.data.load import load
-    from align.data.report import write_html, write_json
     from align.data.wanted import Wanted
+    from align.prepare.check import check, failed, lines
+    from align.prepare.report import write_html, write_json
 
     # rows are shown as an objective gets them if one is chosen, else as what they are
     chosen = any(word.split("=")[0] in ("recipe", "objective") for word in call.settings)
@@ -44,7 +44,7 @@ def pairs(call: Call) -> int:
     if bool(scored) == bool(trees) or not out:
         raise ValueError("give scored=FILE (or trees=FILE) and out=FILE; several files as scored=A.jsonl,B.jsonl")
     if trees:
-        from align.data.search import build_step_pairs
+        from align.prepare.search import build_step_pairs
 
         if call.settings or limit:
             raise ValueError("trees=FILE takes out=FILE only: its pairs are the steps of each tree")
@@ -67,8 +67,8 @@ def pairs(call: Call) -> int:
 
 
 def judgements(call: Call) -> int:
-    """See align.data.judgements."""
-    from align.data.judgements import run
+    """See align.prepare.judgements."""
+    from align.prepare.judgements import run
 
     return run(call.words, show)
 

@@ -17,7 +17,7 @@ def run(call: Call) -> int:
     from align.config import compose_run
 
     config = compose_run(call.words)
-    from align.trainers.ranking import evaluate_run
+    from align.evaluate.finished import evaluate_run
 
     for line in evaluate_run(config, call.options.get("--json")):
         show(line)

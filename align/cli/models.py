@@ -9,7 +9,7 @@ from align.cli.show import show
 
 
 def generate(call: Call) -> int:
-    """See align.trainers.generate."""
+    """See align.evaluate.generate."""
     out, number, greedy = (call.own.get(key, usual) for key, usual in (("out", ""), ("n", ""), ("greedy", "false")))
     if not out:
         raise ValueError("give out=FILE.jsonl: where the completions are written")
@@ -27,7 +27,7 @@ def generate(call: Call) -> int:
     from align.config import compose
 
     config = compose([*call.settings, *more], call.config_dir)
-    from align.trainers.generate import generate
+    from align.evaluate.generate import generate
 
     return generate(config, Path(out), show)
 

@@ -14,7 +14,7 @@ def train(call: Call) -> int:
 
 
 def front(call: Call) -> int:
-    """See align.front.command."""
-    from align.front.command import run
+    """See align.pareto.command."""
+    from align.pareto.command import run
 
     return run(call.words, call.config_dir, show, tell)

@@ -2,6 +2,7 @@
 
 from align.config.compose import compose, compose_run, differences
 from align.config.explain import keys_with_help, leaves
+from align.config.moved import saved_settings
 from align.config.schema import (
     CollectConfig,
     Config,
@@ -56,5 +57,6 @@ __all__ = [
     "options",
     "quoted",
     "recipes",
+    "saved_settings",
     "shipped_root",
 ]

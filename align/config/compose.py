@@ -23,6 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from align.config.explain import explain, leaves, nearest, one_line, written
+from align.config.moved import refuse_moved, saved_settings
 from align.config.plugs import absent, own_optimizer, plugged, put_in
 from align.config.schema import EVALUATION, KINDS, SECTIONS, Config, ConfigError, OwnOptimizerConfig, may_change
 from align.config.values import check_values
@@ -65,6 +66,7 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
     OmegaConf.set_struct(full, False)
     del full["hydra"]
     _refuse_unknown(full, known, choices)
+    refuse_moved(full)
     for group in gone:
         full.pop(group, None)
         choices.pop(group, None)
@@ -107,8 +109,7 @@ def compose_run(overrides: Sequence[str]) -> Config:
     path = Path(given.pop("run.dir", "nowhere")) / "config.yaml"
     if not path.is_file():
         raise ConfigError("run.dir=DIR is needed: the directory of a run")
-    tree = OmegaConf.load(path)
-    assert isinstance(tree, DictConfig)
+    tree = saved_settings(path)
     # an older run has none, or fewer of their keys
     for group, option in (("engine", "local"), ("launch", "local"), ("data", "files"), ("trainer", "offline")):
         shipped = OmegaConf.load(shipped_root() / "configs" / group / f"{option}.yaml")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from align.config import OptimizerConfig, OwnOptimizerConfig
 from align.engine.world import World
-from align.models import Network
+from align.models.policy import Network
 from align.types import PackedBatch, Stats
 
 

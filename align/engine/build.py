@@ -8,12 +8,12 @@ import socket
 import torch
 
 from align.config import Config
-from align.device import available_bytes
 from align.engine.base import Engine, shape_of
 from align.engine.local import LocalEngine
 from align.engine.settings import offload_bytes, offload_problem
 from align.engine.world import World
-from align.models import Network
+from align.models.device import available_bytes
+from align.models.policy import Network
 
 
 def make_engine(

@@ -27,7 +27,7 @@ from align.engine.base import parameter_groups, seed_generators, shape_of
 from align.engine.files import TensorFiles, TensorWriter, deal, file_name, saved_files
 from align.engine.measuring import Gradients, WholeGradients, moving
 from align.engine.world import PeerLost, World
-from align.models import Network
+from align.models.policy import Network
 from align.types import PackedBatch, Stats
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

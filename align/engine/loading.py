@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from align.config import EngineConfig, OptimizerConfig
-from align.device import pick_device
 from align.engine.files import TensorFiles
 from align.engine.world import World
-from align.pretrained import Pretrained
-from align.weights import WrongWeights, check_finite
+from align.models.device import pick_device
+from align.models.pretrained import Pretrained
+from align.models.weights import WrongWeights, check_finite
 
 
 def load_model(

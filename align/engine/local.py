@@ -17,7 +17,7 @@ from align.engine.files import TensorFiles, file_name, saved_files
 from align.engine.measuring import WholeGradients, moving
 from align.engine.optimizer import OptimizerState, make_optimizer
 from align.engine.world import World
-from align.models import Network
+from align.models.policy import Network
 from align.types import PackedBatch, Stats
 
 

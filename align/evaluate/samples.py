@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from align.models import Network
+from align.models.policy import Network
 from align.packing import micro_batches, pack_groups, to_device
 from align.rollout.base import Completion
 from align.types import PackedBatch, Row, Stats

@@ -13,9 +13,9 @@ import numpy as np
 from align.config import Config
 from align.data.formats import Dialogue, Record, parse
 from align.data.sources import BadRow, locate_all, read
-from align.device import pick_device
 from align.evaluate import pairs, reward_bench
 from align.files import whole
+from align.models.device import pick_device
 from align.rewards.network import RewardNetwork, load
 from align.rewards.preferences import mean_preferences
 from align.types import Row

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from align.models.logprobs import positive
 from align.objectives.base import Objective
-from align.stats import positive
 from align.types import Losses, PackedBatch, Stats, Term
 
 

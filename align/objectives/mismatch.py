@@ -13,8 +13,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from align.models.logprobs import row_sums
 from align.objectives.checks import not_negative, one_of, positive_value
-from align.stats import row_sums
 
 Level = Literal["token", "sequence"]
 

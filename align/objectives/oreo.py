@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from align.models.logprobs import positive, row_sums
 from align.objectives.base import Objective
 from align.objectives.checks import needed_number, positive_value
-from align.stats import positive, row_sums
 from align.types import Losses, PackedBatch, Stats, Term
 
 
@@ -123,7 +123,7 @@ class OREO(Objective):
     reference * exp((R - V) / beta). clip_log: see value_losses; null: off. value_coefficient > 0: weight of the value
     head's loss, whose gradient is its own where the head has weights of its own.
     Wang et al. 2024, OREO, arXiv 2412.16145; jwhj/OREO@6f7403b. Not here: states at steps only (the functions of this
-    file take them) and the authors' 0.01 * KL over the whole vocabulary (align.stats.full_kl computes it; the loop has
+    file take them) and the authors' 0.01 * KL over the whole vocabulary (models.logprobs.full_kl; the loop has
     no place for the hidden states of the reference).
 
     Metrics: reward; oreo/value, of the first state; oreo/log_ratio, log(policy / reference) of the completion;

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from align.models.logprobs import positive, row_sums, target_sums
 from align.objectives.base import Objective
 from align.objectives.checks import not_negative, one_of, positive_value
 from align.objectives.mismatch import (
@@ -23,7 +24,6 @@ from align.objectives.mismatch import (
     off_policy_mask,
     weight_totals,
 )
-from align.stats import positive, row_sums, target_sums
 from align.types import Losses, PackedBatch, Stats, Term
 
 Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "sequence_sum_over_length"]

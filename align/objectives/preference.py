@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from align.models.logprobs import positive, target_sums
 from align.objectives.base import Objective
 from align.objectives.checks import not_negative, one_of, positive_value
 from align.objectives.imitation import nll_means, nll_term
 from align.objectives.losses import BaseLoss, Ratios, as_loss
-from align.stats import positive, target_sums
 from align.types import Losses, PackedBatch, Stats, Term
 
 Alignment = Literal["none", "greedy", "sampled"]

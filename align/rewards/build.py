@@ -30,7 +30,7 @@ class RewardHost:
     check may raise (a signal came); whoever waits calls it at least once a second. say takes a line for people.
     """
 
-    policy: Any = None  # align.models.Policy, for components that share its weights; None: there is none
+    policy: Any = None  # align.models.policy.Policy, for components that share its weights; None: there is none
     tokenizer: Any = None  # the policy's
     device: Any = "cpu"  # a torch.device
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext

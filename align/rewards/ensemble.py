@@ -11,12 +11,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from align.models import ScoreHead, Scorer, choose_layout, is_peft, with_adapters
+from align.models.policy import ScoreHead, Scorer, choose_layout, is_peft, with_adapters
+from align.models.weights import load_model
 from align.rewards.base import Conversation, Reward
 from align.rewards.combine import check_combine, check_uncertainty, combined, disagreement, incomplete
 from align.rewards.model import RewardModel, by_prompt, count_failures, output_index, positive_limit
 from align.rewards.network import FILE, HEAD, RewardNetwork, stored_form, stored_head
-from align.weights import load_model
 
 Form = Literal["whole", "adapter", "head"]
 

@@ -1,6 +1,6 @@
 """Rewards by a judge: a model that compares a completion with another answer to its prompt, in both orders.
 
-How a judge is asked and how its verdict is read is align.data.judgements'.
+How a judge is asked and how its verdict is read is align.prepare.judgements'.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 
 from align.data.chat import prompt_ids, stop_ids
-from align.data.judgements import Verdicts, answer_text, prompt_text, template
 from align.data.sources import BadRow
-from align.models import Policy
-from align.pretrained import from_hub
+from align.models.policy import Policy
+from align.models.pretrained import from_hub
+from align.models.weights import check_tokens
+from align.prepare.judgements import Verdicts, answer_text, prompt_text, template
 from align.rewards.base import Conversation, Reward
 from align.rewards.remote import TICK, TRANSIENT, Call, RemoteReward
 from align.rollout.base import Host, Sampling
 from align.rollout.hf import HFRollout
-from align.weights import check_tokens
 
 _BYTES_PER_TOKEN = 64  # of a judgement in JSON, beside a mebibyte for the rest
 # What a verdict is worth to the answer that is shown first.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from align.data.chat import render
 from align.data.sources import BadRow
-from align.models import add_adapter, is_peft, own_attention
+from align.models.policy import add_adapter, is_peft, own_attention
 from align.rewards.base import Conversation, Reward
 from align.rewards.network import FILE, RewardNetwork, load
 from align.rewards.preferences import mean_preferences

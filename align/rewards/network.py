@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from align.config import HeadConfig
 from align.data.chat import render, render_text
 from align.data.sources import BadRow
-from align.models import ScoreHead, Scorer, base_model, choose_layout, is_peft, with_adapter
+from align.models.policy import ScoreHead, Scorer, base_model, choose_layout, is_peft, with_adapter
+from align.models.weights import check_finite, check_tokens, load_classifier, load_model
 from align.packing import micro_batches, num_tokens, pack_groups, to_device
 from align.rewards.worker import resolve
 from align.types import Layout, Row
-from align.weights import check_finite, check_tokens, load_classifier, load_model
 
 FILE = "reward_model.json"
 HEAD = "score.safetensors"  # beside a LoRA adapter: the head's weight [D, H]

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from align.models import own_attention_name
+from align.models.policy import own_attention_name
+from align.models.weights import load_classifier
 from align.rewards.base import Conversation, StepReward
 from align.rewards.calls import FunctionReward
 from align.rewards.model import batches, count_failures, positive_limit
-from align.weights import load_classifier
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class Host:
     least once a second. progress wraps a loop over parts of the work. say takes a line for people.
     """
 
-    policy: Any  # align.models.Policy, with the weights to start from
+    policy: Any  # align.models.policy.Policy, with the weights to start from
     tokenizer: Any
     directory: Path
     precision: str  # float32 or bfloat16: in what the trainer's matrix products run

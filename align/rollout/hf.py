@@ -14,7 +14,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from transformers.cache_utils import Cache, DynamicLayer
 
 from align.data import chat
-from align.models import Policy, own_attention
+from align.models.policy import Policy, own_attention
 from align.rollout.base import GREEDY, Completion, Host, Rollout, Sampling, Stop, check_request
 
 # Tokens after which rows that ended leave the batch: most programs are shorter than the longest of their batch.

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 import torch
 
 from align.data import chat
-from align.models import Policy, is_peft
+from align.models.policy import Policy, is_peft
 from align.rollout.base import GREEDY, Completion, EngineFailed, Host, Rollout, Sampling, Stop
 from align.rollout.transfer import write_adapter, write_model
 from align.rollout.vllm import TESTED, check_draws

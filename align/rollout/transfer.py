@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from align.models import Policy, is_peft, own_attention
+from align.models.policy import Policy, is_peft, own_attention
 
 BACKEND = "align_file"
 

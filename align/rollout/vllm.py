@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 
 from align.data import chat
-from align.models import Policy, is_peft
+from align.models.policy import Policy, is_peft
 from align.rollout import transfer as files
 from align.rollout.base import GREEDY, Completion, EngineFailed, Host, Rollout, Sampling, check_request
 

@@ -10,11 +10,11 @@ import torch
 
 from align.config import Config, cache_root
 from align.engine.base import Engine
-from align.log import Log
-from align.models import Network, Policy, choose_layout, weights_hash
+from align.models.policy import Network, Policy, choose_layout, weights_hash
+from align.models.pretrained import Pretrained, from_hub
+from align.models.reference import ReferenceCache
 from align.objectives.base import Objective
-from align.pretrained import Pretrained, from_hub
-from align.reference import ReferenceCache
+from align.report.log import Log
 from align.trainers.loop import Anchor
 from align.types import Example, PackedBatch, Stats
 

@@ -24,8 +24,8 @@ from align.composers.fixed import disagreement
 from align.config import Config
 from align.data.prompts import PromptRow
 from align.data.reasoning import final_answer
+from align.report import composed_plots
 from align.rewards.build import counted
-from align.trainers import composed_plots
 from align.trainers.directions import directed, direction_of
 from align.trainers.experience import Group
 from align.trainers.influence import Influences, chosen_parameters

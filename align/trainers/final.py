@@ -12,7 +12,7 @@ from rich.table import Table
 from align.checkpoint import atomic_directory
 from align.config import Config
 from align.evaluate.samples import Sample, paired_bootstrap
-from align.models import Network, Scorer, is_peft, own_attention
+from align.models.policy import Network, Scorer, is_peft, own_attention
 from align.rewards import network
 
 

@@ -26,10 +26,10 @@ from align.config import Config, IterateConfig, TrainerConfig
 from align.data.chat import prompt_ids
 from align.data.pairs import MaxMin
 from align.data.prompts import PromptRow, load_prompts, prompts_fingerprint
-from align.device import pick_device
 from align.evaluate.heldout import changes, heldout_metrics
-from align.models import Policy, weights_hash
-from align.pretrained import Pretrained, from_hub
+from align.models.device import pick_device
+from align.models.policy import Policy, weights_hash
+from align.models.pretrained import Pretrained, from_hub
 from align.rewards.build import RewardHost, components
 from align.rollout.base import Sampling, seed_of
 from align.rundir import environment
@@ -442,7 +442,7 @@ class Iteration:
         if number > 1:
             trust = bool(config.model.get("trust_remote_code", False))
             tree.model = {
-                "_target_": "align.pretrained.from_hub",
+                "_target_": "align.models.pretrained.from_hub",
                 **{"path": str(self._final(number - 1)), "revision": None, "trust_remote_code": trust},
                 **{"allow_pickle": False, "chat_template": None, "dtype": "auto"},
             }

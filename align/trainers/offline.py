@@ -16,9 +16,9 @@ from align.engine.build import make_engine
 from align.engine.local import learning_rate
 from align.engine.world import together
 from align.evaluate.samples import paired_bootstrap
-from align.models import Network, Policy, Scorer, base_model, choose_layout, weights_hash
+from align.models.policy import Network, Policy, Scorer, base_model, choose_layout, weights_hash
+from align.models.pretrained import Pretrained
 from align.objectives.base import RewardObjective
-from align.pretrained import Pretrained
 from align.rewards import network
 from align.trainers import resume, selfcheck, trained
 from align.trainers.anchors import Anchors

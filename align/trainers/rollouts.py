@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from align import build
 from align.engine.world import by_lead
-from align.models import Policy, is_peft
+from align.models.policy import Policy, is_peft
 from align.rollout.base import Host, Rollout
 from align.trainers.drawing import Led
 from align.trainers.session import Session

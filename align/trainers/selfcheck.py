@@ -11,10 +11,10 @@ import torch
 
 from align.data.chat import stop_ids
 from align.engine.base import shape_of
-from align.models import Apart, Network, probe_layout
+from align.models.policy import Apart, Network, probe_layout
+from align.models.weights import check_tokens
 from align.trainers.session import SelfCheckError, Session
 from align.types import Example, Layout
-from align.weights import check_tokens
 
 # The same numbers computed in other batches or by other kernels: nats per token.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}

@@ -18,11 +18,11 @@ import torch
 from align import build, checkpoint
 from align.config import Config
 from align.data.audit import Audit
-from align.device import pick_device, pick_precision
 from align.engine.world import World, join, leave
-from align.log import Log
+from align.models.device import pick_device, pick_precision
+from align.models.pretrained import Pretrained
 from align.objectives.base import Objective
-from align.pretrained import Pretrained
+from align.report.log import Log
 from align.rollout.base import EngineFailed
 from align.rundir import RunDirectory, environment
 from align.trainers.loop import NonFinite

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from align.config import Config
-from align.device import available_bytes, memory_plan, pick_device, pick_recompute
 from align.engine.base import Engine, shape_of
 from align.engine.loading import load_model
 from align.engine.world import by_lead, together
-from align.models import Network, choose_layout, enable_recompute, lora, weights_hash
+from align.models.device import available_bytes, memory_plan, pick_device, pick_recompute
+from align.models.policy import Network, choose_layout, enable_recompute, lora, weights_hash
 from align.trainers.final import write_final
 from align.trainers.session import Session
 from align.types import Layout
@@ -131,7 +131,7 @@ class Whole:
         return self._copy
 
     def hash(self) -> str:
-        """What the model's weights are, see align.models.weights_hash; before anything is restored."""
+        """What the model's weights are, see align.models.policy.weights_hash; before anything is restored."""
         world, weights = self.session.world, self.engine.weights()
         own = ((name.removeprefix("model."), w) for name, w in weights if name.startswith("model."))
         if world.lead:

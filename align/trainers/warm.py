@@ -20,8 +20,8 @@ from align.averaging.command import run as average
 from align.config import Config, TrainerConfig, WarmConfig
 from align.data.load import fingerprint, load
 from align.data.wanted import Wanted
-from align.device import pick_device
 from align.evaluate.samples import paired_bootstrap
+from align.models.device import pick_device
 from align.objectives.base import RewardObjective
 from align.rewards.combine import mean
 from align.rewards.network import RewardNetwork
@@ -65,7 +65,11 @@ def settings_of(config: Config, number: int, precision: str | None = None) -> Co
     assert isinstance(tree, DictConfig)
     turn = max(number - 1, 0)
     if t.starts is not None:
-        model = {"_target_": "align.pretrained.from_hub", "path": t.starts[turn % len(t.starts)], "revision": None}
+        model = {
+            "_target_": "align.models.pretrained.from_hub",
+            "path": t.starts[turn % len(t.starts)],
+            "revision": None,
+        }
         model |= {"trust_remote_code": bool(config.model.get("trust_remote_code", False))}
         model |= {"allow_pickle": False, "chat_template": None, "dtype": "auto"}
         tree.model = model

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from align.averaging.command import run
-from align.pretrained import byte_tokenizer
+from align.models.pretrained import byte_tokenizer
 from tests.conftest import tiny_model
 
 

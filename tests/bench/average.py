@@ -21,7 +21,7 @@ def checkpoints(directory: Path, count: int = 3) -> list[Path]:
     from safetensors.torch import load_file, save_file
 
     from align.config import cache_root
-    from align.smollm2 import smollm2_directory
+    from align.models.smollm2 import smollm2_directory
 
     source = smollm2_directory(cache_root())
     paths = []

@@ -113,7 +113,7 @@ def reference_model(name: str) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     if name == "smollm2":
-        from align.smollm2 import smollm2_directory
+        from align.models.smollm2 import smollm2_directory
 
         path = smollm2_directory(Path.home() / ".cache" / "align")
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

@@ -28,14 +28,14 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from align import attention
 from align.config import OptimizerConfig
 from align.engine.local import LocalEngine
-from align.models import Recompute, enable_recompute, lora, own_attention_name, probe_layout
+from align.models import attention
+from align.models.policy import Recompute, enable_recompute, lora, own_attention_name, probe_layout
+from align.models.reference import ReferenceCache
 from align.objectives.losses import Sigmoid
 from align.objectives.preference import WPO
 from align.packing import common_prefix_length
-from align.reference import ReferenceCache
 from align.trainers.loop import Anchor, Trainee, train_step
 from align.types import Example, Layout
 from tests.bench import data, measure, report, scale_table

@@ -22,7 +22,7 @@ import torch
 
 from align.config import OptimizerConfig
 from align.engine.local import LocalEngine
-from align.models import Policy
+from align.models.policy import Policy
 from align.packing import pack
 from align.trainers import influence
 from align.trainers.experience import examples, with_columns

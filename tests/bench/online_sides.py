@@ -18,7 +18,7 @@ from torch import Tensor
 
 from align.config import OptimizerConfig
 from align.engine.local import LocalEngine
-from align.models import Policy, is_peft
+from align.models.policy import Policy, is_peft
 from align.trainers.experience import Group, episodes, examples, with_columns
 from align.trainers.loop import Anchor, Trainee, token_values, train_step
 from align.types import Example, Layout

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from align.models import lora
+from align.models.policy import lora
 from align.trainers.experience import Group
 from tests.bench import data, measure
 from tests.bench.online_data import ALGORITHMS, QUICK, REGIMES, Regime, make_groups, token_counts, told_by_engine

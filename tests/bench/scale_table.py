@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from align.device import memory_plan
 from align.engine.settings import offload_bytes
-from align.models import Recompute
+from align.models.device import memory_plan
+from align.models.policy import Recompute
 
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 BEGIN, END = "<!-- begin: python -m tests.bench.scale_table --write -->\n", "<!-- end -->\n"
@@ -23,7 +23,7 @@ BEGIN, END = "<!-- begin: python -m tests.bench.scale_table --write -->\n", "<!-
 GIB = 1 << 30
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MEMORIES = (24, 80, 139)  # GiB of a GPU
-USABLE = 0.8  # of it, as align.device.pick_recompute leaves; the rest: the head's tiles, buckets, fragments, CUDA
+USABLE = 0.8  # of it, as models.device.pick_recompute leaves; the rest: the head's tiles, buckets, fragments, CUDA
 TOKENS = 8192  # of a micro-batch on one GPU
 RANK = 16  # of LoRA, on all linear layers
 GATHERED = 1e9  # weights that ZeRO-3 holds whole at a time: DeepSpeed 0.19.8's stage3_max_live_parameters

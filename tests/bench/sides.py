@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.models import Policy, own_attention_name
+from align.models.logprobs import cached_stats
+from align.models.policy import Policy, own_attention_name
+from align.models.reference import ReferenceCache
 from align.objectives.losses import Sigmoid
 from align.packing import pack, token_column
-from align.reference import ReferenceCache
-from align.stats import cached_stats
 from align.types import Example, Layout
 from tests.bench.data import EOS
 from tests.conftest import plain_dpo

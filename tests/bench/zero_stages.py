@@ -76,7 +76,7 @@ def write_model(directory: Path) -> int:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from align.pretrained import byte_tokenizer
+    from align.models.pretrained import byte_tokenizer
 
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)

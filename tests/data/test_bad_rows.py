@@ -8,7 +8,7 @@ import pytest
 
 from align.data.load import load
 from align.data.wanted import Wanted
-from align.pretrained import byte_tokenizer
+from align.models.pretrained import byte_tokenizer
 from tests.data.helpers import settings
 
 GOOD = {"prompt": "Name a fish.", "chosen": "Cod.", "rejected": "Cow."}

@@ -12,7 +12,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from align.data.chat import between_turns, prompt_ids, render, render_text
 from align.data.sources import BadRow
-from align.pretrained import byte_tokenizer
+from align.models.pretrained import byte_tokenizer
 
 TEMPLATES = Path(__file__).parent / "templates"
 USER = {"role": "user", "content": "Name a fish."}

@@ -10,11 +10,11 @@ import pytest
 
 from align.data.audit import Audit, SplitAudit
 from align.data.chat import Rendering, Span
-from align.data.check import Finding, check, failed, lines, target_runs
 from align.data.examples import Loaded
 from align.data.load import Data, load
 from align.data.wanted import Wanted
-from align.pretrained import byte_tokenizer
+from align.models.pretrained import byte_tokenizer
+from align.prepare.check import Finding, check, failed, lines, target_runs
 from align.types import Example, Prompt, Row
 from tests.data.helpers import settings
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import align
-from align.data.everyday import make
-from align.data.everyday.make import (
+from align.prepare import everyday as make
+from align.prepare.everyday import (
     HELDOUT_PROMPTS,
     MIN_CHOSEN,
     MIN_MARGIN,

@@ -8,7 +8,7 @@ import pytest
 from align.data.examples import assign_mismatched
 from align.data.sources import BadRow
 from align.data.wanted import Wanted
-from align.pretrained import byte_tokenizer
+from align.models.pretrained import byte_tokenizer
 from tests.data.helpers import example, examples
 
 TOKENIZER = byte_tokenizer()

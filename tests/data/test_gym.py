@@ -15,7 +15,7 @@ from align.data.prompts import load_prompts, prompts_fingerprint
 from align.data.reasoning import problems
 from align.data.sources import content_hash, locate, read
 from align.data.wanted import Wanted
-from align.pretrained import byte_tokenizer
+from align.models.pretrained import byte_tokenizer
 from tests.data.helpers import settings
 
 # sums of two terms of one digit: 200 different questions at most, so that two seeds soon meet

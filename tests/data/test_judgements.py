@@ -10,7 +10,8 @@ import pytest
 from align.cli import main
 from align.config import compose
 from align.data.formats import parse
-from align.data.judgements import (
+from align.data.sources import locate_all
+from align.prepare.judgements import (
     Quality,
     Template,
     Verdicts,
@@ -21,7 +22,6 @@ from align.data.judgements import (
     template,
     write_prompts,
 )
-from align.data.sources import locate_all
 
 PLAIN = Template("{prompt}|{answer_a}|{answer_b}")
 VERDICTS = Verdicts(r"\[\[([ABC])\]\]")

@@ -13,7 +13,7 @@ from align.data import examples
 from align.data.chat import render
 from align.data.load import fingerprint, load
 from align.data.wanted import Wanted
-from align.pretrained import byte_tokenizer
+from align.models.pretrained import byte_tokenizer
 from align.types import Row
 from tests.data.helpers import settings
 

@@ -13,8 +13,8 @@ from align.data.pairs import MaxMin, pairs_of
 from align.data.scored import read_scored
 from align.data.sources import BadRow
 from align.data.wanted import Wanted
+from align.models.pretrained import byte_tokenizer
 from align.packing import pack
-from align.pretrained import byte_tokenizer
 from tests.data.helpers import examples, settings
 
 TOKENIZER = byte_tokenizer()

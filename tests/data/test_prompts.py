@@ -10,7 +10,7 @@ import pytest
 from align.data.chat import prompt_ids
 from align.data.load import load
 from align.data.prompts import PromptRow, load_prompts, prompts_fingerprint
-from align.pretrained import byte_tokenizer
+from align.models.pretrained import byte_tokenizer
 from tests.data.helpers import settings
 
 USER = {"role": "user", "content": "Add 2 and 3."}

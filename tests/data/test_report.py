@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from align.config import cache_root
-from align.data import report
-from align.data.check import check
-from align.data.report import Texts, visible, write_html, write_json
-from align.smollm2 import smollm2_directory
+from align.models.smollm2 import smollm2_directory
+from align.prepare import report
+from align.prepare.check import check
+from align.prepare.report import Texts, visible, write_html, write_json
 from tests.data.test_check import (
     END,
     GOOD,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from align.data.formats import parse
-from align.data.search import (
+from align.prepare.search import (
     Node,
     Search,
     Step,

@@ -11,7 +11,7 @@ import pytest
 
 from align.data.load import load
 from align.data.sources import BadRow, content_hash, locate, locate_all, read
-from align.pretrained import byte_tokenizer
+from align.models.pretrained import byte_tokenizer
 from tests.data.helpers import settings
 
 ROWS = [{"prompt": f"Q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(3)]

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from align.data.chat import between_turns, prompt_ids, render, stop_ids, terminator
 from align.data.sources import BadRow
-from align.pretrained import smollm2
+from align.models.pretrained import smollm2
 
 BOS, EOS = "<s>", "</s>"
 # tags that reasoning models write themselves: tokens, but no control tokens

@@ -13,11 +13,11 @@ from align.engine.base import Engine
 from align.engine.deepspeed import DeepSpeedEngine
 from align.engine.local import LocalEngine
 from align.engine.world import World
-from align.models import Network, Policy, ScoreHead, Scorer, enable_recompute, lora
+from align.models.logprobs import cached_stats
+from align.models.policy import Network, Policy, ScoreHead, Scorer, enable_recompute, lora
 from align.objectives.losses import Sigmoid
 from align.objectives.reward_model import BradleyTerry
 from align.packing import pack
-from align.stats import cached_stats
 from align.types import Example
 from tests.conftest import plain_dpo, random_pair, tiny_model
 from tests.engine.test_local import optimizer

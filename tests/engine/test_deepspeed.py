@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from align.engine.files import TensorFiles, saved_files
 from align.engine.world import World
-from align.models import lora
+from align.models.policy import lora
 from tests.conftest import tiny_model
 from tests.engine import cases
 from tests.engine.worker import STEPS

@@ -9,7 +9,7 @@ import torch
 
 from align.config import OptimizerConfig, OwnOptimizerConfig
 from align.engine.local import LocalEngine, learning_rate
-from align.models import Policy, lora
+from align.models.policy import Policy, lora
 from align.packing import pack
 from tests.conftest import tiny_model
 

@@ -23,8 +23,8 @@ from align.engine.deepspeed import DeepSpeedEngine, load_deepspeed
 from align.engine.files import file_name
 from align.engine.loading import load_model
 from align.engine.world import World, join, leave
-from align.models import Policy, lora
-from align.pretrained import from_hub
+from align.models.policy import Policy, lora
+from align.models.pretrained import from_hub
 from tests.engine import cases
 
 STEPS = 3

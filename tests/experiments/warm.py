@@ -29,7 +29,7 @@ from align.checkpoint import atomic_directory
 from align.evaluate.best_of_n import best_of_n
 from align.evaluate.overoptimisation import student
 from align.files import write_whole
-from align.pretrained import CHATML
+from align.models.pretrained import CHATML
 from align.rewards.combine import mean
 from align.rewards.network import load
 from tests.experiments import kjv

@@ -6,8 +6,8 @@ import os
 import time
 from dataclasses import dataclass
 
+from align.models.logprobs import Stats
 from align.objectives.preference import WPO
-from align.stats import Stats
 from align.types import Losses, PackedBatch
 
 STEP_S = 2.0

@@ -11,9 +11,9 @@ import torch
 from align import build
 from align.config import compose
 from align.engine.local import LocalEngine
-from align.models import ScoreHead, Scorer
+from align.models.policy import ScoreHead, Scorer
+from align.models.pretrained import byte_tokenizer
 from align.packing import pack
-from align.pretrained import byte_tokenizer
 from align.rewards import network
 from align.trainers.loop import Trainee, train_step
 from align.types import Example, Row

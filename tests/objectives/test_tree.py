@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from align.data.search import label_smoothing
 from align.objectives.losses import Sigmoid
 from align.objectives.mapl import MAPL
 from align.objectives.tree import MCTSDPO
+from align.prepare.search import label_smoothing
 from tests.conftest import plain_dpo
 from tests.objectives.build import rows_of, stats_of
 

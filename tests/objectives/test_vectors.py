@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from align.data.examples import after_divergence
-from align.data.search import label_smoothing
+from align.models.logprobs import Head, token_stats
 from align.objectives import losses
 from align.objectives.imitation import NLL
 from align.objectives.losses import Hinge, IpoSum, Sigmoid
@@ -25,7 +25,7 @@ from align.objectives.reference_free import ORPO, SimPO
 from align.objectives.tree import MCTSDPO
 from align.objectives.unpaired import KTO, reversed_partners, rotated_partners
 from align.packing import with_extras
-from align.stats import Head, token_stats
+from align.prepare.search import label_smoothing
 from align.types import Extras, PackedBatch, Row, Stats
 from tests.conftest import plain_dpo
 from tests.objectives.build import batch_of, reduced, stats_of, with_step

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from align.pretrained import byte_tokenizer
+from align.models.pretrained import byte_tokenizer
 from align.rewards.base import Conversation
 from align.rewards.build import RewardHost, components
 from align.rewards.judge import rounds

@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from align.models import Policy, lora
+from align.models.policy import Policy, lora
+from align.models.pretrained import byte_tokenizer
 from align.packing import pack
-from align.pretrained import byte_tokenizer
 from align.rewards.base import Conversation
 from align.rewards.build import RewardHost, components
 from align.types import Example, Prompt, Row

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForTokenClassification, LlamaConfig, LlamaForTokenClassification
 
-from align.pretrained import byte_tokenizer, smollm2
+from align.models.pretrained import byte_tokenizer, smollm2
 from align.rewards.base import Conversation
 from align.rewards.build import RewardHost, components
 from align.rewards.process import Splitter, Step

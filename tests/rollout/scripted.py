@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from align.pretrained import byte_tokenizer
+from align.models.pretrained import byte_tokenizer
 from align.rollout.base import Completion, Sampling
 
 END = "<|im_end|>"

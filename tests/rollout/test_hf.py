@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from align.models import Policy, lora, own_attention
-from align.pretrained import byte_tokenizer, smollm2
+from align.models.policy import Policy, lora, own_attention
+from align.models.pretrained import byte_tokenizer, smollm2
 from align.rollout.base import Host, Sampling
 from align.rollout.hf import HFRollout, _common, _cuts, _draw, _StopTexts, _uniform
 from tests.conftest import gpt_oss, tiny_model

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from align.models import Policy, lora
-from align.pretrained import byte_tokenizer
+from align.models.policy import Policy, lora
+from align.models.pretrained import byte_tokenizer
 from align.rollout.base import EngineFailed, Host, Sampling
 from align.rollout.hf import HFRollout
 from align.rollout.server import VLLMServerRollout

@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from align.models import Policy, lora
-from align.pretrained import byte_tokenizer
+from align.models.policy import Policy, lora
+from align.models.pretrained import byte_tokenizer
 from align.rollout import serve
 from align.rollout.base import EngineFailed, Host, Sampling, seed_of
 from align.rollout.server import VLLMServerRollout

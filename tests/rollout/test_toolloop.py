@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from align.data import chat
-from align.pretrained import byte_tokenizer
+from align.models.pretrained import byte_tokenizer
 from align.rollout.base import Sampling
 from align.rollout.toolloop import ToolLoop, re_encodes
 from align.tools import Observation
@@ -174,7 +174,7 @@ def test_failed_calls_are_counted():
 
 def test_tokens_are_kept_where_tokenising_the_text_gives_others():
     """A policy may write a word in other tokens than the tokenizer would: the drift that retokenising loses."""
-    from align.pretrained import smollm2
+    from align.models.pretrained import smollm2
     from align.rollout.base import Completion
 
     tokenizer = smollm2().tokenizer()

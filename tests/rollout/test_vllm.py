@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from align.models import Policy, lora, own_attention
-from align.pretrained import byte_tokenizer
+from align.models.policy import Policy, lora, own_attention
+from align.models.pretrained import byte_tokenizer
 from align.rollout.base import Host, Sampling
 from align.rollout.hf import HFRollout
 from align.rollout.vllm import EngineFailed, VLLMRollout

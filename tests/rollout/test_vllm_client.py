@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from align.config import shipped_root
-from align.models import Policy, lora
-from align.pretrained import byte_tokenizer, tiny
+from align.models.policy import Policy, lora
+from align.models.pretrained import byte_tokenizer, tiny
 from align.rollout import transfer
 from align.rollout.base import Host, Sampling, seed_of
 from align.rollout.vllm import EngineFailed, Messages, VLLMRollout, check_version, encode

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from align.data.formats import parse
-from align.pretrained import byte_tokenizer, smollm2, tiny
+from align.models.pretrained import byte_tokenizer, smollm2, tiny
 from align.tools.python import PythonTool
 from align.trainers.collect import Collector, select
 from tests.rollout.scripted import END, Scripted
@@ -261,7 +261,7 @@ def test_nothing_to_learn_from_is_an_error_with_a_cure(tmp_path):
 
 
 def real(pretrained, directory, settings, **more):
-    from align.models import Policy, choose_layout
+    from align.models.policy import Policy, choose_layout
     from align.rollout.base import Host
     from align.rollout.hf import HFRollout
 
@@ -293,7 +293,7 @@ def test_a_resumed_round_of_a_random_network_has_the_same_bytes(tmp_path):
 @pytest.mark.slow
 def test_smollm2_solves_sums_with_the_tool(tmp_path):
     """The recipe's protocol in small: right and wrong trajectories, and log-probs that are the policy's."""
-    from align.models import own_attention
+    from align.models.policy import own_attention
 
     settings = replace(
         Settings(), num_problems=4, num_heldout=1, num_examples=1, samples_per_problem=4, chunk_problems=4,

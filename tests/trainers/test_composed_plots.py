@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from align.trainers.composed_plots import draw, non_dominated
+from align.report.composed_plots import draw, non_dominated
 
 
 def write(run, rows):

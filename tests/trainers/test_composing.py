@@ -346,7 +346,7 @@ DEATHS = [
     Hook(f"{ENGINE}step", 4),
     Hook(f"{HELDOUT}answers", 3, when="after"),
     Hook("align.engine.local:save_file", 3),
-    Hook("align.log:Log.row", 3, when="after"),
+    Hook("align.report.log:Log.row", 3, when="after"),
 ]
 CASES = [(name, h) for k, name in enumerate(FAMILY) for h in (DEATHS if name == "search" else DEATHS[k % 3 :: 3])]
 

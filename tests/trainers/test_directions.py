@@ -10,7 +10,7 @@ import pytest
 
 from align.cli import main
 from align.data.prompts import PromptRow
-from align.pretrained import byte_tokenizer
+from align.models.pretrained import byte_tokenizer
 from align.trainers.directions import directed, direction_of, scorer
 from tests.composers.parts import option
 from tests.trainers.online_runs import REWARDS, words_of

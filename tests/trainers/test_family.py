@@ -13,9 +13,9 @@ from align.config import compose, options
 from align.data.examples import assign_mismatched
 from align.data.wanted import Wanted
 from align.engine.local import LocalEngine
-from align.models import Policy
+from align.models.policy import Policy
+from align.models.pretrained import byte_tokenizer
 from align.packing import pack
-from align.pretrained import byte_tokenizer
 from align.trainers.loop import Anchor, Trainee, train_step
 from align.types import Extras
 from tests.conftest import tiny_model

@@ -14,8 +14,8 @@ from align.cli import main
 from align.data.chat import prompt_ids
 from align.data.prompts import load_prompts
 from align.data.scored import read_scored
-from align.pretrained import byte_tokenizer, tiny
-from align.trainers.generate import CHUNK_PROMPTS, summarise
+from align.evaluate.generate import CHUNK_PROMPTS, summarise
+from align.models.pretrained import byte_tokenizer, tiny
 from tests.data.helpers import settings
 from tests.killer import Hook, shared
 
@@ -135,7 +135,7 @@ def test_every_row_is_a_prompt_and_the_seed_decides(tmp_path, whole):
         Hook("os:replace", 3),
         Hook("os:replace", 5),  # the file itself
         Hook("os:replace", 5, when="after"),
-        Hook("align.trainers.generate:_Work.summary", 1),
+        Hook("align.evaluate.generate:_Work.summary", 1),
     ],
     ids=str,
 )

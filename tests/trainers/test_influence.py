@@ -12,7 +12,7 @@ from align import build
 from align.composers.gradient import influences
 from align.config import compose
 from align.engine.local import LocalEngine
-from align.models import Policy, enable_recompute, lora
+from align.models.policy import Policy, enable_recompute, lora
 from align.trainers.influence import Directional, chosen_parameters, measure
 from align.trainers.loop import Anchor, NonFinite, Trainee, train_step
 from tests.conftest import tiny_model

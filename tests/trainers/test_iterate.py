@@ -262,7 +262,7 @@ def logps(model: Path | None, conversations: list[dict[str, Any]]) -> np.ndarray
     """Summed log-probs of completions under a model of transformers, one forward each; None: the starting model."""
     from transformers import AutoModelForCausalLM
 
-    from align.pretrained import tiny
+    from align.models.pretrained import tiny
 
     network = tiny(0, 16, 1).model() if model is None else AutoModelForCausalLM.from_pretrained(model)
     out = []
@@ -348,7 +348,7 @@ DEATHS = {
     "after the data": Hook(ROUNDS + "write_rows", 4, when="after"),
     "before the run is bound": Hook(ITERATE + "Iteration._save", 1),
     "before training has a directory": Hook("align.trainers.session:RunDirectory", 2),
-    "in the pass over the reference": Hook("align.reference:ReferenceCache._write", 1, when="after"),
+    "in the pass over the reference": Hook("align.models.reference:ReferenceCache._write", 1, when="after"),
     "before the first step": Hook(ENGINE + "step", 1),
     "in training": Hook(ENGINE + "step", 5, when="after"),
     "in a save": Hook("align.engine.local:save_file", 4),

@@ -74,7 +74,7 @@ HELDOUT = "align.trainers.online.heldout:Heldout."
     "hook",
     [
         Hook("align.engine.local:LocalEngine.step", 4),
-        Hook("align.log:Log.row", 3, when="after"),
+        Hook("align.report.log:Log.row", 3, when="after"),
         Hook(f"{HELDOUT}answers", 3, 15),  # between a step and its evaluation
     ],
     ids=["killed-in-a-step", "killed-after-a-row", "stopped"],

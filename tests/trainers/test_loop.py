@@ -12,11 +12,11 @@ import torch
 
 from align.config import compose
 from align.engine.local import LocalEngine
-from align.models import Policy
+from align.models.logprobs import cached_stats
+from align.models.policy import Policy
 from align.objectives.losses import Sigmoid
 from align.objectives.preference import WPO
 from align.packing import num_tokens
-from align.stats import cached_stats
 from align.trainers.loop import Anchor, NonFinite, Trainee, evaluate, plan, token_plan, train_step
 from align.types import Example
 from tests.conftest import plain_dpo, tiny_model

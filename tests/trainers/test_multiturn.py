@@ -227,7 +227,7 @@ def test_a_run_that_learnt_from_other_problems_is_refused_and_kept(base, tmp_pat
 @pytest.mark.slow
 def test_the_recipes_in_small(tmp_path):
     """The real model and the real tool: SmolLM2-135M writes programs for sums; KTO goes on with DPO's trajectories."""
-    from align.pretrained import smollm2
+    from align.models.pretrained import smollm2
 
     tokenizer = smollm2().tokenizer()
     for name in ("dpo", "kto"):
@@ -268,7 +268,7 @@ def test_the_recipes_in_small(tmp_path):
 
 def test_what_a_tool_printed_is_no_target(straight):
     """The parrot's digit between two emissions, token for token."""
-    from align.pretrained import byte_tokenizer
+    from align.models.pretrained import byte_tokenizer
 
     tokenizer, seen = byte_tokenizer(), 0
     for row in rows(straight("dpo") / "collect" / "labelled.jsonl"):

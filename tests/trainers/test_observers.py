@@ -127,7 +127,7 @@ DEATHS = [
     Hook("align.trainers.trained:write_final", 3),
     Hook(f"{OBSERVERS}Best.evaluated", 3, when="after"),
     Hook("align.checkpoint:remove", 1, when="after"),
-    Hook("align.log:Log.row", 8),
+    Hook("align.report.log:Log.row", 8),
     Hook(f"{OBSERVERS}Average.end", 1),
     Hook(f"{OBSERVERS}Average.end", 1, when="after"),
     Hook("align.trainers.offline:evaluate", 3, int(signal.SIGTERM)),

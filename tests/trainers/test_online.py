@@ -361,7 +361,7 @@ def test_reference_of_another_vocabulary(tmp_path):
 
 def test_reference_of_another_model_is_used(tmp_path):
     """From the first token on the policy is not its reference."""
-    from align.pretrained import tiny
+    from align.models.pretrained import tiny
 
     second = tiny(7, 16, 1)
     second.model().save_pretrained(tmp_path / "second")
@@ -528,7 +528,7 @@ def test_only_dropout_that_was_asked_for(tmp_path):
     """A model that was made with dropout draws and learns as the same network: the ratio is 1."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from align.pretrained import byte_tokenizer
+    from align.models.pretrained import byte_tokenizer
 
     tokenizer = byte_tokenizer()
     size = dict(n_embd=16, n_layer=1, n_head=2, n_positions=256, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from align.models import own_attention
+from align.models.policy import own_attention
 from align.trainers.experience import episodes, examples
 from tests.trainers.online_runs import REMAX, REWARDS, ready
 

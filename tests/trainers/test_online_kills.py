@@ -36,9 +36,9 @@ DEATHS = [
     Hook("align.trainers.transcripts:write_whole", 3, when="after"),
     Hook("align.engine.local:save_file", 3),
     Hook("os:rename", 2, when="after"),
-    Hook("align.log:Log.row", 3),
-    Hook("align.log:Log.row", 3, when="after"),
-    Hook("align.log:Log.row", 5, when="after"),
+    Hook("align.report.log:Log.row", 3),
+    Hook("align.report.log:Log.row", 3, when="after"),
+    Hook("align.report.log:Log.row", 5, when="after"),
     Hook("align.trainers.trained:write_final", 1),
     Hook("align.trainers.trained:write_final", 1, when="after"),
 ]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from align.data.prompts import PromptRow
-from align.pretrained import byte_tokenizer
+from align.models.pretrained import byte_tokenizer
 from align.rollout.base import Completion, Sampling
 from align.trainers.experience import Experience
 from tests.killer import shared

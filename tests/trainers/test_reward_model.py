@@ -78,7 +78,7 @@ def adapted(base, small) -> Path:
 @pytest.fixture(scope="module")
 def small(base) -> Path:
     """A language model in Hugging Face format, to which an adapter can name its way."""
-    from align.pretrained import tiny
+    from align.models.pretrained import tiny
 
     found = tiny(0, 64, 2)
     found.model().save_pretrained(base / "small")

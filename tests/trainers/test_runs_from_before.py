@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from align.config import compose_run
+from align.config import ConfigError, compose, compose_run
 from tests.trainers.online_runs import rows_of
 
 BEFORE = Path(__file__).parent / "runs_63cd4e7"
@@ -64,3 +64,13 @@ def test_with_other_settings_it_is_refused(tmp_path):
     refused = align(directory, *WORDS["offline"], "run.dir=offline", "optimizer.lr=0.002")
     assert refused.returncode == 2
     assert "optimizer.lr=0.001, now it is optimizer.lr=0.002" in refused.stderr
+
+
+def test_a_part_that_has_moved_is_found_and_its_old_place_refused(tmp_path):
+    """The model of these runs was made by a function that stands elsewhere now."""
+    assert "align.pretrained." in (BEFORE / "offline" / "config.yaml").read_text()
+    assert compose_run([f"run.dir={BEFORE / 'offline'}"]).model["_target_"].startswith("align.models.pretrained.")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("_target_: align.pretrained.tiny\n")
+    with pytest.raises(ConfigError, match=r"model._target_=align.pretrained.tiny has moved; use .*models.pretrained"):
+        compose(["recipe=dpo", "model=mine"], tmp_path)

@@ -95,7 +95,7 @@ def test_adapter_in_peft_format_gives_the_merged_models_logits(words, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from align.pretrained import tiny
+    from align.models.pretrained import tiny
 
     assert train(compose(words), "test") == 0
     base = tiny(seed=0, hidden_size=64, num_layers=2).model()
@@ -160,7 +160,7 @@ def test_a_reference_of_other_weights_is_stopped_before_the_first_step(words, tm
 
 def test_base_weights_that_changed_under_an_adapter_are_refused(words, tmp_path):
     # a checkpoint holds the adapter only: resuming it on another base would be another model
-    from align.pretrained import tiny
+    from align.models.pretrained import tiny
 
     source = tiny(seed=0, hidden_size=64, num_layers=2)
     model = source.model()

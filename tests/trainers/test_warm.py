@@ -112,7 +112,7 @@ def test_other_data_or_settings_are_another_run(base, straight, tmp_path, capsys
 
 
 def test_baklava_takes_its_starts_in_turn_and_lora_is_merged(base, tmp_path):
-    from align.pretrained import tiny
+    from align.models.pretrained import tiny
 
     starts = []
     for seed in (0, 1):

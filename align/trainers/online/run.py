@@ -20,7 +20,7 @@ from align.data.prompts import PromptRow, load_prompts, prompts_fingerprint
 from align.engine.base import Engine
 from align.engine.build import make_engine
 from align.engine.world import together
-from align.models import Policy
+from align.models.policy import Policy
 from align.rewards.build import RewardHost, Rewards, components
 from align.rollout.base import Sampling
 from align.trainers import composing, resume, selfcheck, trained

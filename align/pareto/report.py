@@ -164,7 +164,7 @@ def _volume(points: Sequence[Point]) -> float:
 
 
 def report(out: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """All that front.json holds, of the plan (align.front.plan.Plan as a dictionary)."""
+    """All that front.json holds, of the plan (align.pareto.plan.Plan as a dictionary)."""
     components, measured = plan["components"], plan["measured"]
     batch, n = plan["settings"]["trainer"]["batch_size"], plan["settings"]["sampling"]["n"]
     runs = {entry["name"]: read_run(out / entry["name"], components, measured, batch, n) for entry in plan["runs"]}

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from align.front.plot import draw
-from align.front.report import dominated, markdown, report, steps_to_front
-from tests.front.runs import ab, plan_of, write_run
+from align.pareto.plot import draw
+from align.pareto.report import dominated, markdown, report, steps_to_front
+from tests.pareto.runs import ab, plan_of, write_run
 
 # Seed 0: final points f1 (3, 1) and f2 (1, 2), volume 3 x 1 + 1 x (2 - 1) = 4; g1 (2, 2), volume 4, and g2 (1, 1).
 RUNS = {

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from align.data.check import Finding, counted, failed, place, prompt_difference, target_runs, trained
 from align.files import whole
+from align.prepare.check import Finding, counted, failed, place, prompt_difference, target_runs, trained
 
 if TYPE_CHECKING:
     from align.data.chat import Rendering

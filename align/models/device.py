@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from align.models import Recompute
+from align.models.policy import Recompute
 
 
 def pick_device() -> torch.device:

@@ -10,18 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 
 from align import build
-from align.config import Config, IterateConfig, OnlineConfig
+from align.config import Config, IterateConfig, OnlineConfig, saved_settings
 from align.data.load import load
 from align.data.wanted import Wanted
-from align.device import pick_device, pick_precision
 from align.evaluate.ranking import as_dict, lines, ranking_report
-from align.models import Policy, choose_layout, with_adapter
+from align.models.device import pick_device, pick_precision
+from align.models.policy import Policy, choose_layout, with_adapter
+from align.models.pretrained import Pretrained, from_hub
 from align.objectives.base import Objective
 from align.packing import micro_batches, pack, to_device
-from align.pretrained import Pretrained, from_hub
 from align.types import Example, Layout
 
 
@@ -89,7 +88,7 @@ def _sets(config: Config, tokenizer: Any) -> dict[str, list[Example]]:
     """The pairs of each file. Raises ValueError for a run whose own data are none, if no others are given."""
     assert config.run.dir is not None
     run, data = Path(config.run.dir), config.data
-    own = OmegaConf.load(run / "config.yaml").data
+    own = saved_settings(run / "config.yaml").data
     given = [_listed(now) for now, then in ((data.train, own.train), (data.heldout, own.heldout)) if now != then]
     if any(given):
         return _pairs_of(config, dict.fromkeys(name for part in given for name in part), tokenizer)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from align.config import Config, ConfigError, differences
+from align.config import Config, ConfigError, differences, saved_settings
 from align.config.validate import validate
 from align.files import write_whole
-from align.front.plan import check_reading, planned, read_plan, write_plan
-from align.front.words import parse
 from align.launch import local, slurm
 from align.launch.command import one_after_the_other
+from align.pareto.plan import check_reading, planned, read_plan, write_plan
+from align.pareto.words import parse
 
 
 def run(
@@ -71,7 +71,7 @@ def run(
 
 def _report(out: Path, show: Callable[[str], None], tell: Callable[[str], None]) -> int:
     """Writes what is known; 1 if a run of the plan has not ended, else 0."""
-    from align.front import plot, report
+    from align.pareto import plot, report
 
     plan = read_plan(out)
     assert plan is not None
@@ -97,7 +97,7 @@ def _compare(directory: Path, config: Config) -> None:
     saved = directory / "config.yaml"
     if not saved.exists() or not ((directory / "summary.json").exists() or (directory / "checkpoints").exists()):
         return
-    changed = differences(OmegaConf.load(saved), config.tree)  # type: ignore[arg-type]
+    changed = differences(saved_settings(saved), config.tree)
     if changed:
         key, (there, now) = next(iter(changed.items()))
         raise ConfigError(f"{directory} holds a run with {key}={there}, now it is {key}={now}; give another out=DIR")

@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from align.config import Config, ConfigError, OnlineConfig, compose, differences, options, quoted
 from align.files import write_whole
-from align.front.words import Words
 from align.launch.sweep import Element
+from align.pareto.words import Words
 
 PLAN = "plan.json"
 

@@ -24,14 +24,14 @@ from align.config import Config
 from align.data.chat import prompt_ids
 from align.data.pairs import write_lines
 from align.data.prompts import PromptRow, load_prompts, prompts_fingerprint
-from align.device import pick_device, pick_precision
 from align.evaluate.passk import mean_reward_interval, pass_at_k_interval
-from align.models import Policy, weights_hash
+from align.models.device import pick_device, pick_precision
+from align.models.policy import Policy, weights_hash
+from align.models.weights import check_tokens
 from align.rewards.base import Conversation
 from align.rewards.build import RewardHost, Rewards, components
 from align.rollout.base import Completion, EngineFailed, Host, Rollout, Sampling, check_request
 from align.trainers.signals import Signals, Stopped
-from align.weights import check_tokens
 
 # Prompts whose samples are written together: a kill loses so many at most. Draws depend on it, see _Work.chunk.
 CHUNK_PROMPTS = 64

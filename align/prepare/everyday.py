@@ -1,6 +1,6 @@
 """Make train.jsonl and heldout.jsonl: sample SmolLM2-135M-Instruct, rank by gold, pair, split.
 
-    python -m align.data.everyday.make --samples 16 --max-tokens 96 --seed 0
+    python -m align.prepare.everyday --samples 16 --max-tokens 96 --seed 0
 
 Sampling needs vLLM. The pairing does not: it runs again on kept samples with --from-samples.
 """
@@ -18,9 +18,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import align.data.everyday as shipped
 from align.rewards.functions import FLOOR, SHORTEST, everyday_gold, words
 
-HERE = Path(__file__).parent
+HERE = Path(shipped.__file__).parent
 LIST_SYSTEM = "You give very detailed answers as long numbered lists with bold headings."
 PLAIN_SYSTEM = "Answer in one or two short plain sentences. Do not use lists."
 HOT_TEMPERATURE = 1.4
@@ -372,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = read_prompts(HERE / "prompts.txt")
     kept = args.from_samples
     if kept is None:
-        from align.smollm2 import smollm2_directory
+        from align.models.smollm2 import smollm2_directory
 
         model = args.model or smollm2_directory(Path.home() / ".cache" / "align")
         kept = args.keep_samples

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config import cache_root
-from align.smollm2 import smollm2_directory
+from align.models.smollm2 import smollm2_directory
 
 # ChatML, with tools and tool calls as JSON
 CHATML = (
@@ -145,7 +145,7 @@ def _model(path: str, common: dict[str, Any], dtype: str, four_bit: bool = False
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from align.weights import check_generation_config, load_model
+    from align.models.weights import check_generation_config, load_model
 
     logging.disable_progress_bar()  # a run tells its own progress
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -186,7 +186,7 @@ def _skeleton(directory: Path, trust_remote_code: bool, dtype: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
 
-    from align.weights import check_generation_config
+    from align.models.weights import check_generation_config
 
     common = {"trust_remote_code": trust_remote_code}
     with _named(str(directory)):
@@ -213,7 +213,7 @@ class _named:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        from align.weights import WrongWeights
+        from align.models.weights import WrongWeights
 
         if isinstance(error, (OSError, ValueError, ImportError)) and not isinstance(error, WrongWeights):
             first = " ".join(str(error).split())[:300]

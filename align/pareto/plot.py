@@ -12,7 +12,7 @@ _MARKERS = "os^Dvp*X"  # of the seeds
 
 
 def draw(data: Mapping[str, Any], path: Path) -> None:
-    """What align.front.report.report returned as a picture. The same data give the same file.
+    """What align.pareto.report.report returned as a picture. The same data give the same file.
 
     Raises ImportError without matplotlib.
     """

@@ -21,11 +21,11 @@ import torch.nn.attention.varlen  # registers the operator that _PRODUCTS names
 from torch import nn
 from torch.utils import checkpoint
 
-from align import attention
+from align.models import attention
+from align.models.logprobs import Head, stats
+from align.models.weights import check_finite
 from align.packing import pack, to_device
-from align.stats import Head, stats
 from align.types import Example, Extras, Layout, PackedBatch, Row, Stats
-from align.weights import check_finite
 
 if TYPE_CHECKING:
     from peft import PeftModel
