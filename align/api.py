@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from align import config as settings
 from align.config import Config
 from align.given import given
+from align.jsons import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,14 +36,14 @@ class Run:
     path: Path
 
     @property
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[Json]:
         """A row for each step so far, as docs/metrics.md explains them; without a line that is still being written."""
         file = self.path / "metrics.jsonl"
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     @property
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Json:
         """summary.json: held-out figures before and after, seconds, steps. Raises ValueError for a run that is not
         over."""
         return json.loads(self._file("summary.json").read_text())

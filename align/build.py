@@ -17,6 +17,7 @@ from align.config import Config, OwnOptimizerConfig
 from align.contracts import adopt, declared_by
 from align.data.margins import scoring
 from align.data.pairs import PairRule
+from align.jsons import Json, Tokenizer
 from align.models.pretrained import Pretrained
 from align.objectives.base import Objective, as_objective
 from align.rollout.base import Host, Rollout
@@ -83,7 +84,7 @@ def composer(node: DictConfig, names: Sequence[str]) -> Composer:
     return adopt(made, Composer, "composer")  # type: ignore[type-abstract]
 
 
-def reward_node(config: Config) -> dict[str, Any]:
+def reward_node(config: Config) -> Json:
     """The node `reward`, resolved."""
     node = OmegaConf.to_container(config.reward, resolve=True)  # type: ignore[arg-type]
     assert isinstance(node, dict)
@@ -126,7 +127,7 @@ def pretrained(config: Config) -> Pretrained:
     return _instantiate(config.model, "model")
 
 
-def tokenizer(config: Config) -> Any:
+def tokenizer(config: Config) -> Tokenizer:
     """The tokenizer of a run's model."""
     return pretrained(config).tokenizer()
 
@@ -139,7 +140,7 @@ def function(path: str, key: str) -> Any:
         raise ValueError(f"{key}={path}: cannot be imported ({' '.join(str(error).split())[:200]})") from error
 
 
-def _instantiate(node: DictConfig, key: str, **more: Any) -> Any:
+def _instantiate(node: DictConfig, key: str, **more: object) -> Any:
     try:
         return instantiate(node, **more)
     except InstantiationException as error:

@@ -18,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from align.engine.world import World, by_lead, together
+from align.jsons import Json
 
 MANIFEST = "manifest.json"
 _SCRATCH = ".incomplete-"
@@ -50,14 +51,14 @@ class State:
     """What a checkpoint says besides its tensors, which are the engine's."""
 
     step: int
-    progress: dict[str, Any]  # JSON
+    progress: Json  # JSON
     path: Path  # of the whole checkpoint
 
 
 def save(
     directory: Path,
     step: int,
-    progress: dict[str, Any],
+    progress: Json,
     write: Callable[[Path], None],
     needed: int | None = None,
     world: World | None = None,
@@ -133,7 +134,7 @@ def _files(scratch: Path) -> list[str]:
     return sorted(p.relative_to(scratch).as_posix() for p in scratch.rglob("*") if p.is_file())
 
 
-def _flushed(scratch: Path, names: Sequence[str]) -> dict[str, Any]:
+def _flushed(scratch: Path, names: Sequence[str]) -> Json:
     """Files on the disk, and what the manifest says of them."""
     out = {}
     for name in names:
@@ -142,7 +143,7 @@ def _flushed(scratch: Path, names: Sequence[str]) -> dict[str, Any]:
     return out
 
 
-def _put(scratch: Path, target: Path, old: Path, manifest: dict[str, Any]) -> None:
+def _put(scratch: Path, target: Path, old: Path, manifest: Json) -> None:
     (scratch / MANIFEST).write_text(json.dumps(dict(sorted(manifest.items())), indent=1))
     _flush(scratch / MANIFEST)
     _flush(scratch)

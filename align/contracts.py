@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator
 from functools import cache, partial
 from typing import Any, TypeVar
 
+from align.jsons import Json
+
 B = TypeVar("B")
 NEAR = 0.8  # of difflib's ratio: step_row is 0.94 from step_rows, and kinds 0.89 from kind
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, partial)
@@ -75,7 +77,7 @@ def _join(part: object, base: type, where: str) -> None:
 def _joined(kind: type, base: type) -> Any:
     """A class of both; the same one each time, so that two parts of one class stay equal."""
 
-    def named(namespace: dict[str, Any]) -> None:
+    def named(namespace: Json) -> None:
         # without slots of its own the objects of `kind` fit, whether they have a dictionary or not
         namespace |= {"__slots__": (), "__module__": kind.__module__, "__qualname__": kind.__qualname__}
         namespace |= {"__doc__": kind.__doc__}
@@ -115,9 +117,9 @@ def _check_complete(part: object, base: type, where: str) -> None:
             raise ValueError(f"{where}: {name}={value}: must be a tuple or a set of names, as in {{{value!r}}}")
 
 
-def _declared(base: type) -> dict[str, Any]:
+def _declared(base: type) -> Json:
     """Public attributes of a base: name -> its default; None of one without."""
-    found: dict[str, Any] = {}
+    found: Json = {}
     for k in reversed(base.__mro__[:-1]):
         found |= dict.fromkeys(k.__dict__.get("__annotations__", {})) | vars(k)
     return {name: value for name, value in found.items() if not name.startswith("_")}
@@ -144,7 +146,7 @@ def _is_method(value: object) -> bool:
     return inspect.isroutine(value) or isinstance(value, (classmethod, staticmethod))
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:
+def _choices(hint: object) -> tuple[Any, ...]:
     """The values that a Literal allows, alone or beside None; () for other types."""
     if typing.get_origin(hint) is typing.Literal:
         return typing.get_args(hint)
@@ -153,7 +155,7 @@ def _choices(hint: Any) -> tuple[Any, ...]:
     return (*named, None) if named and type(None) in parts else tuple(named)
 
 
-def _listed(allowed: Iterable[Any]) -> str:
+def _listed(allowed: Iterable[object]) -> str:
     *first, last = map(str, allowed)
     return f"{', '.join(first)} or {last}" if first else last
 

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from align.config import quoted
+from align.jsons import Json
 from align.rewards.base import Conversation, Reward, StepReward
 from align.rewards.worker import Refused, bound_to, call_all, call_each, resolve
 
 if TYPE_CHECKING:
     from align.rewards.build import RewardHost
 
-_parts: dict[str, Any] = {}  # setting -> the object given for it
+_parts: Json = {}  # setting -> the object given for it
 
 
 @contextmanager

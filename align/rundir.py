@@ -24,6 +24,7 @@ from align.config import Config, differences, leaves, saved_settings
 from align.config.schema import may_change
 from align.engine.world import World, by_lead, together
 from align.files import write_whole
+from align.jsons import Json
 
 _ATTEMPTS = 50
 _PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "hydra-core", "numpy", "vllm", "deepspeed")
@@ -101,7 +102,7 @@ class RunDirectory:
         if self.world.lead:
             write_whole(self.path / name, text)
 
-    def write_json(self, name: str, value: Any) -> None:
+    def write_json(self, name: str, value: object) -> None:
         """A small JSON file of the run, whole or not at all."""
         self.write(name, json.dumps(value, indent=1) + "\n")
 
@@ -115,7 +116,7 @@ class RunDirectory:
         text = self.read(name)
         return None if text is None else json.loads(text)
 
-    def resolved(self) -> dict[str, Any]:
+    def resolved(self) -> Json:
         """What the settings that are auto came out as; all processes must ask."""
         return self.read_json("resolved.json") or {}
 
@@ -183,7 +184,7 @@ def default_name(config: Config) -> Path:
     return Path("runs") / f"{recipe}-{config.choices['model']}-seed{config.seed}"
 
 
-def environment(command: str) -> dict[str, Any]:
+def environment(command: str) -> Json:
     """What the numbers of a run depend on besides its settings."""
     import torch
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+from align.jsons import Fields
 
 SUM_TOLERANCE = 1e-6  # of weights that are to sum to 1
 
 
 def by_name(
-    values: Mapping[str, Any], names: Sequence[str], key: str, complete: bool = True, what: str = "component"
+    values: Fields, names: Sequence[str], key: str, complete: bool = True, what: str = "component"
 ) -> dict[str, float]:
     """Numbers by name in the order of names. Raises ValueError for a name that is none of them, a missing one with
     complete, and for what is no finite number. what: a name of `names`, in words."""
@@ -30,7 +31,7 @@ def by_name(
 
 
 def simplex(
-    values: Mapping[str, Any] | None, names: Sequence[str], key: str, zeros: bool = True, what: str = "component"
+    values: Fields | None, names: Sequence[str], key: str, zeros: bool = True, what: str = "component"
 ) -> list[float]:
     """Weights [K], >= 0, that sum to 1; null: all equal. zeros: whether a weight may be 0. Raises ValueError."""
     if values is None or values == {}:

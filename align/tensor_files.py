@@ -10,11 +10,12 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from align.jsons import Json
 
 CODES = {
     torch.float64: "F64",
@@ -40,10 +41,10 @@ _MAX_HEADER = 100_000_000
 
 def written_header(
     entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: dict[str, str] | None = None
-) -> tuple[bytes, dict[str, Any]]:
+) -> tuple[bytes, Json]:
     """What a file with these tensors, one after the other, begins with; and each one's dtype, shape and place in the
     bytes that follow."""
-    header: dict[str, Any] = {}
+    header: Json = {}
     end = 0
     for name, dtype, shape in entries:
         start, end = end, end + dtype.itemsize * math.prod(shape)
@@ -53,7 +54,7 @@ def written_header(
     return len(text).to_bytes(8, "little") + text, header
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+def read_header(path: Path) -> tuple[Json, int, int]:
     """The header without its metadata, the place of the first byte after it, and the file's size. What the entries say
     is not checked. Raises ValueError if it is no such file."""
     size = path.stat().st_size

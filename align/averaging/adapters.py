@@ -20,6 +20,7 @@ from align.averaging.combine import Inputs, average_of, by_weights
 from align.averaging.files import EMBEDDINGS, Model
 from align.averaging.methods import concatenated_factors
 from align.averaging.output import Planned
+from align.jsons import Fields, Json
 from align.tensor_files import CODES
 
 STEM = "adapter_model"
@@ -90,7 +91,7 @@ class Adapters:
 
     # ------------------------------------------------------------------ as one adapter
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Json:
         """adapter_config.json of the mean: every scaling is 1."""
         ranks = {name: sum(module.ranks) for name, module in self.modules.items()}
         common = max(ranks.values())
@@ -221,14 +222,14 @@ class Merged:
         return module.embedding or bool(adapters.models[0].config.get("fan_in_fan_out"))
 
 
-def classifier_config(config: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+def classifier_config(config: Fields, outputs: Sequence[str]) -> Json:
     """config.json of the reward model that a language model with a score head is. Raises ValueError for other bases."""
     names = [name.replace("ForCausalLM", "ForSequenceClassification") for name in config.get("architectures") or []]
     if not names or names == config["architectures"]:
         raise ValueError(
             f"merge=: a base of architecture {config.get('architectures')} takes no score head; give a language model"
         )
-    changed: dict[str, Any] = {
+    changed: Json = {
         "architectures": names,
         "id2label": {str(i): name for i, name in enumerate(outputs)},
         "label2id": {name: i for i, name in enumerate(outputs)},
@@ -253,7 +254,7 @@ def _rank_and_scaling(model: Model, name: str, down: str, up: str) -> tuple[int,
     return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-def _of_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+def _of_pattern(pattern: Fields | None, name: str, default: object) -> Any:
     """The first entry whose expression matches the end of the module's name."""
     return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from align.averaging.files import EMBEDDINGS, FLOATS, Model, read_json
+from align.jsons import Json
 
 # What may differ between runs of one model: provenance, how weights are stored, and dropout, which diversifies runs.
 _FREE = (
@@ -86,7 +87,7 @@ def lora_only(model: Model) -> None:
         )
 
 
-def fresh_reward(form: dict[str, Any]) -> dict[str, Any]:
+def fresh_reward(form: Json) -> Json:
     """What reward_model.json of an average says: what was measured of one member is not known of it, and left out."""
     return {key: value for key, value in form.items() if key not in _MEASURED}
 
@@ -116,8 +117,8 @@ def _agree_config(first: Model, other: Model) -> None:
     )
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
+def _flat(config: Json, prefix: str = "") -> Json:
+    out: Json = {}
     for key, value in config.items():
         if isinstance(value, dict):
             out |= _flat(value, f"{prefix}{key}.")
@@ -136,7 +137,7 @@ def _agree_adapter(first: Model, other: Model) -> None:
             )
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """PEFT writes sets as lists in any order; absent, null and empty are the same."""
     return sorted(map(str, value)) if isinstance(value, list) and value else value or None
 
@@ -182,7 +183,7 @@ def _agree_tokenizer(first: Path, other: Path) -> None:
             )
 
 
-def _content(token: Any) -> Any:
+def _content(token: object) -> Any:
     """A special token is stored as its text or as an object with its text."""
     return token.get("content") if isinstance(token, dict) else token
 

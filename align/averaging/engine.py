@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from align.averaging import output
 from align.averaging.adapters import STEM, Adapters, Merged, classifier_config, dtype_of
@@ -18,6 +17,7 @@ from align.averaging.methods import block_ratio, metric_weights
 from align.averaging.values import values_beside
 from align.averaging.words import Request
 from align.checkpoint import WriteFailed, atomic_directory, problem
+from align.jsons import Json
 
 _GIB, _MIB = 2**30, 2**20
 
@@ -135,7 +135,7 @@ def _weights(request: Request, models: Sequence[Model], say: Callable[[str], Non
     return None
 
 
-def _finished(out: Path, told: dict[str, Any]) -> bool:
+def _finished(out: Path, told: Json) -> bool:
     """Whether `out` is this very average, undamaged. Raises ValueError for anything else that stands there."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
@@ -154,7 +154,7 @@ def _write(
     models: Sequence[Model],
     base: Model | None,
     weights: Sequence[float] | None,
-    told: dict[str, Any],
+    told: Json,
 ) -> None:
     limit = request.max_memory_mib * _MIB
     first = models[0]
@@ -236,7 +236,7 @@ def _write_merged(directory: Path, request: Request, merged: Merged) -> None:
     _write_config(directory, request, _merged_config(merged))
 
 
-def _merged_config(merged: Merged) -> dict[str, Any]:
+def _merged_config(merged: Merged) -> Json:
     if not merged.classifier:
         return merged.base.config
     first = merged.adapters.models[0]
@@ -245,7 +245,7 @@ def _merged_config(merged: Merged) -> dict[str, Any]:
     return classifier_config(merged.base.config, (first.reward or {}).get("outputs") or labels)
 
 
-def _write_config(directory: Path, request: Request, config: dict[str, Any]) -> None:
+def _write_config(directory: Path, request: Request, config: Json) -> None:
     if request.dtype is not None:
         old = {key for key in ("dtype", "torch_dtype") if key in config} or {"dtype"}
         config = config | dict.fromkeys(old, request.dtype)

@@ -10,11 +10,11 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from align.jsons import Json
 from align.tensor_files import DTYPES, read_header, read_into
 
 _INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
@@ -63,10 +63,10 @@ class Model:
     """A directory with weights, not loaded. `sets`: tensors by the stem of the file they are written to again."""
 
     path: Path
-    config: dict[str, Any]  # config.json, or adapter_config.json
+    config: Json  # config.json, or adapter_config.json
     adapter: bool
     sets: dict[str, Tensors]
-    reward: dict[str, Any] | None  # reward_model.json
+    reward: Json | None  # reward_model.json
     digests: dict[str, str] = field(default_factory=dict, compare=False)
 
     def files(self) -> list[Path]:
@@ -112,7 +112,7 @@ def open_model(path: Path) -> Model:
     return model
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Json:
     """A JSON object. Raises ValueError if it is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -123,7 +123,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _reward(path: Path) -> dict[str, Any] | None:
+def _reward(path: Path) -> Json | None:
     file = path / "reward_model.json"
     return read_json(file) if file.exists() else None
 

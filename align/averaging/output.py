@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from align import __version__
 from align.averaging.files import INDEX, Model
 from align.averaging.words import Request
+from align.jsons import Json
 from align.tensor_files import raw, written_header
 
 _COPIED = (
@@ -78,14 +78,12 @@ def copy_beside(first: Model, directory: Path) -> None:
         shutil.copytree(extra, directory / extra.name)
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: Json) -> None:
     """A JSON object, indented."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def account(
-    request: Request, models: Sequence[Model], weights: Sequence[float] | None, base: Model | None
-) -> dict[str, Any]:
+def account(request: Request, models: Sequence[Model], weights: Sequence[float] | None, base: Model | None) -> Json:
     """average.json: what the result was made from. Without the directories' names it says whether two are the same."""
     members = [{"directory": str(model.path), "sha256": model.sha256()} for model in models]
     if weights is not None:
@@ -98,14 +96,14 @@ def account(
     return out
 
 
-def identity(told: dict[str, Any]) -> dict[str, Any]:
+def identity(told: Json) -> Json:
     """An account without where its inputs lay."""
     bare = {key: value for key, value in told.items() if key not in ("models", "base", "merged_into")}
     members = [told.get("base"), told.get("merged_into"), *told.get("models", [])]
     return bare | {"members": [m and {k: v for k, v in m.items() if k != "directory"} for m in members]}
 
 
-def card(told: dict[str, Any], adapter: bool, reward: bool) -> str:
+def card(told: Json, adapter: bool, reward: bool) -> str:
     """README.md: what the model is and what it was made from."""
     lines = "\n".join(
         f"| {member['directory']} | {member.get('weight', '')} | {next(iter(member['sha256'].values()))[:16]} |"

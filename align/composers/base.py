@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from align import simplex as checks
+from align.jsons import Fields, Json
 
 KL = "kl"  # the name of the KL's own stream
 NEEDS = ("kl_stream", "influence", "validation", "gold", "uncertainty", "direction")
@@ -92,7 +93,7 @@ class Composer(ABC):
         """Whether an evaluation is wanted now: before the first step, and after each update."""
         return False
 
-    def check(self, advantage: Any, choice: str, penalties: bool) -> None:  # noqa: B027
+    def check(self, advantage: object, choice: str, penalties: bool) -> None:  # noqa: B027
         """Raises ValueError if it cannot act through this estimator, called `choice`; penalties: a KL in the reward."""
 
     @abstractmethod
@@ -111,11 +112,11 @@ class Composer(ABC):
         """Lines for people about what looks wrong; the loop says each once."""
         return []
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Json:
         """All that the next step depends on."""
         return {"names": list(self.names)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Fields) -> None:
         """The inverse. Raises ValueError for other components."""
         if tuple(state["names"]) != tuple(self.names):
             raise ValueError(
@@ -173,12 +174,12 @@ def whitened(streams: Tensor, keep: Tensor | None, epsilon: float) -> Tensor:
     return out
 
 
-def by_name(values: Mapping[str, Any], names: Sequence[str], key: str, complete: bool = True) -> dict[str, float]:
+def by_name(values: Fields, names: Sequence[str], key: str, complete: bool = True) -> dict[str, float]:
     """align.simplex.by_name of composer.KEY."""
     return checks.by_name(values, names, f"composer.{key}", complete, _COMPONENT)
 
 
-def simplex(values: Mapping[str, Any] | None, names: Sequence[str], key: str, zeros: bool = True) -> Tensor:
+def simplex(values: Fields | None, names: Sequence[str], key: str, zeros: bool = True) -> Tensor:
     """align.simplex.simplex of composer.KEY [K] float64."""
     return tensor(checks.simplex(values, names, f"composer.{key}", zeros, _COMPONENT))
 
@@ -199,7 +200,7 @@ def tensor(values: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def one_of(key: str, value: Any, allowed: Sequence[str]) -> None:
+def one_of(key: str, value: object, allowed: Sequence[str]) -> None:
     """Raises ValueError unless value is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"composer.{key}={value}: must be one of {', '.join(allowed)}")

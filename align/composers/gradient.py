@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from align.composers.base import (
     tensor,
     weighted,
 )
+from align.jsons import Fields, Json
 
 MEASURES = ("exact", "directional")
 NORM_EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_
@@ -170,7 +170,7 @@ class Gradient(Composer):
             return []
         return [f"composer: the weight of {', '.join(lost)} has fallen below 1e-6; set composer.min_weight to keep it"]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Json:
         """See Composer."""
         return super().state_dict() | {
             "weights": self.weights.tolist(),
@@ -179,7 +179,7 @@ class Gradient(Composer):
             "last": list(self._last),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Fields) -> None:
         """See Composer."""
         super().load_state_dict(state)
         self.weights, self._sum = tensor(state["weights"]), tensor(state["sum"])

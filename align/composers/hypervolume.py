@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from align.composers.base import (
     within,
 )
 from align.composers.invariance import refuse_without_effect
+from align.jsons import Fields, Json
 
 Point = tuple[float, ...]
 MAX_OBJECTIVES = 4  # exact volumes by slices take a time that grows with points ** (K - 1)
@@ -128,7 +128,7 @@ class Hypervolume(Composer):
         self._accepted = self._measured = self._outside = 0
         self._factor, self._last = 1.0, 0.0
 
-    def check(self, advantage: Any, choice: str, penalties: bool) -> None:
+    def check(self, advantage: object, choice: str, penalties: bool) -> None:
         """See Composer."""
         if self.target == "reward" and not self.allow_no_effect:
             refuse_without_effect(advantage, choice, penalties)
@@ -199,7 +199,7 @@ class Hypervolume(Composer):
             ]
         return []
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Json:
         """See Composer."""
         return super().state_dict() | {
             "reference": None if self._reference is None else list(self._reference),
@@ -209,7 +209,7 @@ class Hypervolume(Composer):
             "last": self._last,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Fields) -> None:
         """See Composer."""
         super().load_state_dict(state)
         self._reference = None if state["reference"] is None else list(state["reference"])

@@ -27,7 +27,7 @@ def columns_of(advantage: Any) -> set[str]:
     return set(advantage(_probe(1.0, False)).columns)
 
 
-def refuse_without_effect(advantage: Any, choice: str, penalties: bool) -> None:
+def refuse_without_effect(advantage: object, choice: str, penalties: bool) -> None:
     """Raises ValueError if a factor on all rewards is a no-op under the estimator called `choice`."""
     effect = rescaling_effect(advantage, penalties)
     if effect < NO_EFFECT:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from align.composers.base import (
 )
 from align.composers.multipliers import Rule
 from align.composers.search import ThresholdSearch
+from align.jsons import Fields, Json
 
 RELATIONS = ("at_least", "equal", "at_most")
 MIXES = ("complement", "normalised")
@@ -202,7 +202,7 @@ class Lagrangian(Composer):
             if not low <= theta <= high
         ]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Json:
         """See Composer."""
         return super().state_dict() | {
             "constrained": list(self.constrained),
@@ -214,7 +214,7 @@ class Lagrangian(Composer):
             "search": None if self.search is None else self.search.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Fields) -> None:
         """See Composer. Thresholds of the settings hold, unless they are searched for."""
         super().load_state_dict(state)
         if tuple(state["constrained"]) != self.constrained or state["rule"].keys() != self._state.keys():

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from align.composers.base import by_name, count, named, positive, within
+from align.jsons import Fields, Json
 
 Point = tuple[float, ...]
 MOVES_PER_POINT = 10  # a guard: moves to points already measured cost nothing and could go on for ever
@@ -202,7 +202,7 @@ class ThresholdSearch:
             out["search/best_score"] = -self._values[place]
         return out
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Json:
         """JSON."""
         return {
             "simplex": [list(p) for p in self._simplex],
@@ -212,7 +212,7 @@ class ThresholdSearch:
             "reached": self._reached,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Fields) -> None:
         """The inverse."""
         self._simplex = [tuple(p) for p in state["simplex"]]
         self._points = [tuple(p) for p in state["points"]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from align.composers.base import (
     weighted,
     within,
 )
+from align.jsons import Fields, Json
 
 FORMS = ("plain", "smooth", "mirror")
 
@@ -149,7 +149,7 @@ class Tchebycheff(Composer):
             for n in passed
         ]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Json:
         """See Composer."""
         return super().state_dict() | {
             "values": None if self._values is None else self._values.tolist(),
@@ -157,7 +157,7 @@ class Tchebycheff(Composer):
             "shares": self._shares.tolist(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Fields) -> None:
         """See Composer."""
         super().load_state_dict(state)
         self._values = None if state["values"] is None else tensor(state["values"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from align import build
 from align.config.schema import Config
@@ -20,7 +19,7 @@ def examine(config: Config) -> dict[str, Part]:
     return parts
 
 
-def _check_columns(train: Any, parts: Mapping[str, Part]) -> None:
+def _check_columns(train: object, parts: Mapping[str, Part]) -> None:
     """Reads up to the first row that has them all: usually one. Of tables and the hub nothing is read here."""
     sources = locate_all(train, "data.train")
     if not all(source.kind in ("jsonl", "json") for source in sources):

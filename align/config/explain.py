@@ -86,7 +86,7 @@ def nearest(key: str, allowed: set[str]) -> str:
     return f"; did you mean {near[0]}?" if near else "; `align check --keys` lists them all"
 
 
-def written(value: Any) -> str:
+def written(value: object) -> str:
     """A value as the user types it."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()

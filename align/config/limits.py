@@ -39,7 +39,7 @@ class Choices:
     def __str__(self) -> str:
         return f"one of {', '.join(self.names)}"
 
-    def refusal(self, value: Any) -> str | None:
+    def refusal(self, value: object) -> str | None:
         """What is wrong with a value, None if nothing is."""
         if value in self.names:
             return None

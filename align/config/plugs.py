@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from align.config.explain import nearest
 from align.config.schema import ConfigError
 from align.config.words import value_of
+from align.jsons import Json
 from align.vocabulary import groups
 
 # Groups whose options are settings of align's own and name no class.
@@ -88,7 +88,7 @@ def _check_part(tree: DictConfig, key: str) -> None:
         raise ConfigError(f"{key}._target_ is not a setting{nearest(key, known)}")
 
 
-def own_optimizer(values: dict[str, Any]) -> dict[str, Any]:
+def own_optimizer(values: Json) -> Json:
     """The fields of OwnOptimizerConfig, of the section `optimizer` with a _target_."""
     keys = {key: value for key, value in values.items() if key not in ("_target_", *_SCHEDULE)}
     ours = {key: values[key] for key in _SCHEDULE if key in values}

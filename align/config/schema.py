@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from omegaconf import DictConfig
 
 from align.config.limits import Resumable, above, at_least, between, marks, one_of, resumable
+from align.jsons import Json
 
 
 class ConfigError(ValueError):
@@ -72,7 +73,7 @@ class OwnOptimizerConfig(OptimizerConfig):
     """optimizer._target_: a class of the user's own; betas, eps and weight_decay are AdamW's and are not read."""
 
     target: str
-    keys: dict[str, Any]  # what stands beside it
+    keys: Json  # what stands beside it
 
 
 @dataclass(frozen=True)
@@ -312,7 +313,7 @@ SECTIONS = {
 # trainer.kind -> its settings; the loop itself is align.trainers.<kind>.train
 _TRAINERS = {"offline": TrainerConfig, "online": OnlineConfig, "iterate": IterateConfig, "warm": WarmConfig}
 _LAUNCHERS = {"local": LaunchConfig, "slurm": SlurmConfig}  # launch.kind -> its settings
-KINDS: dict[str, dict[str, Any]] = {"trainer": _TRAINERS, "launch": _LAUNCHERS}
+KINDS: dict[str, Json] = {"trainer": _TRAINERS, "launch": _LAUNCHERS}
 
 EVALUATION = ("trainer.micro_batch_tokens", "trainer.layout", "trainer.precision")
 

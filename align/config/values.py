@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import is_dataclass
-from typing import Any
 
 from align.config.explain import written
 from align.config.limits import Resumable, marks
@@ -11,7 +10,7 @@ from align.config.schema import Config, ConfigError, OwnOptimizerConfig
 from align.engine.settings import check_engine
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -22,7 +21,7 @@ def check_values(config: Config) -> None:
     _check_together(config)
 
 
-def _check_limits(section: Any, prefix: str) -> None:
+def _check_limits(section: object, prefix: str) -> None:
     for name, beside in marks(type(section)):
         value = getattr(section, name)
         if is_dataclass(value):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+
+from align.jsons import Json
 
 # Reasons for which a row is left out that are no fault of it: too long for data.max_tokens (data.overlong rules these),
 # of no use to the objective, generated for both splits, or left out by data.format.
@@ -46,7 +47,7 @@ class Audit:
     prompts_in_both: int = 0
     prompts_only: bool = False  # rows are prompts, nothing is learnt from what they hold
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """audit.json: totals first, then each split. Fails if a row is unaccounted for."""
         splits = {"train": self.train, "heldout": self.heldout}
         for name, split in splits.items():

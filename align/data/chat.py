@@ -30,6 +30,7 @@ from align.data.template import (
     texts_of,
     tidy,
 )
+from align.jsons import Tokenizer
 from align.types import Row
 
 _Region = tuple[int, int, str, int | None, bool]  # characters from, to; role, message, target
@@ -60,7 +61,7 @@ class Rendering:
 
 
 def render(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     messages: Sequence[Message],
     *,
     tools: Tools | None = None,
@@ -106,7 +107,7 @@ def render(
     return Rendering(_row(ids, spans, messages), spans, prompt_length, tuple(notes + findings))
 
 
-def render_text(tokenizer: Any, prompt: str, completion: str, finished: bool) -> Rendering:
+def render_text(tokenizer: Tokenizer, prompt: str, completion: str, finished: bool) -> Rendering:
     """Prompt and completion as they stand, without a chat template; a finished completion ends in EOS."""
     head = prompt_ids(tokenizer, prompt) if prompt else _beginning(tokenizer)
     if not head:
@@ -122,7 +123,7 @@ def render_text(tokenizer: Any, prompt: str, completion: str, finished: bool) ->
     return Rendering(_row(ids, spans, ()), spans, len(head), notes)
 
 
-def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message], tools: Tools | None = None) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[Message], tools: Tools | None = None) -> list[int]:
     """The tokens generation starts from."""
     if isinstance(prompt, str):
         ids = tokenizer(prompt).input_ids
@@ -135,7 +136,7 @@ def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message], tools: Tools | N
 
 
 def between_turns(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     messages: Sequence[Message],
     new: Sequence[Message],
     *,
@@ -157,12 +158,12 @@ def between_turns(
     return _encode(tokenizer, layout.text, cuts, [turn.end if ended else turn.end_start, len(layout.text)])[0]
 
 
-def terminator(tokenizer: Any) -> str:
+def terminator(tokenizer: Tokenizer) -> str:
     """What the chat template writes for the end of the assistant's turn; "" for nothing."""
     return Template.of(tokenizer).habits.last_end
 
 
-def stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:
+def stop_ids(tokenizer: Tokenizer, generation_config: Any) -> list[int]:
     """Every token that ends a turn: the generation config's, the tokenizer's and the chat template's."""
     configured = generation_config.eos_token_id if generation_config is not None else None
     ids = [*(configured if isinstance(configured, (list, tuple)) else [configured]), tokenizer.eos_token_id]
@@ -248,7 +249,7 @@ def _row(ids: list[int], spans: Sequence[Span], messages: Sequence[Message]) -> 
 
 
 def _cuts(
-    tokenizer: Any, layout: Layout, messages: Sequence[Message], tools: Tools | None
+    tokenizer: Tokenizer, layout: Layout, messages: Sequence[Message], tools: Tools | None
 ) -> tuple[set[int], list[str]]:
     """Places inside the text of control tokens in messages: cut there, it stays text. And findings.
 
@@ -272,19 +273,21 @@ def _cuts(
     return cuts, notes
 
 
-def _special(tokenizer: Any) -> re.Pattern[str]:
+def _special(tokenizer: Tokenizer) -> re.Pattern[str]:
     return _special_pattern(tokenizer, len(tokenizer))
 
 
 @lru_cache(maxsize=16)
-def _special_pattern(tokenizer: Any, size: int) -> re.Pattern[str]:  # noqa: ARG001  tokens may be added
+def _special_pattern(tokenizer: Tokenizer, size: int) -> re.Pattern[str]:  # noqa: ARG001  tokens may be added
     """Matches the text of any control token, the longest first."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     texts = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
 
 
-def _encode(tokenizer: Any, text: str, borders: Iterable[int], edges: Sequence[int]) -> tuple[list[int], list[int]]:
+def _encode(
+    tokenizer: Tokenizer, text: str, borders: Iterable[int], edges: Sequence[int]
+) -> tuple[list[int], list[int]]:
     """Tokens from the first edge to the last, none of which crosses a border; and the number of tokens before each.
 
     Edges are ascending. A token across an edge that is no border belongs to where it begins.
@@ -310,7 +313,7 @@ def _encode(tokenizer: Any, text: str, borders: Iterable[int], edges: Sequence[i
 
 
 def _in_place(
-    tokenizer: Any, before: str, text: str, special: bool = False, offsets: bool = False
+    tokenizer: Tokenizer, before: str, text: str, special: bool = False, offsets: bool = False
 ) -> tuple[list[int], np.ndarray | None]:
     """Tokens of `text` standing after `before`, whose tokens are already fixed; on demand where each begins in it.
 
@@ -339,15 +342,15 @@ def _in_place(
     return whole[len(head) :], np.maximum.accumulate(np.minimum(spans[:, 0], ends))
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
     # the template writes BOS itself
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def _appends_eos(tokenizer: Any) -> bool:
+def _appends_eos(tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer ends every text with EOS, which is then no part of a prompt."""
     return tokenizer.eos_token_id is not None and tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]
 
 
-def _beginning(tokenizer: Any) -> list[int]:
+def _beginning(tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []

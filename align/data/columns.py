@@ -14,15 +14,16 @@ from align.config import DataConfig
 from align.data.chat import render
 from align.data.formats import Dialogue, Record
 from align.data.sources import BadRow
+from align.jsons import Tokenizer
 from align.types import Row
 
 
-def chosen_whole(record: Record, both: tuple[Row, Row], tokenizer: Any, config: DataConfig) -> Row:  # noqa: ARG001
+def chosen_whole(record: Record, both: tuple[Row, Row], tokenizer: Tokenizer, config: DataConfig) -> Row:  # noqa: ARG001
     """The chosen sequence with every token after the first as a target: ORPO's NLL over prompt and answer."""
     return Row(both[0].token_ids, np.arange(len(both[0].token_ids)) > 0)
 
 
-def rationale(record: Record, both: tuple[Row, Row], tokenizer: Any, config: DataConfig) -> Row:  # noqa: ARG001
+def rationale(record: Record, both: tuple[Row, Row], tokenizer: Tokenizer, config: DataConfig) -> Row:  # noqa: ARG001
     """Why chosen is better, as an answer to a prompt that shows both (Just et al. 2024, arXiv 2407.14477).
 
     The authors always show chosen first, which gives the answer away; here the order is a hash of the row.

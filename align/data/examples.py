@@ -20,6 +20,7 @@ from align.data.formats import Dialogue, Message, Record, Tokenised
 from align.data.margins import margin_numbers
 from align.data.sources import BadRow
 from align.data.wanted import Wanted
+from align.jsons import Json, Tokenizer
 from align.packing import common_prefix_length
 from align.types import Example, Kind, Prompt, Row
 
@@ -44,7 +45,7 @@ class Loaded:
     chat: bool = True  # written by the chat template; False: plain texts
 
 
-def loaded(record: Record, source: str, tokenizer: Any, config: DataConfig, wanted: Wanted, keep: bool) -> Loaded:
+def loaded(record: Record, source: str, tokenizer: Tokenizer, config: DataConfig, wanted: Wanted, keep: bool) -> Loaded:
     """The renderings of a record and its examples.
 
     Raises BadRow for a row that cannot be used, ValueError for a kind of data that the objective cannot use.
@@ -83,7 +84,7 @@ def loaded(record: Record, source: str, tokenizer: Any, config: DataConfig, want
 # ---------------------------------------------------------------------- renderings
 
 
-def _rendering(side: Dialogue | Tokenised, tokenizer: Any, config: DataConfig) -> Rendering:
+def _rendering(side: Dialogue | Tokenised, tokenizer: Tokenizer, config: DataConfig) -> Rendering:
     if isinstance(side, Tokenised):
         return _as_tokenised(side, len(tokenizer))
     if isinstance(side.prompt, str):
@@ -124,7 +125,7 @@ def _as_tokenised(side: Tokenised, vocabulary: int) -> Rendering:
 
 
 def _shortened(
-    side: Dialogue | Tokenised, rendering: Rendering, tokenizer: Any, config: DataConfig
+    side: Dialogue | Tokenised, rendering: Rendering, tokenizer: Tokenizer, config: DataConfig
 ) -> tuple[Rendering, int]:
     """The conversation without its last messages, ending in an answer, and how many were cut. Raises BadRow."""
     tokens, limit = len(rendering.row.token_ids), config.max_tokens
@@ -175,12 +176,12 @@ def _examples(
     renderings: dict[str, Rendering],
     prompts: dict[str, Prompt],
     source: str,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     config: DataConfig,
     wanted: Wanted,
 ) -> list[Example]:
     rows = {name: rendering.row for name, rendering in renderings.items()}
-    common: dict[str, Any] = {"source": source, "origin": record.origin, "numbers": record.numbers}
+    common: Json = {"source": source, "origin": record.origin, "numbers": record.numbers}
     if wanted.kind == "ranked":
         return [Example(tuple(rows.values()), prompt=next(iter(prompts.values())), **common)]
     if record.kind == "ranked":  # every two of them are a pair
@@ -216,7 +217,7 @@ def _examples(
     return [Example((rows["row"],), prompt=prompts["row"], label=record.label, **common)]
 
 
-def _said(side: Dialogue | Tokenised, row: Row, tokenizer: Any) -> tuple[str, str, bool]:
+def _said(side: Dialogue | Tokenised, row: Row, tokenizer: Tokenizer) -> tuple[str, str, bool]:
     """Prompt, completion and whether it was finished, as a function that scores it gets them."""
     if isinstance(side, Dialogue):
         return side.question, _text(side.completion), side.finished
@@ -229,7 +230,7 @@ def _text(completion: str | tuple[Message, ...]) -> str:
     return "\n".join(m.get("content") or "" for m in completion if m["role"] == "assistant")
 
 
-def _prompt(side: Dialogue | Tokenised, rendering: Rendering, tokenizer: Any) -> Prompt:
+def _prompt(side: Dialogue | Tokenised, rendering: Rendering, tokenizer: Tokenizer) -> Prompt:
     """What stands before the first target; of a conversation in which another role is learnt first, its prompt."""
     if isinstance(side, Dialogue) and not side.prompt:
         return Prompt((), "")
@@ -238,7 +239,7 @@ def _prompt(side: Dialogue | Tokenised, rendering: Rendering, tokenizer: Any) ->
     return Prompt(tuple(rendering.row.token_ids[: rendering.prompt_length].tolist()), side.question)
 
 
-def _alone(side: Dialogue | Tokenised, rendering: Rendering, tokenizer: Any) -> tuple[int, ...] | None:
+def _alone(side: Dialogue | Tokenised, rendering: Rendering, tokenizer: Tokenizer) -> tuple[int, ...] | None:
     """The proof that generation starts from the same tokens: the messages before the first target by themselves."""
     if isinstance(side, Tokenised):
         return None

@@ -6,16 +6,17 @@ Knows JSON and roles; tokens and templates are chat.py's, what an objective want
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from align.data.margins import FIELDS
 from align.data.sources import BadRow
 from align.data.template import REASONING
+from align.jsons import Fields, Json
 from align.types import Kind
 
-Message = dict[str, Any]
+Message = Json
 ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 
@@ -27,7 +28,7 @@ class Dialogue:
     prompt: str | tuple[Message, ...]
     completion: str | tuple[Message, ...]
     finished: bool = True  # false: cut off, no end of turn is learnt
-    tools: tuple[Mapping[str, Any], ...] | None = None
+    tools: tuple[Fields, ...] | None = None
 
     @property
     def question(self) -> str:
@@ -57,10 +58,10 @@ class Record:
     label: bool | None = None
     rationale: str | None = None
     numbers: dict[str, float] = field(default_factory=dict)
-    by_component: dict[str, Any] = field(default_factory=dict)  # as they stand, for who reads them: margins.py
+    by_component: Json = field(default_factory=dict)  # as they stand, for who reads them: margins.py
 
 
-def parse(record: dict[str, Any], open_tool_calls: bool = False) -> Record:
+def parse(record: Json, open_tool_calls: bool = False) -> Record:
     """A row in one of the field's formats; the fields decide which.
 
     Pair: prompt, chosen, rejected as texts (no chat template), as lists of messages, or prompt as messages beside
@@ -99,7 +100,7 @@ def parse(record: dict[str, Any], open_tool_calls: bool = False) -> Record:
     )
 
 
-def _renamed(record: dict[str, Any]) -> dict[str, Any]:
+def _renamed(record: Json) -> Json:
     """ShareGPT's field and role names as ours; messages without fields that hold nothing."""
     if "conversations" in record and "messages" not in record:
         record = {("messages" if k == "conversations" else k): v for k, v in record.items()}
@@ -117,7 +118,7 @@ def _renamed(record: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------------- the three kinds
 
 
-def _pair(record: dict[str, Any], tools: Any, open_tool_calls: bool) -> dict[str, Dialogue | Tokenised]:
+def _pair(record: Json, tools: object, open_tool_calls: bool) -> dict[str, Dialogue | Tokenised]:
     for name in ("chosen", "rejected"):
         if name not in record:
             raise BadRow("missing_field", f"the field {name!r} is missing; a pair needs chosen and rejected")
@@ -136,7 +137,7 @@ def _pair(record: dict[str, Any], tools: Any, open_tool_calls: bool) -> dict[str
     return out
 
 
-def _common(record: dict[str, Any]) -> tuple[Any, Any, Any]:
+def _common(record: Json) -> tuple[Any, Any, Any]:
     """Prompt, chosen, rejected: all texts or all lists of messages."""
     prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
     for name, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
@@ -168,7 +169,7 @@ def _common(record: dict[str, Any]) -> tuple[Any, Any, Any]:
     return prompt, chosen, rejected
 
 
-def _prompt_pair(record: dict[str, Any], tools: Any, open_tool_calls: bool) -> dict[str, Dialogue | Tokenised]:
+def _prompt_pair(record: Json, tools: object, open_tool_calls: bool) -> dict[str, Dialogue | Tokenised]:
     """One answer to two prompts, the first of which it fits better (multi-instruction preference)."""
     out: dict[str, Dialogue | Tokenised] = {}
     for name in ("chosen", "rejected"):
@@ -185,7 +186,7 @@ def _prompt_pair(record: dict[str, Any], tools: Any, open_tool_calls: bool) -> d
     return out
 
 
-def _ranked(record: dict[str, Any], tools: Any, open_tool_calls: bool) -> dict[str, Dialogue | Tokenised]:
+def _ranked(record: Json, tools: object, open_tool_calls: bool) -> dict[str, Dialogue | Tokenised]:
     listed = record["ranked"]
     if not isinstance(listed, list) or len(listed) < 2:
         raise BadRow("wrong_type", "ranked must be a list of two or more answers, the best first")
@@ -198,7 +199,7 @@ def _ranked(record: dict[str, Any], tools: Any, open_tool_calls: bool) -> dict[s
     return out
 
 
-def _single(record: dict[str, Any], tools: Any, open_tool_calls: bool) -> Dialogue | Tokenised:
+def _single(record: Json, tools: object, open_tool_calls: bool) -> Dialogue | Tokenised:
     finished = _finished(record, "finished")
     if "token_ids" in record:
         return _tokenised(record, "the row")
@@ -239,7 +240,7 @@ def _dialogue(name: str, prompt: Any, completion: Any, finished: bool, tools: An
     return Dialogue(tuple(prompt), tuple(completion), finished, tools)
 
 
-def _tokenised(value: Any, name: str) -> Tokenised:
+def _tokenised(value: object, name: str) -> Tokenised:
     if not isinstance(value, dict) or not {"token_ids", "spans"} <= value.keys():
         raise BadRow("wrong_type", f"{name} must hold token_ids and spans, as the other conversation of the row does")
     ids, spans = value["token_ids"], value["spans"]
@@ -299,14 +300,14 @@ def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
     return chosen[:n], chosen[n:], rejected[n:]
 
 
-def _as_answer(completion: Any) -> Any:
+def _as_answer(completion: object) -> Any:
     return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
 
 
 # ---------------------------------------------------------------------- checks
 
 
-def _check_type(name: str, value: Any, optional: bool = False) -> None:
+def _check_type(name: str, value: object, optional: bool = False) -> None:
     if value is None and optional:
         return
     if not isinstance(value, (str, list)):
@@ -318,7 +319,7 @@ def _check_type(name: str, value: Any, optional: bool = False) -> None:
         _check_messages(name, value)
 
 
-def _check_messages(name: str, messages: Sequence[Any]) -> None:
+def _check_messages(name: str, messages: Sequence[object]) -> None:
     if not messages:
         reason = "empty_prompt" if name == "prompt" else "empty_completion"
         raise BadRow(reason, f"{name} holds no message; add one or remove the row")
@@ -437,7 +438,7 @@ def _check_tools(name: str, messages: Sequence[Message], open_tool_calls: bool) 
         )
 
 
-def _tools(tools: Any) -> tuple[Mapping[str, Any], ...] | None:
+def _tools(tools: object) -> tuple[Fields, ...] | None:
     if tools is None or tools == []:
         return None
     if isinstance(tools, str):  # data sets in columns keep them as JSON
@@ -451,14 +452,14 @@ def _tools(tools: Any) -> tuple[Mapping[str, Any], ...] | None:
     return tuple(tools)
 
 
-def _finished(record: dict[str, Any], key: str) -> bool:
+def _finished(record: Json, key: str) -> bool:
     value = record.get(key)
     if value is not None and not isinstance(value, bool):
         raise BadRow("wrong_type", f"{key} must be true or false, found {type(value).__name__}")
     return value is not False
 
 
-def _optional_text(record: dict[str, Any], key: str) -> str | None:
+def _optional_text(record: Json, key: str) -> str | None:
     value = record.get(key)
     if not isinstance(value, (str, type(None))):
         raise BadRow("wrong_type", f"{key} must be a string, found {type(value).__name__}")

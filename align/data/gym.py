@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -17,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from align.data.reasoning import TooFew, draw
+from align.jsons import Fields, Json
 
 PREFIX = "gym:"
 _TASK = re.compile(r'(?:DATASET_NAME\s*=|register_dataset\()\s*"(\w+)"')
@@ -32,7 +32,7 @@ class Gym:
     size: int
     seed: int
     skip: int  # different questions that are left to another source
-    settings: Mapping[str, Any]  # the task's own
+    settings: Fields  # the task's own
 
 
 def parse_name(name: str) -> Gym:
@@ -42,7 +42,7 @@ def parse_name(name: str) -> Gym:
     are 0 unless given; other keys go to the task. A value is JSON (12, 0.5, true, [1,2]) or else a text.
     """
     task, *words = name.removeprefix(PREFIX).split("/")
-    given: dict[str, Any] = {}
+    given: Json = {}
     for word in words:
         key, colon, value = word.partition(":")
         if not key or not colon or not value:
@@ -81,7 +81,7 @@ def _tasks() -> tuple[str, ...]:
     return tuple(sorted({name for text in texts for name in _TASK.findall(text)}))
 
 
-def rows(gym: Gym) -> list[dict[str, Any]]:
+def rows(gym: Gym) -> list[Json]:
     """The problems, the same ones each time; a question that came before, among the skipped ones too, is left out.
 
     prompt and completion are messages, so that the row can be imitated and asked; answer, task and entry, which is
@@ -106,7 +106,7 @@ def _lines(name: str) -> tuple[str, ...]:
     out = []
     for problem in found[gym.skip :]:
         entry = dict(problem.entry)
-        row: dict[str, Any] = {"prompt": [{"role": "user", "content": problem.question}]}
+        row: Json = {"prompt": [{"role": "user", "content": problem.question}]}
         if entry["answer"] is not None:
             row["completion"] = [{"role": "assistant", "content": problem.answer}]
         row |= {"answer": entry["answer"], "task": gym.task, "entry": entry}

@@ -16,6 +16,7 @@ from align.data.examples import Loaded, assign_mismatched, loaded, prompt_key
 from align.data.formats import parse
 from align.data.splits import Reader, num_repeated, repeated, repeats
 from align.data.wanted import Wanted
+from align.jsons import Json, Tokenizer
 from align.types import Example, Row
 
 
@@ -32,7 +33,7 @@ class Data:
 
 def load(
     config: DataConfig,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     wanted: Wanted = Wanted(),  # noqa: B008  frozen
     seed: int = 0,
     keep: bool = False,
@@ -46,7 +47,7 @@ def load(
     """
     audit = Audit()
 
-    def understand(record: dict[str, Any], where: str) -> Loaded:
+    def understand(record: Json, where: str) -> Loaded:
         return loaded(parse(record, config.open_tool_calls), where, tokenizer, config, wanted, keep)
 
     parts, heldout_rows = Reader(config, understand, _prompt, to_the_end).splits(audit)

@@ -15,6 +15,7 @@ from typing import Any
 
 from align.data.sources import BadRow
 from align.data.wanted import Wanted
+from align.jsons import Fields
 from align.simplex import simplex
 from align.types import MARGIN, WEIGHT
 
@@ -28,7 +29,7 @@ Score = Callable[[str, str, bool], float]
 
 
 def margin_numbers(
-    fields: Mapping[str, Any], wanted: Wanted, functions: Mapping[str, str] | None, sides: Mapping[str, tuple]
+    fields: Fields, wanted: Wanted, functions: Mapping[str, str] | None, sides: Mapping[str, tuple]
 ) -> dict[str, float]:
     """Numbers of a pair: the margins, and with wanted.row_weights the weights, of the components an objective reads.
 
@@ -53,7 +54,7 @@ def margin_numbers(
     return out | (_weights(fields, wanted.margins) if wanted.row_weights else {})
 
 
-def _margins(fields: Mapping[str, Any]) -> dict[str, float]:
+def _margins(fields: Fields) -> dict[str, float]:
     """Margins of a row by component, those that follow from its scores among them."""
     found = _numbers(fields["margins"], "margins") if "margins" in fields else {}
     scores = fields.get("scores")
@@ -69,7 +70,7 @@ def _margins(fields: Mapping[str, Any]) -> dict[str, float]:
     return found | {name: chosen[name] - rejected[name] for name in both}
 
 
-def _weights(fields: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, float]:
+def _weights(fields: Fields, names: tuple[str, ...]) -> dict[str, float]:
     """Weights of a row's components."""
     known = _numbers(fields["weights"], "weights") if "weights" in fields else {}
     if not known:

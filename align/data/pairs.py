@@ -13,12 +13,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from align.data.scored import Sample, Scored, file_and_origin, read_scored
 from align.files import whole
+from align.jsons import Json
 
 Pick = tuple[int, int]  # chosen, rejected: places among the samples of a prompt
 
@@ -217,7 +218,7 @@ class Account:
     pairs_dropped: dict[str, int] = field(default_factory=dict)
     origins: dict[str, int] = field(default_factory=dict)  # of the pairs written
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """For JSON. Fails if a prompt or a pair is unaccounted for."""
         assert self.prompts_in == self.prompts_used + sum(self.prompts_dropped.values())
         assert self.pairs_proposed == self.pairs_out + sum(self.pairs_dropped.values())
@@ -263,7 +264,7 @@ def build_pairs(sources: Sequence[str], rule: PairRule, out: Path, max_per_promp
 
 def pairs_of(
     prompts: Iterable[Scored], rule: PairRule, max_per_prompt: int | None, seed: int
-) -> tuple[list[dict[str, Any]], Account]:
+) -> tuple[list[Json], Account]:
     """Preference rows for formats.py and the account of them; prompts may come from files or from a rollout.
 
     max_per_prompt: a larger number of pairs is cut to a random choice of this many, kept in the rule's order.
@@ -271,7 +272,7 @@ def pairs_of(
     if max_per_prompt is not None and max_per_prompt < 1:
         raise ValueError(f"max_per_prompt={max_per_prompt}: must be at least 1, or null for no limit")
     account = Account(repr(rule), seed, max_per_prompt)
-    rows: list[dict[str, Any]] = []
+    rows: list[Json] = []
     for scored in prompts:
         account.prompts_in += 1
         found, reason = _of_prompt(scored, rule, max_per_prompt, seed, account)
@@ -299,7 +300,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 def _of_prompt(
     scored: Scored, rule: PairRule, max_per_prompt: int | None, seed: int, account: Account
-) -> tuple[list[dict[str, Any]], str]:
+) -> tuple[list[Json], str]:
     """The rows of a prompt, and if there are none, why."""
     account.samples_in += len(scored.samples)
     samples = []
@@ -365,9 +366,9 @@ def _readable(chosen: Sample, rejected: Sample) -> bool:
     return chosen.completion is not None and rejected.completion is not None
 
 
-def _row(scored: Scored, chosen: Sample, rejected: Sample) -> dict[str, Any]:
+def _row(scored: Scored, chosen: Sample, rejected: Sample) -> Json:
     """Exact tokens where both samples have them, as a rollout wrote them; else what can be read."""
-    row: dict[str, Any] = {"prompt": scored.prompt}
+    row: Json = {"prompt": scored.prompt}
     if scored.tools:
         row["tools"] = scored.tools
     prompt = [{"role": "user", "content": scored.prompt}] if isinstance(scored.prompt, str) else scored.prompt

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from align.config import DataConfig
 from align.data.audit import Audit, SplitAudit
@@ -17,6 +16,7 @@ from align.data.chat import prompt_ids
 from align.data.formats import Dialogue, Message, Tokenised, parse
 from align.data.sources import BadRow
 from align.data.splits import Reader, num_repeated, repeated, repeats
+from align.jsons import Fields, Json, Tokenizer
 
 _ANSWER = "."  # stands for the answer that is to be written, so that the checks of answered rows serve
 _PAIR = {"chosen", "rejected", "prompt_chosen", "prompt_rejected"}
@@ -31,7 +31,7 @@ class PromptRow:
     token_ids: tuple[int, ...]  # generation starts from these
     text: str  # the plain prompt, or the last user message
     messages: tuple[Message, ...] | None = None  # None for plain text, and for rows that came as tokens
-    fields: Mapping[str, Any] = field(default_factory=dict)  # the row's other columns, such as answer and tools
+    fields: Fields = field(default_factory=dict)  # the row's other columns, such as answer and tools
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Prompts:
     audit: Audit
 
 
-def load_prompts(config: DataConfig, tokenizer: Any, max_new_tokens: int, seed: int = 0) -> Prompts:
+def load_prompts(config: DataConfig, tokenizer: Tokenizer, max_new_tokens: int, seed: int = 0) -> Prompts:
     """The prompts of both splits, repeated ones included and counted.
 
     A row is {"prompt": text}, which has no chat template, {"prompt": [messages]}, {"messages": [messages]}, whose last
@@ -54,7 +54,7 @@ def load_prompts(config: DataConfig, tokenizer: Any, max_new_tokens: int, seed: 
     """
     audit = Audit(prompts_only=True)
 
-    def understand(record: dict[str, Any], where: str) -> PromptRow:
+    def understand(record: Json, where: str) -> PromptRow:
         return _row(record, where, tokenizer, config.max_tokens, max_new_tokens)
 
     parts, heldout = Reader(config, understand, lambda row: row.token_ids).splits(audit)
@@ -77,7 +77,7 @@ def prompts_fingerprint(rows: Sequence[PromptRow]) -> str:
     return digest.hexdigest()
 
 
-def _row(record: dict[str, Any], where: str, tokenizer: Any, max_tokens: int, max_new_tokens: int) -> PromptRow:
+def _row(record: Json, where: str, tokenizer: Tokenizer, max_tokens: int, max_new_tokens: int) -> PromptRow:
     side = _answered(record)
     own = _PROMPT_COLUMNS if isinstance(side, Dialogue) else (*_PROMPT_COLUMNS, "token_ids", "spans")
     fields = {key: value for key, value in record.items() if key not in own}
@@ -102,7 +102,7 @@ def _row(record: dict[str, Any], where: str, tokenizer: Any, max_tokens: int, ma
     return PromptRow(where, ids, side.question, messages, fields)
 
 
-def _answered(record: dict[str, Any]) -> Dialogue | Tokenised:
+def _answered(record: Json) -> Dialogue | Tokenised:
     """The row as if its prompt had an answer; the fields are looked for in formats.parse's order. Raises BadRow."""
     if _PAIR & record.keys() or {"token_ids", "spans"} <= record.keys():
         sides = parse(record, open_tool_calls=True).sides

@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-Message = dict[str, Any]
+from align.jsons import Fields, Json
+
+Message = Json
 
 INSTRUCTION = "Write a Python program that prints the answer."
 
@@ -37,7 +38,7 @@ class Problem:
     id: str  # task, seed and number: the same words name the same problem
     question: str
     answer: str
-    entry: Mapping[str, Any]  # reasoning-gym's own, with metadata
+    entry: Fields  # reasoning-gym's own, with metadata
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class ProblemSet:
         return answer is not None and float(self.dataset.score_answer(answer, dict(problem.entry))) == 1.0
 
 
-def problems(task: str, settings: Mapping[str, Any], num_train: int, num_heldout: int, seed: int) -> ProblemSet:
+def problems(task: str, settings: Fields, num_train: int, num_heldout: int, seed: int) -> ProblemSet:
     """Problems of one reasoning-gym task with the task's own settings, the held-out ones first drawn.
 
     With tasks that draw each problem by its number, as most do, the held-out ones do not depend on num_train.
@@ -82,7 +83,7 @@ class TooFew(ValueError):
     """A task has fewer different questions than are wanted."""
 
 
-def draw(task: str, settings: Mapping[str, Any], wanted: int, seed: int, key: str) -> tuple[list[Problem], int, Any]:
+def draw(task: str, settings: Fields, wanted: int, seed: int, key: str) -> tuple[list[Problem], int, Any]:
     """The first problems with different questions, how many were drawn for them, and the data set that scores them.
 
     key: how the user named them, for messages. Raises TooFew, and ValueError for an unknown task or setting.
@@ -151,7 +152,7 @@ def _tidy(answer: str) -> str:
     return answer.replace(",", "") if _NUMBER.fullmatch(answer) else answer
 
 
-def _dataset(task: str, settings: Mapping[str, Any], size: int, seed: int, key: str) -> Any:
+def _dataset(task: str, settings: Fields, size: int, seed: int, key: str) -> Any:
     try:
         import warnings
 

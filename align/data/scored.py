@@ -15,6 +15,7 @@ from typing import Any
 
 from align.data.formats import Message, parse
 from align.data.sources import BadRow, Source, content_hash, locate, read
+from align.jsons import Fields, Json
 
 _LABELLED = re.compile(r"(.+\.(?:jsonl|json|parquet))@(\w+)")  # FILE@origin
 
@@ -25,7 +26,7 @@ class Sample:
 
     score: float | None  # higher is better; None: missing, which is not 0
     completion: str | Sequence[Message] | None = None
-    tokens: Mapping[str, Any] | None = None  # the whole conversation as a rollout left it: token_ids, spans
+    tokens: Fields | None = None  # the whole conversation as a rollout left it: token_ids, spans
     origin: str = ""  # how it was made, e.g. on_policy; "": not said
     finished: bool | None = None  # whether the turn was ended; None: not said
     source: str = ""  # "file:line"
@@ -132,7 +133,7 @@ def file_and_origin(name: str) -> tuple[str, str]:
     return (labelled[1], labelled[2]) if labelled else (name, "")
 
 
-def _scored(record: dict[str, Any], where: str, origin: str) -> Scored:
+def _scored(record: Json, where: str, origin: str) -> Scored:
     prompt = record.get("prompt")
     if not isinstance(prompt, (str, list)):
         found = "nothing" if prompt is None else type(prompt).__name__
@@ -141,7 +142,7 @@ def _scored(record: dict[str, Any], where: str, origin: str) -> Scored:
     return Scored(prompt, tuple(_samples(record, prompt, tools, where, origin)), tools)
 
 
-def _samples(record: dict[str, Any], prompt: Any, tools: Any, where: str, origin: str) -> Iterator[Sample]:
+def _samples(record: Json, prompt: object, tools: object, where: str, origin: str) -> Iterator[Sample]:
     many, one = record.get("completions"), record.get("completion")
     if (many is None) == (one is None):
         raise BadRow("missing_field", "give either completions, a list, or completion and score, one sample a row")
@@ -156,7 +157,7 @@ def _samples(record: dict[str, Any], prompt: Any, tools: Any, where: str, origin
             raise BadRow(bad.reason, f"completion {number}: {bad}" if one is None else str(bad)) from None
 
 
-def _sample(item: Any, prompt: Any, tools: Any, where: str, origin: str) -> Sample:
+def _sample(item: object, prompt: object, tools: object, where: str, origin: str) -> Sample:
     if not isinstance(item, dict):
         raise BadRow("wrong_type", f"must be an object with text and score, found {type(item).__name__}")
     text, messages, ids, spans, finished, own = (
@@ -183,7 +184,7 @@ def _sample(item: Any, prompt: Any, tools: Any, where: str, origin: str) -> Samp
     return Sample(_score(item), completion, tokens, own or origin, finished, where, _rewards(item.get("rewards")))
 
 
-def _joined(prompt_ids: Any, token_ids: Any) -> tuple[Any, Any]:
+def _joined(prompt_ids: object, token_ids: object) -> tuple[Any, Any]:
     """The whole conversation of a line of `align generate`, which has the tokens of prompt and completion apart."""
     if not isinstance(prompt_ids, list) or not isinstance(token_ids, list):
         raise BadRow("wrong_type", "prompt_ids and token_ids must be lists of token numbers")
@@ -193,7 +194,7 @@ def _joined(prompt_ids: Any, token_ids: Any) -> tuple[Any, Any]:
     return [*prompt_ids, *token_ids], [["prompt", 0, len(prompt_ids), False], ["assistant", len(prompt_ids), end, True]]
 
 
-def _check(record: dict[str, Any]) -> None:
+def _check(record: Json) -> None:
     """Refuse here, where the line is known, what could not be read as part of a pair."""
     try:
         parse(record, open_tool_calls=True)
@@ -202,7 +203,7 @@ def _check(record: dict[str, Any]) -> None:
             raise
 
 
-def _rewards(values: Any) -> dict[str, float]:
+def _rewards(values: object) -> dict[str, float]:
     """By component; those that a completion has none of are left out."""
     if values is None:
         return {}
@@ -214,7 +215,7 @@ def _rewards(values: Any) -> dict[str, float]:
     return {str(name): float(value) for name, value in known.items()}
 
 
-def _score(item: dict[str, Any]) -> float | None:
+def _score(item: Json) -> float | None:
     if "score" not in item:
         raise BadRow("missing_field", "the field 'score' is missing; write null if the sample was not scored")
     score = item["score"]

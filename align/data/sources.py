@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align.data import gym
+from align.jsons import Json
 
 Kind = Literal["jsonl", "json", "parquet", "saved", "directory", "hub", "gym", "loader"]
 _SUFFIXES: dict[str, Kind] = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"}
@@ -77,7 +78,7 @@ def locate(name: str) -> Source:
     return Source(name, "hub", None)
 
 
-def read(source: Source) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+def read(source: Source) -> Iterator[tuple[str, Json | BadRow]]:
     """Each row's "file:line" and its object, or why it cannot be read. Blank lines are no rows.
 
     Raises ValueError when the source as a whole cannot be read.
@@ -109,7 +110,7 @@ def imported(path: str, key: str) -> Callable[..., Any]:
     return found
 
 
-def _loaded(source: Source) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+def _loaded(source: Source) -> Iterator[tuple[str, Json | BadRow]]:
     assert source.loader is not None
     for number, row in enumerate(imported(source.loader, "data.loader")(source.name), 1):
         wrong = BadRow("not_an_object", f"data.loader={source.loader} gave {type(row).__name__}, not a mapping")
@@ -133,7 +134,7 @@ def content_hash(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _jsonl(source: Source) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+def _jsonl(source: Source) -> Iterator[tuple[str, Json | BadRow]]:
     assert source.path is not None
     with source.path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
@@ -149,7 +150,7 @@ def _jsonl(source: Source) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
             yield f"{source.name}:{number}", row
 
 
-def _json(source: Source) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+def _json(source: Source) -> Iterator[tuple[str, Json | BadRow]]:
     assert source.path is not None
     text = source.path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if not text.lstrip().startswith(b"["):
@@ -164,7 +165,7 @@ def _json(source: Source) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
         yield f"{source.name}:{number}", row if isinstance(row, dict) else wrong
 
 
-def _object(line: str) -> dict[str, Any]:
+def _object(line: str) -> Json:
     value = _value(line)
     if not isinstance(value, dict):
         raise BadRow("not_an_object", f"expected an object like {{...}}, found {type(value).__name__}")
@@ -177,7 +178,7 @@ def _value(text: str) -> Any:
     def refuse_constant(name: str) -> None:
         raise BadRow("invalid_json", f"{name} is not JSON; leave the field out or write null")
 
-    def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique(items: list[tuple[str, object]]) -> Json:
         out = dict(items)
         if len(out) != len(items):
             twice = next(k for k, _ in items if [key for key, _ in items].count(k) > 1)
@@ -199,7 +200,7 @@ def _value(text: str) -> Any:
         raise BadRow("invalid_json", "nested too deeply; a row must be one flat JSON object") from None
 
 
-def _present(value: Any, tools: bool = False) -> Any:
+def _present(value: object, tools: bool = False) -> Any:
     """Without the nulls by which columns fill up tools and calls: else each tool would have every other's arguments."""
     if isinstance(value, dict):
         items = [(key, item) for key, item in value.items() if not (tools and item is None)]

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from align.config import DataConfig
 from align.data.audit import IN_TRAIN, LEFT_OUT, NO_FAULT, OVERLONG, Audit, SplitAudit
 from align.data.examples import NotUsed
 from align.data.sources import BadRow, Source, content_hash, imported, locate_all, read
+from align.jsons import Json
 
 
 class Sourced(Protocol):
@@ -39,7 +40,7 @@ class Reader(Generic[R]):
     """
 
     config: DataConfig
-    understand: Callable[[dict[str, Any], str], R]
+    understand: Callable[[Json, str], R]
     prompt: Callable[[R], Sequence[int]]
     to_the_end: bool = False
 
@@ -84,7 +85,7 @@ class Reader(Generic[R]):
             self._judge(audit, setting, any(parts))
         return parts
 
-    def _formatted(self, record: dict[str, Any]) -> dict[str, Any]:
+    def _formatted(self, record: Json) -> Json:
         """What data.format makes of a record. Raises BadRow if it fails, and for one that it leaves out."""
         path = self.config.format
         if path is None:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from align.data.sources import BadRow
+from align.jsons import Fields, Json, Tokenizer
 
-Message = dict[str, Any]
-Tools = Sequence[Mapping[str, Any]]  # as JSON schemas
+Message = Json
+Tools = Sequence[Fields]  # as JSON schemas
 Place = tuple[int | None, int | None]  # of a text in a rendering; None: not to be told
 REASONING = ("reasoning_content", "reasoning", "thinking")  # fields that hold it; templates differ in the name
 _SAID = (*REASONING, "content")
@@ -76,12 +77,12 @@ class Habits:
 class Template:
     """The chat template of a tokenizer, with the tools of one conversation."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     tools: Tools | None
     habits: Habits
 
     @staticmethod
-    def of(tokenizer: Any, tools: Tools | None = None) -> Template:
+    def of(tokenizer: Tokenizer, tools: Tools | None = None) -> Template:
         """Raises ValueError when the tokenizer has none."""
         if not tokenizer.chat_template:
             raise ValueError(
@@ -246,7 +247,7 @@ class Template:
 
 
 @lru_cache(maxsize=16)
-def _habits(tokenizer: Any, template: str, eos: str | None) -> Habits:  # noqa: ARG001  what the answer depends on
+def _habits(tokenizer: Tokenizer, template: str, eos: str | None) -> Habits:  # noqa: ARG001  what the answer depends on
     """What the template does around words that it cannot know. A probe that it refuses teaches nothing."""
     ask, reply, more = (chr(_PRIVATE + n) for n in range(3))
     user, answer = {"role": "user", "content": ask}, {"role": "assistant", "content": reply}
@@ -304,7 +305,7 @@ def tidy(messages: Iterable[Message]) -> list[Message]:
 def map_texts(message: Message, change: Callable[[str], str]) -> Message:
     """The message with change(text) for each text that it says, in its calls too; keys, ids and roles stay."""
 
-    def leaves(value: Any) -> Any:
+    def leaves(value: object) -> Any:
         if isinstance(value, str):
             return change(value)
         if isinstance(value, dict):
@@ -354,12 +355,12 @@ def quote(text: str) -> str:
     return repr(text if len(text) <= 120 else text[:40] + "..." + text[-77:])
 
 
-def json_of(value: Any) -> str:
+def json_of(value: object) -> str:
     """JSON with all letters as they are; a string as it stands."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _parsed(arguments: Any) -> Any:
+def _parsed(arguments: object) -> Any:
     try:
         return json.loads(arguments) if isinstance(arguments, str) else arguments
     except ValueError:

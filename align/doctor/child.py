@@ -17,6 +17,8 @@ import time
 from datetime import timedelta
 from typing import Any
 
+from align.jsons import Json
+
 
 def ping(rank: int, size: int, backend: str, store: str, seconds: float) -> None:
     """Join the others and add up 1 to `size`, a number from each process. Rank 0 of gloo also tells the devices."""
@@ -46,7 +48,7 @@ def ping(rank: int, size: int, backend: str, store: str, seconds: float) -> None
     distributed.destroy_process_group()
 
 
-def devices(torch: Any) -> dict[str, Any]:
+def devices(torch: Any) -> Json:
     """What torch sees of GPUs."""
     cards = []
     for i in range(torch.cuda.device_count()):
@@ -65,7 +67,7 @@ def vllm() -> None:
     say(version=module.__version__)
 
 
-def say(**told: Any) -> None:
+def say(**told: object) -> None:
     """A line to the parent."""
     sys.stdout.write(json.dumps(told) + "\n")
     sys.stdout.flush()

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from align.doctor.findings import Finding, gib
+from align.jsons import Json
 
 # A launcher's words to a trainer's processes: a child that read them would wait for others.
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -36,7 +37,7 @@ class Outcome:
     """What became of a child: its exit code (None: ended at the deadline), its JSON lines, its last line of error."""
 
     code: int | None
-    said: list[dict[str, Any]]
+    said: list[Json]
     error: str
 
     def told(self, key: str) -> Any:
@@ -74,7 +75,7 @@ def check_vllm(seconds: float) -> Finding:
     return Finding("vLLM", "note", f"is installed and cannot be imported ({outcome.error})", cure)
 
 
-def device_findings(seen: dict[str, Any] | None) -> list[Finding]:
+def device_findings(seen: Json | None) -> list[Finding]:
     """A line per kind of GPU that torch sees, or why it sees none. No GPU is no fault."""
     if seen is None:
         return [Finding("devices", "note", "not known: torch was not imported")]
@@ -85,7 +86,7 @@ def device_findings(seen: dict[str, Any] | None) -> list[Finding]:
         cure = "install torch's CUDA build, a driver that is new enough, or set CUDA_VISIBLE_DEVICES"
         return [Finding("devices", "note", f"nvidia-smi is here and torch sees no GPU; {why}", cure)]
     found = []
-    kinds: dict[tuple[str, int, bool], list[dict[str, Any]]] = {}
+    kinds: dict[tuple[str, int, bool], list[Json]] = {}
     for card in seen["gpus"]:
         kinds.setdefault((card["name"], card["total"], card["bfloat16"]), []).append(card)
     for (name, total, bfloat16), cards in kinds.items():
@@ -183,7 +184,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _lines(text: str) -> list[dict[str, Any]]:
+def _lines(text: str) -> list[Json]:
     """The JSON objects among the lines; libraries print between them."""
     found = []
     for line in text.splitlines():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from align.config import OptimizerConfig, OwnOptimizerConfig
 from align.engine.world import World
+from align.jsons import Json
 from align.models.policy import Network
 from align.types import PackedBatch, Stats
 
@@ -89,7 +90,7 @@ class Engine(Protocol):
 
 def parameter_groups(
     parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, value_lr_scale: float
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """Groups of an optimiser: matrices, which decay, the rest, and a value head with a learning rate of its own."""
     value = [p for n, p in parameters.items() if n.startswith("value_head.")]
     policy_only = [p for n, p in parameters.items() if not n.startswith("value_head.")]

@@ -27,6 +27,7 @@ from align.engine.base import parameter_groups, seed_generators, shape_of
 from align.engine.files import TensorFiles, TensorWriter, deal, file_name, saved_files
 from align.engine.measuring import Gradients, WholeGradients, moving
 from align.engine.world import PeerLost, World
+from align.jsons import Json
 from align.models.policy import Network
 from align.types import PackedBatch, Stats
 
@@ -86,7 +87,7 @@ class DeepSpeedEngine:
             raise ValueError(f"engine.deepspeed.zero_optimization: {' '.join(str(error).split())[:300]}") from error
         self._start = partial(deepspeed.initialize, config=everything)
         self._engine = self._initialized(policy, self._adamw)
-        self._others: list[Any] = []  # engines of networks that are not trained
+        self._others: list[object] = []  # engines of networks that are not trained
         self._zero: Any = self._engine.optimizer if self.stage else None
         self._gathered = deepspeed.zero.GatheredParameters
         self._spans: dict[str, list[tuple[int, int]]] | None = None
@@ -515,11 +516,11 @@ def load_deepspeed(world: World, timeout_s: float) -> Any:
     return deepspeed
 
 
-def deepspeed_config(settings: EngineConfig, optimizer: OptimizerConfig, device: str) -> dict[str, Any]:
+def deepspeed_config(settings: EngineConfig, optimizer: OptimizerConfig, device: str) -> Json:
     """DeepSpeed's settings for an engine: align's own, and those of engine.deepspeed, which are others."""
     pinned = device == "cuda"
     extra = dict(settings.deepspeed)
-    zero: dict[str, Any] = {**extra.pop("zero_optimization", {}), "stage": settings.stage}
+    zero: Json = {**extra.pop("zero_optimization", {}), "stage": settings.stage}
     if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
     if settings.offload_parameters:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from align.config import OptimizerConfig, OwnOptimizerConfig
+from align.jsons import Json
 
 _KINDS = {"bool": bool, "int": int, "float": float}
 
 
-def make_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+def make_optimizer(groups: list[Json], config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW, or what optimizer._target_ names, called as (groups, lr=...) with the keys beside it.
 
     Raises ValueError for one that is no torch.optim.Optimizer, or that does not take its keys.
@@ -59,7 +60,7 @@ class OptimizerState:
 
     def restore(self, saved: Mapping[str, Tensor]) -> None:
         """Set what `tensors` gave."""
-        states: dict[str, dict[str, Any]] = {}
+        states: dict[str, Json] = {}
         for full, value in saved.items():
             owner, _, key = full.rpartition("|")
             key, _, kind = key.partition("#")
@@ -78,7 +79,7 @@ class OptimizerState:
         return value.clone() if p is None or kind == "cpu" or not (value.ndim or p.is_cuda) else value.to(p.device)
 
 
-def _flat(name: str, value: Any) -> dict[str, Tensor]:
+def _flat(name: str, value: object) -> dict[str, Tensor]:
     if value is None:
         return {}
     if isinstance(value, Tensor):

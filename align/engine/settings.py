@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any
+
+from align.jsons import Fields
 
 # DeepSpeed 0.19.8's names that change neither what is computed nor what align sets by itself.
 _FREE = (
@@ -65,9 +66,7 @@ _OURS = {
 _OFFLOADED = {1: 24, 2: 24, 3: 20}
 
 
-def check_engine(
-    stage: int | None, offload_optimizer: bool, offload_parameters: bool, extra: Mapping[str, Any]
-) -> None:
+def check_engine(stage: int | None, offload_optimizer: bool, offload_parameters: bool, extra: Fields) -> None:
     """Raises ValueError for engine settings that cannot be, that have no effect, or that are align's to set."""
     if offload_optimizer and stage not in _OFFLOADED:
         raise ValueError("engine.offload_optimizer=true needs ZeRO stage 1, 2 or 3: use engine=zero2")

@@ -45,16 +45,16 @@ class World:
             return list(values)
         return [sum(column) for column in zip(*self.gather([float(v) for v in values]), strict=True)]
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: object) -> list[Any]:
         """Each process's value, by rank, on all of them."""
         if self.size == 1:
             return [value]
-        out: list[Any] = [None] * self.size
+        out: list[object] = [None] * self.size
         with _named("gather"):
             dist.all_gather_object(out, value, group=self.group)
         return out
 
-    def share(self, value: Any) -> Any:
+    def share(self, value: object) -> Any:
         """The lead's value, on all of them."""
         if self.size == 1:
             return value
@@ -69,7 +69,7 @@ class World:
             self.gather(None)
 
 
-def together(world: World, work: Callable[[], Any]) -> Any:
+def together(world: World, work: Callable[[], object]) -> Any:
     """Let every process do its work; when one of them fails, all of them raise the error of the first that did."""
     if world.size == 1:
         return work()
@@ -86,7 +86,7 @@ def together(world: World, work: Callable[[], Any]) -> Any:
     return out
 
 
-def by_lead(world: World, work: Callable[[], Any]) -> Any:
+def by_lead(world: World, work: Callable[[], object]) -> Any:
     """Let the lead alone do its work; None on the others. When it fails, all raise."""
     return together(world, work if world.lead else lambda: None)
 

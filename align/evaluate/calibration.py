@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from align.evaluate.samples import Interval
+from align.jsons import Json
 
 _RESAMPLES = 10_000
 _CELLS = 2_000_000  # resampled counts held in memory at the same time
@@ -128,7 +128,7 @@ def calibration(
     num_bins: int,
     fit_temperature: bool,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Json:
     """Log loss, Brier score, expected calibration error and the bins they come from, of P >= 1 pairs.
 
     brier: mean (1 - s(d))^2, 0.25 for ties. ece: sum over bins of share * |accuracy - mean confidence|; with few pairs
@@ -146,7 +146,7 @@ def calibration(
     return out
 
 
-def _scores(d: np.ndarray, prompts: Sequence[str] | None, num_bins: int, seed: int) -> dict[str, Any]:
+def _scores(d: np.ndarray, prompts: Sequence[str] | None, num_bins: int, seed: int) -> Json:
     bins, confidence, right = reliability(d, num_bins)
     columns = np.zeros((len(d), num_bins + 1))
     columns[np.arange(len(d)), bins] = right - confidence

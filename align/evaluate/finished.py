@@ -16,6 +16,7 @@ from align.config import Config, IterateConfig, OnlineConfig, saved_settings
 from align.data.load import load
 from align.data.wanted import Wanted
 from align.evaluate.ranking import as_dict, lines, ranking_report
+from align.jsons import Tokenizer
 from align.models.device import pick_device, pick_precision
 from align.models.policy import Policy, choose_layout, with_adapter
 from align.models.pretrained import Pretrained, from_hub
@@ -84,7 +85,7 @@ def _unrewarded(config: Config, objective: Objective) -> str | None:
     return "the run was trained without a reference"
 
 
-def _sets(config: Config, tokenizer: Any) -> dict[str, list[Example]]:
+def _sets(config: Config, tokenizer: Tokenizer) -> dict[str, list[Example]]:
     """The pairs of each file. Raises ValueError for a run whose own data are none, if no others are given."""
     assert config.run.dir is not None
     run, data = Path(config.run.dir), config.data
@@ -115,7 +116,7 @@ def _precision(config: Config) -> str:
     return config.trainer.precision
 
 
-def _pairs_of(config: Config, names: Iterable[str], tokenizer: Any) -> dict[str, list[Example]]:
+def _pairs_of(config: Config, names: Iterable[str], tokenizer: Tokenizer) -> dict[str, list[Example]]:
     alone = replace(config.data, heldout=None, heldout_fraction=0.0, repeat=None)
     return {name: load(replace(alone, train=name), tokenizer, Wanted()).train for name in names}
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from align.evaluate.calibration import as_json, logistic, over_prompts
+from align.jsons import Json
 
 # What counts is what the authors count: empty **** is bold, bold does not go over a line's end, an indented list is
 # none, every "http" is a link, "sure" in small letters is no affirmation.
@@ -55,11 +55,9 @@ def frequencies(texts: Sequence[str]) -> dict[str, float]:
     return out | {"mean_words": sum(map(words, texts)) / len(texts)}
 
 
-def data_bias(
-    chosen: Sequence[str], rejected: Sequence[str], prompts: Sequence[str] | None, seed: int = 0
-) -> dict[str, Any]:
+def data_bias(chosen: Sequence[str], rejected: Sequence[str], prompts: Sequence[str] | None, seed: int = 0) -> Json:
     """What labels prefer: percent of chosen minus percent of rejected answers with each pattern, and words likewise."""
-    out: dict[str, Any] = {}
+    out: Json = {}
     for name in PATTERNS:
         sides = np.array([[has(c, name), has(r, name)] for c, r in zip(chosen, rejected, strict=True)], dtype=float)
         out[name] = _difference(100 * sides, prompts, seed, name)
@@ -67,7 +65,7 @@ def data_bias(
     return out | {"words": _difference(lengths, prompts, seed, "words")}
 
 
-def _difference(sides: np.ndarray, prompts: Sequence[str] | None, seed: int, stream: str) -> dict[str, Any]:
+def _difference(sides: np.ndarray, prompts: Sequence[str] | None, seed: int, stream: str) -> Json:
     difference = over_prompts(sides[:, 0] - sides[:, 1], prompts, seed, stream)
     return {
         "chosen": float(sides[:, 0].mean()),
@@ -82,7 +80,7 @@ def model_bias(
     differences: np.ndarray,
     prompts: Sequence[str] | None,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Json:
     """What a model prefers: over pairs of which one answer alone has a pattern, how often it scores higher.
 
     differences: score of chosen minus that of rejected, [P]. length: the answer with more words. chosen_rate: how often
@@ -105,7 +103,7 @@ def model_bias(
     return out
 
 
-def win_rate(advantages: np.ndarray, prompts: Sequence[str] | None, seed: int = 0, stream: str = "") -> dict[str, Any]:
+def win_rate(advantages: np.ndarray, prompts: Sequence[str] | None, seed: int = 0, stream: str = "") -> Json:
     """How often the score of the answer with a pattern exceeds that of the one without, [P] differences of the two.
 
     win_rate: ties count for the answer without, as in src/eval_script/eval_rm.py; a model that cannot see the pattern
@@ -141,7 +139,7 @@ def _style_counts(text: str) -> tuple[int, int, int, int]:
 
 def style(
     differences: np.ndarray, chosen: Sequence[str], rejected: Sequence[str], prompts: Sequence[str], seed: int = 0
-) -> dict[str, Any]:
+) -> Json:
     """What the scores know of the labels beyond length and markdown, of P >= 1 pairs.
 
     coefficients: of the logistic regression of the label on the difference of scores and those of STYLE, each in units
@@ -158,7 +156,7 @@ def style(
     scale = np.sqrt((features**2).mean(0))
     if scale[0] == 0:  # all ties: nothing to regress on
         names, features, scale = names[1:], features[:, 1:], scale[1:]
-    out: dict[str, Any] = {"count": len(differences), "coefficients": {}}
+    out: Json = {"count": len(differences), "coefficients": {}}
     if names:
         w, covariance = logistic(features / scale, _RIDGE, prompts)
         half = _NORMAL * np.sqrt(np.diag(covariance))

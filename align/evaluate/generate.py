@@ -25,6 +25,7 @@ from align.data.chat import prompt_ids
 from align.data.pairs import write_lines
 from align.data.prompts import PromptRow, load_prompts, prompts_fingerprint
 from align.evaluate.passk import mean_reward_interval, pass_at_k_interval
+from align.jsons import Json, Tokenizer
 from align.models.device import pick_device, pick_precision
 from align.models.policy import Policy, weights_hash
 from align.models.weights import check_tokens
@@ -41,7 +42,7 @@ _OF_ANOTHER = (
     *("completions", "text", "messages", "spans", "label", "numbers", "rationale", "origin"),
 )
 
-Line = dict[str, Any]
+Line = Json
 
 
 def generate(config: Config, out: Path, say: Callable[[str], None]) -> int:
@@ -98,7 +99,7 @@ class _Work:
         config: Config,
         out: Path,
         model: Any,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         prompts: Sequence[PromptRow],
         sampling: Sampling,
         check: Callable[[], None],

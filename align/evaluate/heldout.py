@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from align.evaluate.passk import bootstrap, pass_at_k_interval
 from align.evaluate.samples import paired_bootstrap
+from align.jsons import Fields, Json
 
 # A completion: {"rewards": {component: number or None}, "score": their weighted sum or None}
-Scored = Mapping[str, Any]
+Scored = Fields
 
 
 def heldout_metrics(
@@ -44,7 +44,7 @@ def heldout_metrics(
     return out
 
 
-def changes(before: Sequence[Scored], after: Sequence[Scored], names: Sequence[str]) -> dict[str, Any]:
+def changes(before: Sequence[Scored], after: Sequence[Scored], names: Sequence[str]) -> Json:
     """Mean reward of the prompts' greedy completions before and after, by component, with the paired interval."""
     out = {}
     for name in names if len(names) == 1 else (*names, "total"):

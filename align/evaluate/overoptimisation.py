@@ -24,6 +24,7 @@ from align.evaluate.best_of_n import best_of_n, kl_bound, powers_of_two
 from align.evaluate.passk import bootstrap
 from align.evaluate.samples import Interval
 from align.files import write_whole
+from align.jsons import Fields, Json
 
 Law = Literal["bon", "rl"]
 Estimator = Literal["k1", "k2", "k3"]
@@ -69,7 +70,7 @@ class Pool:
     gold: np.ndarray  # [N]
 
 
-def law_rewards(law: Law, d: Any, alpha: float, beta: float) -> np.ndarray:
+def law_rewards(law: Law, d: object, alpha: float, beta: float) -> np.ndarray:
     """R at distances d >= 0, 0 at 0."""
     d = np.asarray(d, dtype=np.float64)
     return d * (alpha - beta * _regressor(law, d))
@@ -98,7 +99,7 @@ def peak(law: Law, alpha: float, beta: float) -> Peak | None:
     return found if 0 < found.distance < math.inf and found.reward < math.inf else None
 
 
-def fit(law: Law, d: Any, rewards: Any, min_distance: float = MIN_DISTANCE) -> Fit:
+def fit(law: Law, d: object, rewards: object, min_distance: float = MIN_DISTANCE) -> Fit:
     """The law nearest to the points by least squares on R / d, which is linear in d (bon) or ln d (rl).
 
     d, rewards: [K], rewards less that of the initial policy. Points nearer than min_distance are left out. Raises
@@ -119,7 +120,7 @@ def fit(law: Law, d: Any, rewards: Any, min_distance: float = MIN_DISTANCE) -> F
     return Fit(law, alpha, beta, rms, int(far.sum()), int((~far).sum()), peak(law, alpha, beta))
 
 
-def sequence_kl(log_ratios: Any, mask: Any, estimator: Estimator) -> float:
+def sequence_kl(log_ratios: object, mask: object, estimator: Estimator) -> float:
     """Estimate of KL(policy || initial policy) in nats a completion, mean over completions of the sum over tokens.
 
     log_ratios [B, T]: log policy - log initial policy of tokens that the policy drew; mask [B, T]: its tokens. With d a
@@ -134,7 +135,7 @@ def sequence_kl(log_ratios: Any, mask: Any, estimator: Estimator) -> float:
     return float(values.sum(1).mean())
 
 
-def read_rows(train: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def read_rows(train: object) -> Iterator[tuple[str, Fields]]:
     """Rows and their places, for `pools`, of the file or list of files that data.train names."""
     for source in locate_all(train, "data.train"):
         for place, found in read(source):
@@ -143,7 +144,7 @@ def read_rows(train: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield place, found
 
 
-def pools(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[list[Pool], int]:
+def pools(rows: Iterable[tuple[str, Fields]]) -> tuple[list[Pool], int]:
     """Pools of rows (place, {prompt, completions: [{text, proxy: {name: score}, gold: score}], seed?}).
 
     A completion without one of its scores (null) is left out of all curves; their number is the second result. Raises
@@ -189,10 +190,10 @@ def _scores(place: str, number: int, completion: Any) -> tuple[dict[str, float],
 
 
 def report(
-    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    rows: Iterable[tuple[str, Fields]],
     ns: Sequence[int] | None = None,
     min_distance: float = MIN_DISTANCE,
-) -> dict[str, Any]:
+) -> Json:
     """The best-of-n curves of every named proxy with their fits and peaks, ready for JSON; the first is the baseline.
 
     rows: see `pools`. ns: ascending, None: powers of two up to the smallest number of completions of a prompt; 1 is
@@ -256,11 +257,11 @@ def _units(
 
 def _curve(
     n: Sequence[int], distance: np.ndarray, unit: dict[str, np.ndarray], num_seeds: int, min_distance: float
-) -> dict[str, Any]:
+) -> Json:
     """One proxy's part of the report."""
     gold = unit["gold"].mean(0)
     top = int(np.argmax(gold))
-    fits: dict[str, Any] | None = None
+    fits: Json | None = None
     if (distance >= min_distance).sum() >= 2:
         fits = {}
         for law in get_args(Law):
@@ -288,7 +289,7 @@ def _intervals(values: np.ndarray, num_seeds: int) -> list[dict[str, float | Non
     return out
 
 
-def student(values: Any) -> Interval:
+def student(values: object) -> Interval:
     """Mean of two or more independent values and its 95 % interval by Student's t: for a handful of seeds, where a
     bootstrap is too narrow."""
     x = np.asarray(values, dtype=np.float64)
@@ -304,7 +305,7 @@ def student(values: Any) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def lines(data: Mapping[str, Any]) -> list[str]:
+def lines(data: Fields) -> list[str]:
     """For people: of each proxy the gold at the largest n, where it was highest, and the difference to the first."""
     of = "" if data["intervals"] is None else f"; 95 % intervals over {data['intervals']}"
     out = [
@@ -325,7 +326,7 @@ def _shown(value: Mapping[str, float | None]) -> str:
     return f"{value['mean']:+.3f}{interval}"
 
 
-def write(data: Mapping[str, Any], out: str | Path, title: str = "Best-of-n") -> tuple[Path, Path]:
+def write(data: Fields, out: str | Path, title: str = "Best-of-n") -> tuple[Path, Path]:
     """What `report` returned as overoptimisation.json and .png in the directory `out`, which is made; returns both.
 
     Raises RuntimeError without matplotlib, before anything is written.
@@ -345,7 +346,7 @@ def write(data: Mapping[str, Any], out: str | Path, title: str = "Best-of-n") ->
     return text, picture
 
 
-def _figure(data: Mapping[str, Any], title: str) -> Any:
+def _figure(data: Fields, title: str) -> Any:
     """Gold (solid, with its interval), proxy (dashed) and the fitted law (dotted) against sqrt KL; a point at the
     measured peak of gold, a cross at the fitted one where the curves reach it."""
     try:

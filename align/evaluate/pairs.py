@@ -28,6 +28,7 @@ from align.evaluate.calibration import (
     mean_draws,
     over_prompts,
 )
+from align.jsons import Fields, Json
 
 KINDS = ("adversarial", "objective", "subjective")  # Wang et al. 2025, WorldPM; arXiv 2505.10527
 _NUM_BINS = 10
@@ -39,7 +40,7 @@ class Pairs:
     """Scored pairs as arrays; P of them."""
 
     rows: tuple[int, ...]  # number of each pair's row in the file, from 1
-    ids: tuple[Any, ...]  # field id, None without
+    ids: tuple[object, ...]  # field id, None without
     scores: np.ndarray  # [P, 2] float64: chosen, rejected
     prompts: tuple[str, ...]  # equal for pairs about the same prompt
     texts: tuple[tuple[str, str] | None, ...]  # the answers; None for a row that holds scores alone, or tokens
@@ -63,12 +64,12 @@ class Pairs:
 # ---------------------------------------------------------------------- rows
 
 
-def read(rows: Sequence[Mapping[str, Any]]) -> tuple[Pairs, list[Mapping[str, Any]]]:
+def read(rows: Sequence[Fields]) -> tuple[Pairs, list[Fields]]:
     """Rows with score_chosen and score_rejected as pairs, and those with scores (several answers) as they are.
 
     Raises ValueError naming the row for a score that is missing or not finite, and for a field of the wrong kind.
     """
-    columns: list[tuple[Any, ...]] = []
+    columns: list[tuple[object, ...]] = []
     lists = []
     for number, row in enumerate(rows, 1):
         name = _name(number, row)
@@ -85,17 +86,17 @@ def read(rows: Sequence[Mapping[str, Any]]) -> tuple[Pairs, list[Mapping[str, An
             raise ValueError(f"{name}: pattern must be {known}, found {words[3]!r}")
         columns.append((number, row.get("id"), scores, prompt or f"row {number}", texts, *words))
     if not columns:
-        empty: tuple[Any, ...] = ()
+        empty: tuple[object, ...] = ()
         return Pairs(empty, empty, np.zeros((0, 2)), empty, empty, empty, empty, empty, empty), lists
     numbers, ids, scored, *rest = zip(*columns, strict=True)
     return Pairs(numbers, ids, np.array(scored, dtype=float), *rest), lists
 
 
-def _name(number: int, row: Mapping[str, Any]) -> str:
+def _name(number: int, row: Fields) -> str:
     return f"row {number}" if row.get("id") is None else f"row {number} (id {row['id']})"
 
 
-def _number(name: str, key: str, value: Any) -> float:
+def _number(name: str, key: str, value: object) -> float:
     if value is None:
         raise ValueError(f"{name}: {key} is missing; write it with align score")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -105,13 +106,13 @@ def _number(name: str, key: str, value: Any) -> float:
     return float(value)
 
 
-def _word(name: str, key: str, value: Any) -> str:
+def _word(name: str, key: str, value: object) -> str:
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{name}: {key} must be a text, found {json.dumps(value, default=str)}")
     return value or ""
 
 
-def _checked_list(name: str, row: Mapping[str, Any]) -> Mapping[str, Any]:
+def _checked_list(name: str, row: Fields) -> Fields:
     scores, num_correct = row["scores"], row.get("num_correct")
     if not isinstance(scores, list) or not scores:
         raise ValueError(f"{name}: scores must be a list of numbers, those of correct answers first")
@@ -124,7 +125,7 @@ def _checked_list(name: str, row: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**row, "scores": checked, "subset": _word(name, "subset", row.get("subset"))}
 
 
-def _texts(name: str, row: Mapping[str, Any]) -> tuple[str, tuple[str, str] | None]:
+def _texts(name: str, row: Fields) -> tuple[str, tuple[str, str] | None]:
     """What pairs of one prompt share, empty if the row does not tell; and both answers as texts."""
     prompt = row.get("prompt")
     if not {"chosen", "rejected"} & row.keys() and "prompt_chosen" not in row:
@@ -149,9 +150,7 @@ def _said(side: Dialogue) -> str:
 # ---------------------------------------------------------------------- the report
 
 
-def report(
-    rows: Sequence[Mapping[str, Any]], *, tau: float = 1.0, fit_temperature: bool = False, seed: int = 0
-) -> dict[str, Any]:
+def report(rows: Sequence[Fields], *, tau: float = 1.0, fit_temperature: bool = False, seed: int = 0) -> Json:
     """All numbers that the rows allow, each {mean, low, high} with its 95 % interval over prompts; for JSON.
 
     A pair is right if score_chosen > score_rejected; ties are wrong. What no row is about is absent. Rows with a field
@@ -167,7 +166,7 @@ def report(
     everything, lists = read(rows)
     probe = np.array([bool(p) for p in everything.patterns], dtype=bool)
     pairs, probes = everything.where(~probe), everything.where(probe)
-    out: dict[str, Any] = {"tau": tau, "seed": seed}
+    out: Json = {"tau": tau, "seed": seed}
     if pairs.rows:
         out |= _accuracies(pairs, tau, seed)
         out["calibration"] = calibration(
@@ -190,7 +189,7 @@ def _by(pairs: Pairs, field: str) -> list[tuple[str, Pairs]]:
     return [(name, pairs.where(values == name)) for name in dict.fromkeys(getattr(pairs, field)) if name]
 
 
-def _accuracies(pairs: Pairs, tau: float, seed: int) -> dict[str, Any]:
+def _accuracies(pairs: Pairs, tau: float, seed: int) -> Json:
     """Overall, by subset, by section of RewardBench, by kind and split."""
     out = _share(pairs, tau, seed)
     subsets = _by(pairs, "subsets")
@@ -214,7 +213,7 @@ def _right(pairs: Pairs) -> np.ndarray:
     return (pairs.differences > 0).astype(float)
 
 
-def _share(pairs: Pairs, tau: float, seed: int, stream: str = "") -> dict[str, Any]:
+def _share(pairs: Pairs, tau: float, seed: int, stream: str = "") -> Json:
     return {
         "count": len(pairs.rows),
         "prompts": len(set(pairs.prompts)),
@@ -224,7 +223,7 @@ def _share(pairs: Pairs, tau: float, seed: int, stream: str = "") -> dict[str, A
     }
 
 
-def _over_subsets(pairs: Pairs, tau: float, seed: int, stream: str) -> dict[str, Any]:
+def _over_subsets(pairs: Pairs, tau: float, seed: int, stream: str) -> Json:
     """Plain mean over subsets of their accuracies and of their mean losses, whatever their sizes.
 
     Prompts are resampled within each subset. Pairs without a subset are one subset.
@@ -232,7 +231,7 @@ def _over_subsets(pairs: Pairs, tau: float, seed: int, stream: str) -> dict[str,
     subsets = _by(pairs, "subsets")
     nameless = pairs.where(np.array([not name for name in pairs.subsets]))
     subsets += [("", nameless)] if nameless.rows else []
-    out: dict[str, Any] = {"count": len(pairs.rows), "subsets": [name for name, _ in subsets]}
+    out: Json = {"count": len(pairs.rows), "subsets": [name for name, _ in subsets]}
     for key in ("accuracy", "log_loss"):
         values = [_right(part) if key == "accuracy" else log_losses(part.differences / tau) for _, part in subsets]
         draws = [
@@ -244,7 +243,7 @@ def _over_subsets(pairs: Pairs, tau: float, seed: int, stream: str) -> dict[str,
     return out
 
 
-def _of_texts(pairs: Pairs, seed: int) -> dict[str, Any]:
+def _of_texts(pairs: Pairs, seed: int) -> Json:
     """What needs the answers: length, style, format. Pairs without texts are left out and the others counted."""
     known = pairs.where(np.array([texts is not None for texts in pairs.texts]))
     if not known.rows:
@@ -262,7 +261,7 @@ def _of_texts(pairs: Pairs, seed: int) -> dict[str, Any]:
     }
 
 
-def _by_length(pairs: Pairs, chosen: Sequence[str], rejected: Sequence[str], seed: int) -> list[dict[str, Any]]:
+def _by_length(pairs: Pairs, chosen: Sequence[str], rejected: Sequence[str], seed: int) -> list[Json]:
     """Accuracy by quarter of words(chosen) - words(rejected); a quarter that ties leave empty is absent."""
     longer = np.array([format_bias.words(c) - format_bias.words(r) for c, r in zip(chosen, rejected, strict=True)])
     quarter = np.searchsorted(np.quantile(longer, _QUARTERS), longer, side="left")
@@ -277,12 +276,12 @@ def _by_length(pairs: Pairs, chosen: Sequence[str], rejected: Sequence[str], see
     return out
 
 
-def _lines(pairs: Pairs, tau: float) -> list[dict[str, Any]]:
+def _lines(pairs: Pairs, tau: float) -> list[Json]:
     """A line of pairs.jsonl for each pair, probes among them."""
     out = []
     losses = log_losses(pairs.differences / tau)
     for i, (number, scores, texts) in enumerate(zip(pairs.rows, pairs.scores, pairs.texts, strict=True)):
-        line: dict[str, Any] = {"row": number}
+        line: Json = {"row": number}
         line |= {"id": pairs.ids[i]} if pairs.ids[i] is not None else {}
         for key, values in (("subset", pairs.subsets), ("kind", pairs.kinds), ("split", pairs.splits)):
             line |= {key: values[i]} if values[i] else {}
@@ -299,7 +298,7 @@ def _lines(pairs: Pairs, tau: float) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------- files
 
 
-def write(results: Mapping[str, Any], out: Path) -> None:
+def write(results: Fields, out: Path) -> None:
     """results.json, pairs.jsonl and plots of a report as the directory `out`, complete or not at all.
 
     A report that stands there is replaced; a directory with other files is refused. Raises ValueError, WriteFailed, and
@@ -324,7 +323,7 @@ def write(results: Mapping[str, Any], out: Path) -> None:
     atomic_directory(out, fill)
 
 
-def lines(results: Mapping[str, Any]) -> list[str]:
+def lines(results: Fields) -> list[str]:
     """The report for the terminal."""
     out = []
     if "accuracy" in results:
@@ -384,7 +383,7 @@ def _plain(value: Mapping[str, float]) -> str:
 # ---------------------------------------------------------------------- plots
 
 
-def _plots(numbers: Mapping[str, Any], directory: Path) -> None:
+def _plots(numbers: Fields, directory: Path) -> None:
     bars = {"all": numbers["accuracy"]} if "accuracy" in numbers else {}
     bars |= {name: value["accuracy"] for name, value in numbers.get("by_subset", {}).items()}
     bars |= {f"{name} (section)": v for name, v in numbers.get("reward_bench", {}).get("sections", {}).items()}
@@ -419,7 +418,7 @@ def _bar_plot(path: Path, bars: Mapping[str, Mapping[str, float]], label: str) -
     figure.savefig(path, dpi=120)
 
 
-def _reliability_plot(path: Path, numbers: Mapping[str, Any]) -> None:
+def _reliability_plot(path: Path, numbers: Fields) -> None:
     figure, axes = _figure(height=4.5)
     axes.plot([0.5, 1], [0.5, 1], color="grey", linestyle=":", label="calibrated")
     series = {"scores": numbers, f"temperature {numbers.get('temperature') or 0:.3g}": numbers.get("fitted")}

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
 from align.evaluate.samples import Interval
+from align.jsons import Json
 
 BETAS = (0.01, 0.1, 1.0, 5.0, 10.0)  # the paper's grid for the idealised policy
 
@@ -146,7 +146,7 @@ def ranking_report(
     )
 
 
-def as_dict(report: RankingReport) -> dict[str, Any]:
+def as_dict(report: RankingReport) -> Json:
     """For JSON."""
     out = asdict(report)
     out["ideal"] = [{"beta": beta, **asdict(share)} for beta, share in report.ideal]

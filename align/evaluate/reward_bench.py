@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from align.evaluate.calibration import as_json, interval, mean_draws, over_prompts, resampled_sums
+from align.jsons import Fields, Json
 
 # Pairs of each subset. math-prm has 447; it weighs as much as the six subsets of code together, 6 * 164.
 COUNTS = {
@@ -70,7 +71,7 @@ _TIES_ID = re.compile(r"(ref|tied):(\d+)")
 # ---------------------------------------------------------------------- the first one: pairs
 
 
-def sections(accuracies: Mapping[str, Any]) -> dict[str, Any]:
+def sections(accuracies: Fields) -> Json:
     """Accuracy of each section from those of its subsets, weighted by COUNTS; numbers or arrays of draws.
 
     A section of which no subset is given is absent (the authors' helper gives 0). Subsets that are missing from a
@@ -84,14 +85,14 @@ def sections(accuracies: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def leaderboard(accuracies: Mapping[str, Any]) -> dict[str, Any]:
+def leaderboard(accuracies: Fields) -> Json:
     """prior, overall_with_prior and overall_mean_of_4 from the accuracies of subsets and prior sets.
 
     prior: plain mean of the four prior sets. overall_with_prior: sections 2, 2, 2, 2, prior 1; without prior sets it
     is the mean of the sections, not one with a 0 in it. Absent: what lacks a section or, for prior, one of its sets.
     """
     by_section = sections(accuracies)
-    out: dict[str, Any] = {}
+    out: Json = {}
     if all(name in accuracies for name in PRIOR_SETS):
         out["prior"] = sum(accuracies[name] for name in PRIOR_SETS) / len(PRIOR_SETS)
     if len(by_section) == len(SECTIONS):
@@ -102,7 +103,7 @@ def leaderboard(accuracies: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def section_report(means: Mapping[str, float], draws: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
+def section_report(means: Mapping[str, float], draws: Mapping[str, np.ndarray]) -> Json | None:
     """Sections and leaderboard with intervals, and the subsets that are missing; None without any of their subsets.
 
     means, draws: accuracy of each subset and its resampled values, drawn independently between subsets.
@@ -110,9 +111,7 @@ def section_report(means: Mapping[str, float], draws: Mapping[str, np.ndarray]) 
     if not (COUNTS.keys() | set(PRIOR_SETS)) & means.keys():
         return None
     drawn_sections, drawn_board = sections(draws), leaderboard(draws)
-    out: dict[str, Any] = {
-        "sections": {name: as_json(interval(v, drawn_sections[name])) for name, v in sections(means).items()}
-    }
+    out: Json = {"sections": {name: as_json(interval(v, drawn_sections[name])) for name, v in sections(means).items()}}
     out |= {name: as_json(interval(v, drawn_board[name])) for name, v in leaderboard(means).items()}
     out["missing"] = [name for name in (*COUNTS, *PRIOR_SETS) if name not in means]
     return out
@@ -121,7 +120,7 @@ def section_report(means: Mapping[str, float], draws: Mapping[str, np.ndarray]) 
 # ---------------------------------------------------------------------- the second one: lists
 
 
-def answers(row: Mapping[str, Any]) -> list[Any]:
+def answers(row: Fields) -> list[Any]:
     """The answers of a row of RewardBench 2 in the order of `scores`: all of chosen, then all of rejected."""
     for name in ("chosen", "rejected"):
         if not isinstance(row.get(name), list):
@@ -147,7 +146,7 @@ def best_of_n(scores: Sequence[float], num_correct: int) -> tuple[bool, float]:
     return bool(first and shared == 1), 1 / shared if first else 0.0
 
 
-def ties(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
+def ties(rows: Sequence[Fields], seed: int = 0) -> Json:
     """Score of the Ties subset, with its parts; rows with id "ref:N" or "tied:N", scores (correct first), num_correct.
 
     A row is right if its worst correct answer outscores its best wrong one; that difference is its gap, the spread is
@@ -163,7 +162,7 @@ def ties(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
     }
 
 
-def _ties_draws(rows: Sequence[Mapping[str, Any]], seed: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+def _ties_draws(rows: Sequence[Fields], seed: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Each score that the rows allow, and its resampled values."""
     stats: dict[tuple[str, int], tuple[bool, float, float]] = {}
     for number, row in enumerate(rows, 1):
@@ -181,7 +180,7 @@ def _ties_draws(rows: Sequence[Mapping[str, Any]], seed: int) -> tuple[dict[str,
     return {name: value for name, value in values.items() if not math.isnan(value)}, draws
 
 
-def _gaps(row: Mapping[str, Any]) -> tuple[bool, float, float]:
+def _gaps(row: Fields) -> tuple[bool, float, float]:
     """Whether the row is right, its gap and its spread."""
     right, wrong = row["scores"][: row["num_correct"]], row["scores"][row["num_correct"] :]
     if not right or not wrong or (str(row["id"]).startswith("tied") and len(right) < 2):
@@ -219,17 +218,17 @@ def _ties_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
     return out | {"overall": sum(w * v for w, v in zip(weights, out.values(), strict=True))}  # type: ignore[dict-item]
 
 
-def list_report(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
+def list_report(rows: Sequence[Fields], seed: int = 0) -> Json:
     """Scores of lists by subset, and their plain mean where all six of RewardBench 2 are there.
 
     rows: scores (correct first), num_correct, subset and id. Subset Ties is scored by `ties`, the others by
     `best_of_n`: accuracy counts a shared best score as wrong, credit is the share of it that the authors give, which
     overall takes.
     """
-    by_subset: dict[str, list[Mapping[str, Any]]] = {}
+    by_subset: dict[str, list[Fields]] = {}
     for row in rows:
         by_subset.setdefault(str(row.get("subset") or ""), []).append(row)
-    out: dict[str, Any] = {}
+    out: Json = {}
     means: dict[str, float] = {}
     draws: dict[str, np.ndarray] = {}
     for name, members in by_subset.items():
@@ -248,7 +247,7 @@ def list_report(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, A
             "credit": as_json(over_prompts(credit, None, seed, name)),
         }
         means[name], draws[name] = float(credit.mean()), mean_draws(credit, None, seed, name)
-    report: dict[str, Any] = {"by_subset": out, "missing": [name for name in SECTIONS_2 if name not in means]}
+    report: Json = {"by_subset": out, "missing": [name for name in SECTIONS_2 if name not in means]}
     if not report["missing"]:
         value = sum(means[name] for name in SECTIONS_2) / len(SECTIONS_2)
         drawn_mean = np.mean([draws[name] for name in SECTIONS_2], axis=0)

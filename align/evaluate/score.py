@@ -15,6 +15,7 @@ from align.data.formats import Dialogue, Record, parse
 from align.data.sources import BadRow, locate_all, read
 from align.evaluate import pairs, reward_bench
 from align.files import whole
+from align.jsons import Json
 from align.models.device import pick_device
 from align.rewards.network import RewardNetwork, load
 from align.rewards.preferences import mean_preferences
@@ -22,7 +23,7 @@ from align.types import Row
 
 _CHUNK = 256  # rows that are read, scored and written together
 
-Line = dict[str, Any]
+Line = Json
 
 
 def score(config: Config, out: Path, say: Callable[[str], None]) -> int:
@@ -171,7 +172,7 @@ def fields(network: RewardNetwork, record: Record, outputs: np.ndarray, gates: n
         if len(outputs) < 2:
             raise ValueError(f"{source}: a general preference model compares answers; give pairs or ranked lists")
         rewards = mean_preferences(network.form, outputs, gates)
-        extra: dict[str, Any] = {}
+        extra: Json = {}
     elif network.kind == "pal":
         user = record.numbers.get("user", -1.0)
         if user not in range(outputs.shape[1]):

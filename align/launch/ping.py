@@ -13,7 +13,6 @@ import socket
 import sys
 import time
 from datetime import timedelta
-from typing import Any
 
 
 def main(rank: int, size: int, address: str, port: int, seconds: float) -> None:
@@ -60,7 +59,7 @@ def reach(address: str, port: int, end: float) -> None:
         time.sleep(0.2)
 
 
-def say(**told: Any) -> None:
+def say(**told: object) -> None:
     """A line to the parent."""
     sys.stdout.write(json.dumps(told) + "\n")
     sys.stdout.flush()

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from align.files import write_whole
+from align.jsons import Json
 
 _PACKAGES = ("align", "torch", "transformers", "peft", "safetensors", "hydra-core", "numpy", "deepspeed")
 _CHILD = Path(__file__).with_name("ping.py")
@@ -60,7 +61,7 @@ def run(words: Sequence[str], show: Callable[[str], None], tell: Callable[[str],
         tell(f"check: {name} does not see the directory {directory}; give one on a disk that all nodes share")
         return 1
     board = directory / f".check-{node.job}"
-    report: dict[str, Any] = {"node": node.number, "stage": _STAGES[0], "versions": _versions()}
+    report: Json = {"node": node.number, "stage": _STAGES[0], "versions": _versions()}
     try:
         board.mkdir(exist_ok=True)
         _write(board, node, report)
@@ -98,7 +99,7 @@ def _verdict(node: _Node, board: Path, end: float, show: Callable[[str], None], 
     return 0
 
 
-def _bad(reports: Sequence[dict[str, Any] | None], hosts: Sequence[str]) -> list[str]:
+def _bad(reports: Sequence[Json | None], hosts: Sequence[str]) -> list[str]:
     """A line for each node that does not fit, the likeliest cause first."""
     out = []
     for host, report in zip(hosts, reports, strict=True):
@@ -123,15 +124,15 @@ def _bad(reports: Sequence[dict[str, Any] | None], hosts: Sequence[str]) -> list
     return out
 
 
-def _stage(report: dict[str, Any] | None) -> int:
+def _stage(report: Json | None) -> int:
     return next(i for i, s in enumerate(_STAGES) if report is not None and report["stage"] == s)
 
 
-def _final(report: dict[str, Any] | None) -> bool:
+def _final(report: Json | None) -> bool:
     return report is not None and ("error" in report or report["stage"] == _LAST)
 
 
-def _ping(node: _Node, board: Path, report: dict[str, Any], end: float) -> list[str]:
+def _ping(node: _Node, board: Path, report: Json, end: float) -> list[str]:
     """Run this node's part of the ping, writing down how far it came; returns what went wrong."""
     words = [str(node.number), str(len(node.hosts)), _address(node), str(node.port), f"{end - time.monotonic():.1f}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -167,7 +168,7 @@ def _ping(node: _Node, board: Path, report: dict[str, Any], end: float) -> list[
         return [error]
 
 
-def _lines(out: Any) -> list[dict[str, Any]]:
+def _lines(out: Any) -> list[Json]:
     """The whole JSON lines said so far; libraries print between them."""
     out.seek(0)
     found = []
@@ -177,12 +178,12 @@ def _lines(out: Any) -> list[dict[str, Any]]:
     return found
 
 
-def _write(board: Path, node: _Node, report: dict[str, Any]) -> None:
+def _write(board: Path, node: _Node, report: Json) -> None:
     write_whole(board / f"{node.number}.json", json.dumps(report))
 
 
-def _reports(board: Path, node: _Node) -> list[dict[str, Any] | None]:
-    out: list[dict[str, Any] | None] = []
+def _reports(board: Path, node: _Node) -> list[Json | None]:
+    out: list[Json | None] = []
     for number in range(len(node.hosts)):
         path = board / f"{number}.json"
         out.append(json.loads(path.read_text()) if path.exists() else None)

@@ -83,7 +83,7 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **unknown: Any,
+    **unknown: object,
 ) -> tuple[Tensor, None]:
     """Attention output [1, T, heads, head_dim] of query [1, heads, T, head_dim], key and value (fewer heads: GQA).
 

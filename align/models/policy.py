@@ -21,6 +21,7 @@ import torch.nn.attention.varlen  # registers the operator that _PRODUCTS names
 from torch import nn
 from torch.utils import checkpoint
 
+from align.jsons import Json
 from align.models import attention
 from align.models.logprobs import Head, stats
 from align.models.weights import check_finite
@@ -291,13 +292,13 @@ def enable_recompute(policy: Network, mode: Recompute) -> None:
     """Which activations the backward computes again: none, all but matrix products, or those of whole layers."""
     if mode == "off":
         return
-    kwargs: dict[str, Any] = {"use_reentrant": False}
+    kwargs: Json = {"use_reentrant": False}
     if mode == "selective":
         kwargs["context_fn"] = partial(checkpoint.create_selective_checkpoint_contexts, _keep_products)
     policy.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
-def _keep_products(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> Any:
+def _keep_products(_ctx: object, op: object, *_args: object, **_kwargs: object) -> Any:
     """Selective recompute: what matrix products and attention return is kept, everything cheaper is redone."""
     keep = op in _PRODUCTS
     return checkpoint.CheckpointPolicy.MUST_SAVE if keep else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
@@ -343,7 +344,7 @@ def lora(lm: Any, *, rank: int, alpha: float, dropout: float, targets: str | lis
     return model
 
 
-def with_adapter(lm: Any, directory: str) -> Any:
+def with_adapter(lm: object, directory: str) -> Any:
     """A PEFT model: `lm` with the adapter saved in `directory`. Raises ValueError for one that does not fit."""
     return with_adapters(lm, [Path(directory)], ["default"])
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config import cache_root
+from align.jsons import Json, Tokenizer
 from align.models.smollm2 import smollm2_directory
 
 # ChatML, with tools and tool calls as JSON
@@ -30,11 +31,11 @@ class Pretrained:
     """A model not loaded yet."""
 
     name: str  # for the model card
-    tokenizer: Callable[[], Any]
+    tokenizer: Callable[[], Tokenizer]
     model: Callable[[], Any]
     files: Callable[[], Path] | None = None  # directory of its config and weights, fetched if need be; None: no files
     # directory, dtype or None for its own -> the model with its buffers and, in place of weights, shapes
-    skeleton: Callable[[Path, Any], Any] = lambda _directory, _dtype: None
+    skeleton: Callable[[Path, object], Any] = lambda _directory, _dtype: None
 
 
 def smollm2() -> Pretrained:
@@ -130,7 +131,7 @@ def _tiny_model(seed: int, hidden_size: int, num_layers: int) -> Any:
         return LlamaForCausalLM(config).float()
 
 
-def _tokenizer(path: str, common: dict[str, Any], chat_template: str | None) -> Any:
+def _tokenizer(path: str, common: Json, chat_template: str | None) -> Tokenizer:
     from transformers import AutoTokenizer
 
     with _named(path):
@@ -140,7 +141,7 @@ def _tokenizer(path: str, common: dict[str, Any], chat_template: str | None) -> 
     return tokenizer
 
 
-def _model(path: str, common: dict[str, Any], dtype: str, four_bit: bool = False) -> Any:
+def _model(path: str, common: Json, dtype: str, four_bit: bool = False) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -157,7 +158,7 @@ def _model(path: str, common: dict[str, Any], dtype: str, four_bit: bool = False
     return model
 
 
-def _four_bits(dtype: Any) -> Any:
+def _four_bits(dtype: object) -> Any:
     """QLoRA's form, arXiv 2305.14314: normal floats with quantised constants; products in the type of the rest."""
     import torch
     from transformers import BitsAndBytesConfig
@@ -179,7 +180,7 @@ def _files(path: str, revision: str | None) -> Path:
         return Path(snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.py"]))
 
 
-def _skeleton(directory: Path, trust_remote_code: bool, dtype: Any) -> Any:
+def _skeleton(directory: Path, trust_remote_code: bool, dtype: object) -> Any:
     """A model as its config says, with buffers and without weights: these are on the meta device."""
     import torch
     from accelerate import init_empty_weights
@@ -212,7 +213,7 @@ class _named:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
         from align.models.weights import WrongWeights
 
         if isinstance(error, (OSError, ValueError, ImportError)) and not isinstance(error, WrongWeights):

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from align.jsons import Tokenizer
+
 _CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PIECE = 1 << 26  # numbers looked at together: what is made of them in float32 has 256 MiB
 
@@ -60,7 +62,7 @@ def load_model(auto_class: Any, path: str, name: str, unused: Sequence[str] = ()
     return model
 
 
-def load_classifier(auto_class: Any, path: str, revision: str | None, dtype: str) -> Any:
+def load_classifier(auto_class: object, path: str, revision: str | None, dtype: str) -> Any:
     """A model with a score head, from safetensors. The head of the language model that it was made of may stay unread.
 
     dtype: auto, float32 or bfloat16. Raises WrongWeights as load_model does.
@@ -84,7 +86,7 @@ def check_finite(name: str, weights: Iterable[tuple[str, Tensor]]) -> None:
             raise WrongWeights(f"{name}: {count} numbers of {key} are nan or inf; its files are damaged")
 
 
-def check_tokens(name: str, tokenizer: Any, size: int, rows: Iterable[Sequence[int] | np.ndarray]) -> None:
+def check_tokens(name: str, tokenizer: Tokenizer, size: int, rows: Iterable[Sequence[int] | np.ndarray]) -> None:
     """Raises ValueError if rows of token ids hold one that an embedding of `size` rows has not."""
     largest = max((int(np.max(row)) for row in rows if len(row)), default=0)
     if largest >= size:

@@ -7,11 +7,12 @@ A dataclass that inherits one of these bases and has a setting of the same name 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
 from align.contracts import adopt
+from align.jsons import Json
 from align.types import Kind, Losses, PackedBatch, Stats
 
 NEEDS = ("reference", "values", "scores", "log_collision", "log_max", "entropy", "entropy_bonus")
@@ -62,7 +63,7 @@ class RewardObjective(Objective):
         """A new head from hidden states [N, width] to scores [N, D]; None: a linear one."""
         return None
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> Json:
         """What scoring needs beside reward_kind and outputs."""
         return {"tau": 1.0, "normalise": False, "gated": self.gated}
 

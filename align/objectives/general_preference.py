@@ -5,11 +5,11 @@ preferences can be learnt; and the loss of a policy that learns from such a mode
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from align.jsons import Json
 from align.objectives.base import RewardObjective
 from align.objectives.checks import positive_value
 from align.objectives.reward_model import margins, pair_scores
@@ -55,7 +55,7 @@ class GeneralPreference(RewardObjective):
         """embedding_0, embedding_1, ..."""
         return tuple(f"embedding_{i}" for i in range(self.dim))
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> Json:
         """What scoring needs beside kind and outputs."""
         return super().metadata() | {"tau": self.tau, "normalise": self.normalise}
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from align.jsons import Fields, Json
 from align.objectives.base import RewardObjective
 from align.objectives.checks import needed_number, one_of, positive_value
 from align.objectives.reward_model import pair_metrics, pair_scores
@@ -73,7 +74,7 @@ class PAL(RewardObjective):
         """An output of the head for each user."""
         return tuple(f"user_{u}" for u in range(self.num_users))
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> Json:
         """What scoring needs beside kind and outputs: who makes the head, and its shape."""
         shape = {name: getattr(self, name) for name in _SHAPE}
         return super().metadata() | {"head": "align.objectives.pal.head_of"} | shape
@@ -154,7 +155,7 @@ class PALHead(nn.Module):
         return len(added) - 1
 
 
-def head_of(form: Mapping[str, Any], width: int) -> PALHead:
+def head_of(form: Fields, width: int) -> PALHead:
     """The head, its weights not yet read, of a saved model; form: reward_model.json."""
     return PALHead(width, len(form["outputs"]), **{name: form[name] for name in _SHAPE})
 

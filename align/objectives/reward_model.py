@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from align.jsons import Json
 from align.objectives.base import RewardObjective
 from align.objectives.checks import needed_number, not_negative, positive_value
 from align.types import Losses, PackedBatch, Stats, Term
@@ -46,7 +46,7 @@ class BradleyTerry(RewardObjective):
         not_negative("objective.center", self.center)
         not_negative("objective.l2", self.l2)
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> Json:
         """What scoring needs beside kind and outputs."""
         return super().metadata() | {"tau": self.tau}
 

@@ -8,12 +8,12 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from align.config import Config, ConfigError, OnlineConfig, compose, differences, options, quoted
 from align.files import write_whole
+from align.jsons import Json
 from align.launch.sweep import Element
 from align.pareto.words import Words
 
@@ -26,7 +26,7 @@ class Family:
 
     composer: str
     words: list[str]  # of the composer, those that all families had when it was asked for among them
-    node: dict[str, Any]  # settings of the composer, without weights and thresholds
+    node: Json  # settings of the composer, without weights and thresholds
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Plan:
     measured: list[str]  # components of weight 0
     families: dict[str, Family]
     runs: list[PlannedRun]
-    settings: dict[str, Any]  # of all runs, without composer, seed and run
-    reading: dict[str, Any] = field(default_factory=lambda: {"reference_point": {}, "spans": {}, "minimise": []})
+    settings: Json  # of all runs, without composer, seed and run
+    reading: Json = field(default_factory=lambda: {"reference_point": {}, "spans": {}, "minimise": []})
 
 
 def lattice(components: int, points: int) -> list[tuple[float, ...]]:
@@ -217,7 +217,7 @@ def _refuse_set_twice(family: Family, section: str, names: Iterable[str] = ()) -
             raise ConfigError(f"{key}: this command gives {section} to each run; remove it")
 
 
-def _shared(config: Config) -> dict[str, Any]:
+def _shared(config: Config) -> Json:
     """The settings that all runs of a front have in common."""
     tree = OmegaConf.to_container(config.tree, resolve=False)
     assert isinstance(tree, dict)

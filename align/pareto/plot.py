@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from align.jsons import Fields
+
 _MARKERS = "os^Dvp*X"  # of the seeds
 
 
-def draw(data: Mapping[str, Any], path: Path) -> None:
+def draw(data: Fields, path: Path) -> None:
     """What align.pareto.report.report returned as a picture. The same data give the same file.
 
     Raises ImportError without matplotlib.
@@ -37,7 +39,7 @@ def draw(data: Mapping[str, Any], path: Path) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def _points(axes: Any, data: Mapping[str, Any], colours: Mapping[str, str], x: str, y: str, line: bool) -> None:
+def _points(axes: Any, data: Fields, colours: Mapping[str, str], x: str, y: str, line: bool) -> None:
     """Final points, hollow where another of the family and seed dominates; line: the edge of what a front dominates."""
     seeds = sorted({entry["seed"] for entry in data["runs"]})
     for (label, colour), (k, seed) in itertools.product(colours.items(), enumerate(seeds)):
@@ -66,7 +68,7 @@ def _points(axes: Any, data: Mapping[str, Any], colours: Mapping[str, str], x: s
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
 
 
-def _volumes(axes: Any, data: Mapping[str, Any], colours: Mapping[str, str], key: str) -> None:
+def _volumes(axes: Any, data: Fields, colours: Mapping[str, str], key: str) -> None:
     """A line for each family and seed whose runs have all ended."""
     for label, colour in colours.items():
         whole = [found for found in data["families"][label]["by_seed"].values() if found["done"] == found["runs"]]

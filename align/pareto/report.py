@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
 
 from align.composers.hypervolume import dominates, hypervolume
 from align.evaluate.heldout import reward_of
 from align.evaluate.overoptimisation import student
+from align.jsons import Fields, Json
 
 Point = tuple[float, ...]
 MILLION, HOUR = 1e6, 3600.0
@@ -81,7 +81,7 @@ def read_run(directory: Path, components: Sequence[str], measured: Sequence[str]
     )
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path) -> list[Json]:
     """What a run has logged, without a line that is cut short by a kill or still being written."""
     found = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
@@ -163,7 +163,7 @@ def _volume(points: Sequence[Point]) -> float:
 # ---------------------------------------------------------------------- the report
 
 
-def report(out: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
+def report(out: Path, plan: Fields) -> Json:
     """All that front.json holds, of the plan (align.pareto.plan.Plan as a dictionary)."""
     components, measured = plan["components"], plan["measured"]
     batch, n = plan["settings"]["trainer"]["batch_size"], plan["settings"]["sampling"]["n"]
@@ -195,7 +195,7 @@ def report(out: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
     return data | {"notes": _notes(data, any(run.greedy for run in runs.values()))}
 
 
-def _reference(seed: int, plan: Mapping[str, Any], runs: Mapping[str, Run]) -> dict[str, float] | None:
+def _reference(seed: int, plan: Fields, runs: Mapping[str, Run]) -> dict[str, float] | None:
     """The point beyond which volumes count: given, or the untrained policy's, the mean over the runs of the seed;
     None before one of them has begun."""
     if plan["reading"]["reference_point"]:
@@ -207,7 +207,7 @@ def _reference(seed: int, plan: Mapping[str, Any], runs: Mapping[str, Run]) -> d
     return {name: mean(start[name] for start in known) for name in plan["components"]}  # exact where all are equal
 
 
-def _scale(plan: Mapping[str, Any], reference: Mapping[str, float]) -> Callable[[Mapping[str, float]], Point]:
+def _scale(plan: Fields, reference: Mapping[str, float]) -> Callable[[Mapping[str, float]], Point]:
     """A function of means by component: the point in spans from the reference, more is better."""
     reading = plan["reading"]
     factors = {
@@ -219,10 +219,10 @@ def _scale(plan: Mapping[str, Any], reference: Mapping[str, float]) -> Callable[
 
 def _family(
     label: str,
-    plan: Mapping[str, Any],
+    plan: Fields,
     runs: Mapping[str, Run],
     scales: Mapping[int, Callable[[Mapping[str, float]], Point]],
-) -> dict[str, Any]:
+) -> Json:
     """Of each seed the front, its volume and what it cost; over the seeds of which all runs are there, means.
 
     gain: the volume less that of the start, which is 0 unless a lower reference point was given.
@@ -270,7 +270,7 @@ def _interval(values: Sequence[float]) -> dict[str, float | None] | None:
     return {"mean": values[0], "low": None, "high": None} if values else None
 
 
-def _compare(families: Mapping[str, dict[str, Any]], first: str) -> None:
+def _compare(families: Mapping[str, Json], first: str) -> None:
     """Adds to each family the differences to the first one, paired by seed."""
     base = families[first]["by_seed"]
     for label, family in families.items():
@@ -285,12 +285,12 @@ def _compare(families: Mapping[str, dict[str, Any]], first: str) -> None:
 
 
 def _entry(
-    entry: Mapping[str, Any],
+    entry: Fields,
     runs: Mapping[str, Run],
-    plan: Mapping[str, Any],
+    plan: Fields,
     scales: Mapping[int, Callable[[Mapping[str, float]], Point]],
     first: str,
-) -> dict[str, Any]:
+) -> Json:
     """A run of the report. Its points are compared with those of the first family's other runs of its seed."""
     run, last = runs[entry["name"]], None
     others: list[Point] = []
@@ -326,7 +326,7 @@ def _entry(
     }
 
 
-def _notes(data: Mapping[str, Any], greedy: bool) -> list[str]:
+def _notes(data: Fields, greedy: bool) -> list[str]:
     """What has to be known to read the numbers."""
     families, runs = data["families"], data["runs"]
     out = ["compute is that of all runs of a family: a front of k points costs k runs; evaluations are not in it"]
@@ -355,7 +355,7 @@ def _notes(data: Mapping[str, Any], greedy: bool) -> list[str]:
 # ---------------------------------------------------------------------- for people
 
 
-def markdown(data: Mapping[str, Any]) -> list[str]:
+def markdown(data: Fields) -> list[str]:
     """The tables of families and of runs, and the notes."""
     interval = ", 95 % interval over seeds" if max(f["seeds"] for f in data["families"].values()) > 1 else ""
     head = [
@@ -376,7 +376,7 @@ def markdown(data: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _family_row(label: str, family: Mapping[str, Any]) -> list[str]:
+def _family_row(label: str, family: Fields) -> list[str]:
     found, reached = family["by_seed"].values(), family["steps_to_front"]
     done, beyond = (sum(part[key] for part in found) for key in ("done", "beyond_reference"))
     middle = "" if reached["median"] is None else f", median {reached['median']:g}"
@@ -395,7 +395,7 @@ def _family_row(label: str, family: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _run_row(entry: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def _run_row(entry: Fields, names: Sequence[str]) -> list[str]:
     final = entry["final"] or {}
     reached = entry["steps_to_front"]
     done = entry["state"] == "done"

@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from align.config import ConfigError
+from align.jsons import Fields, Json
 from align.simplex import SUM_TOLERANCE
 
 _OWN = ("out", "composers", "points", "weights", "seeds", "report_only", "minimise")
@@ -30,7 +30,7 @@ class Words:
     thresholds: Mapping[str, tuple[float, ...]]
     seeds: int
     report_only: bool
-    reading: Mapping[str, Any]  # reference_point, spans, minimise: those that were given
+    reading: Fields  # reference_point, spans, minimise: those that were given
     own: Mapping[str, tuple[str, ...]]  # words of one family alone
     settings: tuple[str, ...]  # of every run
     dry: bool
@@ -56,7 +56,7 @@ def parse(words: Sequence[str]) -> Words:
         raise ConfigError("give out=DIR: where the runs and the report are written")
     if own.get("report_only", "false") not in ("true", "false"):
         raise ConfigError(f"report_only={own['report_only']}: must be true or false")
-    reading: dict[str, Any] = {
+    reading: Json = {
         key: {name: _number(f"{key}.{name}", value) for name, value in named[key].items()}
         for key in ("reference_point", "spans")
         if named[key]

@@ -17,6 +17,7 @@ import numpy as np
 from align.data.audit import NO_FAULT, OVERLONG
 from align.data.chat import terminator
 from align.data.examples import prompt_key
+from align.jsons import Json, Tokenizer
 
 if TYPE_CHECKING:
     from align.config import DataConfig
@@ -56,14 +57,16 @@ class Finding:
         """ "file:line", or the split for what is about all of it."""
         return self.split if self.file is None else f"{self.file}:{self.line}"
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """For JSON. `row` is the number of the row in its file, counted as lines are."""
         out = {"kind": self.kind, "severity": self.severity, "split": self.split, "row": self.line}
         out |= {"file": self.file, "line": self.line, "detail": self.detail}
         return out | ({"numbers": dict(self.numbers)} if self.numbers else {})
 
 
-def check(data: Data, tokenizer: Any, config: DataConfig | None = None, mismatched: bool = False) -> list[Finding]:
+def check(
+    data: Data, tokenizer: Tokenizer, config: DataConfig | None = None, mismatched: bool = False
+) -> list[Finding]:
     """All findings, errors first, otherwise in the order of the data.
 
     data: loaded with keep=True. config: without it every dropped row is an error; with it one that the settings
@@ -154,7 +157,7 @@ def trained(loaded: Loaded, sequence: str) -> Row | None:
 class _TurnEnd:
     """Whether targets end as a finished turn does: with the template's end of turn or EOS."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self.text = terminator(tokenizer).strip() if tokenizer.chat_template else ""
         self._special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -20,6 +20,7 @@ import numpy as np
 from align.data.formats import Dialogue, Message, parse
 from align.data.pairs import write_lines
 from align.data.sources import BadRow, locate, read
+from align.jsons import Fields, Json
 
 TEMPLATE = "align:judge_prompt.txt"  # beside this file
 PATTERN = r"\[\[([ABC])\]\]"
@@ -138,7 +139,7 @@ def write_prompts(sources: Sequence[str], out: Path, asked: Template) -> PromptA
     """
     _check_out(out, sources)
     account = PromptAccount()
-    pairs: dict[str, tuple[str, tuple[str, str, str], dict[str, Any]]] = {}  # id -> place, texts, subset
+    pairs: dict[str, tuple[str, tuple[str, str, str], Json]] = {}  # id -> place, texts, subset
     contradicted: set[str] = set()
     for name in sources:
         for where, record in read(locate(name)):
@@ -170,7 +171,7 @@ def write_prompts(sources: Sequence[str], out: Path, asked: Template) -> PromptA
     return account
 
 
-def _prompt_rows(pairs: Mapping[str, Any], asked: Template) -> Iterator[dict[str, Any]]:
+def _prompt_rows(pairs: Fields, asked: Template) -> Iterator[Json]:
     for key, (_, (prompt, chosen, rejected), subset) in pairs.items():
         for order, verdict in ORDERS.items():
             answers = (chosen, rejected) if order == "chosen_first" else (rejected, chosen)
@@ -178,7 +179,7 @@ def _prompt_rows(pairs: Mapping[str, Any], asked: Template) -> Iterator[dict[str
             yield {"prompt": question, "pair": key, "order": order, "verdict": verdict, **subset}
 
 
-def _pair_texts(record: dict[str, Any] | BadRow) -> tuple[str, str, str]:
+def _pair_texts(record: Json | BadRow) -> tuple[str, str, str]:
     """Prompt, chosen and rejected as a judge reads them. Raises BadRow."""
     if isinstance(record, BadRow):
         raise record
@@ -255,7 +256,7 @@ def read_judgements(sources: Sequence[str], verdicts: Verdicts) -> list[Asked]:
     return list(asked.values())
 
 
-def _add(record: dict[str, Any] | BadRow, asked: dict[tuple[str, str], Asked], verdicts: Verdicts) -> None:
+def _add(record: Json | BadRow, asked: dict[tuple[str, str], Asked], verdicts: Verdicts) -> None:
     if isinstance(record, BadRow):
         raise record
     for key in ("prompt", "completion", "pair", "order", "verdict"):
@@ -334,7 +335,7 @@ class Quality:
             Mean.of(agreeing) if both else None,
         )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """For JSON."""
         means = {"accuracy": self.accuracy, "consistency": self.consistency}
         plain = {name: mean and {"mean": mean.value, "error": _finite(mean.error)} for name, mean in means.items()}
@@ -372,7 +373,7 @@ def _both(asked: Sequence[Asked]) -> tuple[dict[str, tuple[Asked, Asked]], int]:
 class Rows:
     """What is learnt from, and what became of the rest by reason."""
 
-    rows: list[dict[str, Any]]
+    rows: list[Json]
     dropped: dict[str, int]
 
     def line(self, name: str) -> str:
@@ -388,7 +389,7 @@ def sft_rows(asked: Sequence[Asked], max_per_prompt: int, seed: int) -> Rows:
     by reason. After RISE, Yu et al. 2025, arXiv 2502.11689, whose code is not published.
     """
     dropped: Counter[str] = Counter()
-    rows: list[dict[str, Any]] = []
+    rows: list[Json] = []
     right = {(a.pair, a.order): _drawn(a, True, seed, dropped) for a in asked}
     for entry in asked:
         texts = right[entry.pair, entry.order]
@@ -411,7 +412,7 @@ def preference_rows(asked: Sequence[Asked], max_per_prompt: int, seed: int) -> R
     2502.11689.
     """
     dropped: Counter[str] = Counter()
-    found: list[tuple[Asked, list[dict[str, Any]]]] = []
+    found: list[tuple[Asked, list[Json]]] = []
     for entry in asked:
         right = _drawn(entry, True, seed, dropped)
         said = {sample.text for sample in right}
@@ -428,7 +429,7 @@ def preference_rows(asked: Sequence[Asked], max_per_prompt: int, seed: int) -> R
     counts = {order: sum(len(rows) for entry, rows in found if entry.order == order) for order in ORDERS}
     left = dict.fromkeys(ORDERS, min(counts.values()))
     twice = Counter(entry.pair for entry, _ in found)
-    kept: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    kept: dict[tuple[str, str], list[Json]] = {}
     for entry, rows in sorted(found, key=lambda e: (-twice[e[0].pair], _seed(seed, e[0].pair))):
         kept[entry.pair, entry.order] = taken = rows[: left[entry.order]]
         left[entry.order] -= len(taken)
@@ -439,7 +440,7 @@ def preference_rows(asked: Sequence[Asked], max_per_prompt: int, seed: int) -> R
     )
 
 
-def _preference(entry: Asked, chosen: Judgement, rejected: Judgement) -> dict[str, Any]:
+def _preference(entry: Asked, chosen: Judgement, rejected: Judgement) -> Json:
     row = {"prompt": entry.prompt, "chosen": chosen.text, "rejected": rejected.text}
     return row if rejected.finished else row | {"rejected_finished": False}
 

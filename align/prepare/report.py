@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from align.files import whole
+from align.jsons import Json, Tokenizer
 from align.prepare.check import Finding, counted, failed, place, prompt_difference, target_runs, trained
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _FINDINGS = 1000  # lines of the table of findings
 class Texts:
     """Tokens as text. Special tokens are shown; a token's text is the one it has after the token before it."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._after = lru_cache(maxsize=1 << 16)(self._text_after)
 
@@ -63,7 +64,7 @@ class Texts:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def write_json(path: str | Path, data: Data, findings: Sequence[Finding], tokenizer: Any) -> None:
+def write_json(path: str | Path, data: Data, findings: Sequence[Finding], tokenizer: Tokenizer) -> None:
     """All of it, row by row: memory does not grow with the data. Raises ValueError for a path that cannot be written.
 
     rows_in, rows_kept, dropped {reason: n}, train and heldout (their audits), failed, figures {split: {kind: ...}},
@@ -72,7 +73,7 @@ def write_json(path: str | Path, data: Data, findings: Sequence[Finding], tokeni
     boundary_proved, finished, spans [{start, end, role, message, target, text}] and targets, the decoded text of each
     unbroken run of targets; weights where tokens weigh otherwise than 1.
     """
-    figures: dict[str, dict[str, Any]] = {"train": {}, "heldout": {}}
+    figures: dict[str, Json] = {"train": {}, "heldout": {}}
     for finding in findings:
         if finding.severity == "figure":
             figures[finding.split][finding.kind] = {"detail": finding.detail, **finding.numbers}
@@ -92,7 +93,7 @@ def write_json(path: str | Path, data: Data, findings: Sequence[Finding], tokeni
     _write(path, "--json", write)
 
 
-def write_html(path: str | Path, data: Data, findings: Sequence[Finding], tokenizer: Any, rows: int = 50) -> None:
+def write_html(path: str | Path, data: Data, findings: Sequence[Finding], tokenizer: Tokenizer, rows: int = 50) -> None:
     """One page: the account, the findings, the tokens of the first `rows` rows and of up to 200 with findings.
 
     Raises ValueError for a path that cannot be written.
@@ -133,9 +134,9 @@ def _in_order(data: Data) -> list[tuple[str, Loaded]]:
 # ---------------------------------------------------------------------- JSON
 
 
-def _row(split: str, loaded: Loaded, texts: Texts) -> dict[str, Any]:
+def _row(split: str, loaded: Loaded, texts: Texts) -> Json:
     file, line = place(loaded.source)
-    out: dict[str, Any] = {"split": split, "row": line, "file": file, "line": line, "kind": loaded.kind}
+    out: Json = {"split": split, "row": line, "file": file, "line": line, "kind": loaded.kind}
     if loaded.kind == "labelled":
         out["label"] = loaded.examples[0].label
     if loaded.truncated:
@@ -144,10 +145,10 @@ def _row(split: str, loaded: Loaded, texts: Texts) -> dict[str, Any]:
     return out | (sequences if loaded.kind == "pair" else sequences["row"])
 
 
-def _sequence(loaded: Loaded, name: str, texts: Texts) -> dict[str, Any]:
+def _sequence(loaded: Loaded, name: str, texts: Texts) -> Json:
     rendering, row = loaded.renderings[name], _row_of(loaded, name)
     ids = row.token_ids
-    out: dict[str, Any] = {
+    out: Json = {
         "token_ids": ids.tolist(),
         "prompt_length": rendering.prompt_length,
         "boundary_proved": loaded.prompts[name] is not None and prompt_difference(loaded, name) is None,
@@ -168,7 +169,7 @@ def _row_of(loaded: Loaded, name: str) -> Row:
     return row
 
 
-def _spans(rendering: Rendering, row: Row) -> Iterator[dict[str, Any]]:
+def _spans(rendering: Rendering, row: Row) -> Iterator[Json]:
     """The spans of the rendering, cut where an objective takes only some of a span's tokens as targets."""
     for span in rendering.spans:
         edges = np.flatnonzero(np.diff(row.targets[span.start : span.end])) + 1 + span.start
@@ -178,7 +179,7 @@ def _spans(rendering: Rendering, row: Row) -> Iterator[dict[str, Any]]:
             yield {"start": start, "end": end, "role": span.role, "message": span.message, "target": target}
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
@@ -279,7 +280,7 @@ def _section(anchor: str, split: str, loaded: Loaded, findings: Sequence[Finding
     yield "</section>\n"
 
 
-def _span(span: dict[str, Any], prompt_length: int, row: Row, texts: Texts) -> Iterator[str]:
+def _span(span: Json, prompt_length: int, row: Row, texts: Texts) -> Iterator[str]:
     role, start, end = html.escape(span["role"]), span["start"], span["end"]
     title = role if span["message"] is None else f"{role}, message {span['message'] + 1}"
     if span["target"]:

@@ -11,13 +11,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from align.data.formats import Message
 from align.data.pairs import write_lines
 from align.data.sources import BadRow, locate, read
+from align.jsons import Json
 
 Prompt = str | Sequence[Message]
 
@@ -52,7 +52,7 @@ class Node:
     done: bool = False
     children: tuple[Node, ...] = ()
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """For JSON; tree_of reads it."""
         return {
             "text": self.text,
@@ -73,7 +73,7 @@ class Tree:
     prompt: Prompt
     root: Node
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """A line of a file of trees."""
         return {"prompt": self.prompt, "root": self.root.as_dict()}
 
@@ -213,7 +213,7 @@ def label_smoothing(visits_better: int, visits_worse: int) -> float:
     return min(0.5, 1 - 1 / (1 + visits_worse / max(1, visits_better)))
 
 
-def step_pairs(tree: Tree) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def step_pairs(tree: Tree) -> tuple[list[Json], dict[str, int]]:
     """A preference row for each step the search decided on, and the steps without one by reason.
 
     Children are ordered by (Q, pi, advantage, value, visits); the last is better, the first is worse. pi: 1 / number
@@ -221,7 +221,7 @@ def step_pairs(tree: Tree) -> tuple[list[dict[str, Any]], dict[str, int]]:
     far, the step, and every only child below it, so that chosen and rejected differ from their first differing
     character on. numbers.label_smoothing: see there; *_finished: whether the candidate ends the answer.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[Json] = []
     skipped: dict[str, int] = {}
     node, written = tree.root, ""
     while node.children:
@@ -270,12 +270,12 @@ def _candidate(node: Node) -> tuple[str, bool]:
     return text, node.done
 
 
-def build_step_pairs(sources: Sequence[str], out: Path) -> dict[str, Any]:
+def build_step_pairs(sources: Sequence[str], out: Path) -> Json:
     """Read files of trees, write their step pairs and return the account, which stands beside as NAME.account.
 
     Raises ValueError with "file:line" for a tree that cannot be read, and if no pair is left.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[Json] = []
     skipped: dict[str, int] = {}
     trees = 0
     for _, tree in read_trees(sources):
@@ -304,7 +304,7 @@ def read_trees(sources: Sequence[str]) -> Iterator[tuple[str, Tree]]:
                 raise ValueError(f"{where}: {bad}") from None
 
 
-def tree_of(record: dict[str, Any]) -> Tree:
+def tree_of(record: Json) -> Tree:
     """The tree of {"prompt", "root": {"text", "Q", "visits", "children", ...}}; "value", "V", "prior" and "done" may
     be left out, text at the root too. Raises BadRow, naming the node."""
     prompt = record.get("prompt")
@@ -316,7 +316,7 @@ def tree_of(record: dict[str, Any]) -> Tree:
     return Tree(prompt, _node({"text": "", "Q": 0.0, "visits": 0, **root}, "root"))
 
 
-def _node(record: Any, name: str) -> Node:
+def _node(record: object, name: str) -> Node:
     if not isinstance(record, dict):
         raise BadRow("wrong_type", f"{name} must be an object")
     for key in ("text", "Q", "visits"):

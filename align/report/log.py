@@ -18,17 +18,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from align.checkpoint import WriteFailed
 from align.config import LogConfig
 from align.files import write_whole
+from align.jsons import Json
 
 
 class Log:
     """The log of one run directory. mute: of a process that is not the lead of its run, which tells nothing."""
 
-    def __init__(self, directory: Path, config: LogConfig, run_config: dict[str, Any], mute: bool = False):
+    def __init__(self, directory: Path, config: LogConfig, run_config: Json, mute: bool = False):
         self.path = directory / "metrics.jsonl"
         self.config = config
         self.mute = mute
         self.console = _Console(file=sys.stderr, highlight=False, soft_wrap=True, quiet=mute)
-        self.mirrors: list[tuple[str, Callable[[dict[str, Any]], None], Callable[[], None]]] = []
+        self.mirrors: list[tuple[str, Callable[[Json], None], Callable[[], None]]] = []
         if mute:
             return
         if config.tensorboard:
@@ -43,7 +44,7 @@ class Log:
         except OSError:  # the terminal is gone; the run goes on
             self.console.quiet = True
 
-    def row(self, row: dict[str, Any]) -> None:
+    def row(self, row: Json) -> None:
         """One optimiser step: a line of metrics.jsonl, and the mirrors. What is no number is null in the line.
 
         Raises WriteFailed when the disk is full.
@@ -134,12 +135,12 @@ class _Console(Console):
         self.quiet = True
 
 
-def _tensorboard(directory: Path) -> tuple[Callable[[dict[str, Any]], None], Callable[[], None]]:
+def _tensorboard(directory: Path) -> tuple[Callable[[Json], None], Callable[[], None]]:
     from torch.utils.tensorboard import SummaryWriter
 
     writers: list[Any] = []  # made at the first row, so that what an interrupted run wrote from there on is void
 
-    def write(row: dict[str, Any]) -> None:
+    def write(row: Json) -> None:
         if not writers:
             writers.append(SummaryWriter(str(directory / "tensorboard"), purge_step=row["step"]))
         for key, value in row.items():
@@ -153,9 +154,7 @@ def _tensorboard(directory: Path) -> tuple[Callable[[dict[str, Any]], None], Cal
     return write, close
 
 
-def _wandb(
-    directory: Path, config: LogConfig, run_config: dict[str, Any]
-) -> tuple[Callable[[dict[str, Any]], None], Callable[[], None]]:
+def _wandb(directory: Path, config: LogConfig, run_config: Json) -> tuple[Callable[[Json], None], Callable[[], None]]:
     import wandb
 
     run = wandb.init(

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-Message = dict[str, Any]
+from align.jsons import Fields, Json
+
+Message = Json
+
+
+@dataclass(frozen=True)
+class RewardHost:
+    """What a component that runs in the trainer's process gets of the run.
+
+    check may raise (a signal came); whoever waits calls it at least once a second. say takes a line for people.
+    """
+
+    policy: Any = None  # align.models.policy.Policy, for components that share its weights; None: there is none
+    tokenizer: Any = None  # the policy's
+    device: Any = "cpu"  # a torch.device
+    autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+    micro_batch_tokens: int = 8192  # padded tokens of a forward
+    check: Callable[[], None] = lambda: None
+    say: Callable[[str], None] = lambda line: None
+    name: str = ""  # of the component
 
 
 @dataclass(frozen=True)
@@ -23,7 +43,7 @@ class Conversation:
     messages: tuple[Message, ...] | None = None  # the prompt as a chat; None for plain text
     prompt_ids: tuple[int, ...] = ()
     token_ids: tuple[int, ...] = ()  # of the completion, end of turn included
-    fields: Mapping[str, Any] = field(default_factory=dict)  # other columns of the prompt's row, such as answer
+    fields: Fields = field(default_factory=dict)  # other columns of the prompt's row, such as answer
 
 
 class RewardTarget(ABC):  # noqa: B024

@@ -6,14 +6,15 @@ import contextlib
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from align.contracts import adopt, declared_by
-from align.rewards.base import Conversation, Reward, RewardTarget, StepReward
+from align.jsons import Fields, Json
+from align.rewards.base import Conversation, Reward, RewardHost, RewardTarget, StepReward
 from align.rewards.calls import FunctionReward
 from align.rewards.worker import Refused, bound, resolve
 
@@ -21,23 +22,6 @@ from align.rewards.worker import Refused, bound, resolve
 DEFAULT_WEIGHT = 1.0
 STEPS_WEIGHT = 0.0  # of one that gives rewards of steps: its number is no part of the sum
 DEFAULT_SECONDS = 10.0  # deadline of a call
-
-
-@dataclass(frozen=True)
-class RewardHost:
-    """What a component that runs in the trainer's process gets of the run.
-
-    check may raise (a signal came); whoever waits calls it at least once a second. say takes a line for people.
-    """
-
-    policy: Any = None  # align.models.policy.Policy, for components that share its weights; None: there is none
-    tokenizer: Any = None  # the policy's
-    device: Any = "cpu"  # a torch.device
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-    micro_batch_tokens: int = 8192  # padded tokens of a forward
-    check: Callable[[], None] = lambda: None
-    say: Callable[[str], None] = lambda line: None
-    name: str = ""  # of the component
 
 
 class Rewards:
@@ -84,7 +68,7 @@ class Rewards:
         self._open.close()
 
 
-def components(node: Mapping[str, Any], host: RewardHost) -> Rewards:
+def components(node: Fields, host: RewardHost) -> Rewards:
     """The components that a mapping NAME -> {_target_, weight, seconds, keys of the target} names.
 
     A target whose class says `in_process = True` is built here as target(host, **keys); every other one is imported
@@ -115,7 +99,7 @@ class Part:
     columns: tuple[str, ...]  # that each row must have; empty for one that runs in the trainer's process
 
 
-def examined(node: Mapping[str, Any]) -> dict[str, Part]:
+def examined(node: Fields) -> dict[str, Part]:
     """Each component without its model: a function of ours is bound to its keys here, the user's in a process of its
     own, and of a class that runs in the trainer's process the signature is read.
 
@@ -130,7 +114,7 @@ def examined(node: Mapping[str, Any]) -> dict[str, Part]:
     return out
 
 
-def _examined(name: str, target: str, seconds: float | None, keys: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
+def _examined(name: str, target: str, seconds: float | None, keys: Json) -> tuple[bool, tuple[str, ...]]:
     """Whether it gives rewards of steps, and the columns that it needs."""
     if not target.startswith("align."):
         reward = FunctionReward(name, target, keys, seconds=seconds or DEFAULT_SECONDS)
@@ -148,7 +132,7 @@ def _examined(name: str, target: str, seconds: float | None, keys: dict[str, Any
     return declared.gives_steps, ()
 
 
-def counted(node: Mapping[str, Any]) -> dict[str, float]:
+def counted(node: Fields) -> dict[str, float]:
     """Name -> weight of the components whose weight is not 0, in order, before any of them is built.
 
     Raises ValueError for settings that no component could have.
@@ -180,7 +164,7 @@ def _finite(row: np.ndarray) -> np.ndarray:
     return np.full_like(row, math.nan) if np.isinf(row).any() else row
 
 
-def _checked(name: str, part: Any, node: Mapping[str, Any]) -> tuple[str, float | None, float | None, dict[str, Any]]:
+def _checked(name: str, part: object, node: Fields) -> tuple[str, float | None, float | None, Json]:
     """Target, weight, seconds (None: not given) and the keys for the target."""
     if not name.isidentifier():
         raise ValueError(f"reward.{name}: a name of letters, digits and _ is needed, for the metrics")
@@ -205,13 +189,11 @@ def _checked(name: str, part: Any, node: Mapping[str, Any]) -> tuple[str, float 
     return target, None if weight is None else float(weight), seconds, keys
 
 
-def _real(value: Any) -> bool:
+def _real(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _component(
-    name: str, target: str, seconds: float | None, keys: dict[str, Any], host: RewardHost
-) -> Reward | StepReward:
+def _component(name: str, target: str, seconds: float | None, keys: Json, host: RewardHost) -> Reward | StepReward:
     if target.startswith("align."):  # our own tell here where they run; the user's are imported in their process only
         try:
             found = resolve(target)
@@ -226,9 +208,7 @@ def _component(
     return reward
 
 
-def _in_process(
-    name: str, found: Any, seconds: float | None, keys: dict[str, Any], host: RewardHost
-) -> Reward | StepReward:
+def _in_process(name: str, found: Any, seconds: float | None, keys: Json, host: RewardHost) -> Reward | StepReward:
     keys = _bound_in_process(name, found, seconds, keys)
     try:
         part = found(host, **keys)
@@ -238,7 +218,7 @@ def _in_process(
     return adopt(part, StepReward if steps else Reward, f"reward.{name}")  # type: ignore[type-abstract]
 
 
-def _bound_in_process(name: str, found: Any, seconds: float | None, keys: dict[str, Any]) -> dict[str, Any]:
+def _bound_in_process(name: str, found: Any, seconds: float | None, keys: Json) -> Json:
     """The keys of a class that runs in the trainer's process. Raises ValueError for others than it takes."""
     signature = inspect.signature(found)
     if "seconds" in signature.parameters:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from align.jsons import Fields, Json
 from align.rewards.base import Conversation, Reward
 
 # What this process can import, a reward can.
@@ -52,7 +53,7 @@ class FunctionReward(Reward):
         self,
         name: str,
         target: str,
-        keys: Mapping[str, Any],
+        keys: Fields,
         *,
         seconds: float,
         check: Callable[[], None] = lambda: None,
@@ -218,7 +219,7 @@ class _Process:
         ready.register(self._answers, 0)
         return bool(ready.poll(0))
 
-    def begin(self, target: str, keys: Mapping[str, Any], check: Callable[[], None]) -> dict[str, Any]:
+    def begin(self, target: str, keys: Fields, check: Callable[[], None]) -> Json:
         """Have it import the function; its answer. Raises Lost."""
         self._send({"target": target, "keys": dict(keys)})
         hello = self._receive(START_SECONDS, check)
@@ -259,12 +260,12 @@ class _Process:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
-    def _send(self, message: Any) -> None:
+    def _send(self, message: object) -> None:
         body = json.dumps(message, default=_value).encode()
         self._outgoing = memoryview(struct.pack("!I", len(body)) + body)
         self._busy = True
 
-    def _receive(self, seconds: float, check: Callable[[], None]) -> dict[str, Any]:
+    def _receive(self, seconds: float, check: Callable[[], None]) -> Json:
         """The next message, while what is to be sent is sent. Raises Lost."""
         deadline = time.monotonic() + seconds
         while (message := self._message()) is None:
@@ -291,7 +292,7 @@ class _Process:
                     self._buffer += part
         return message
 
-    def _message(self) -> dict[str, Any] | None:
+    def _message(self) -> Json | None:
         if len(self._buffer) < 4:
             return None
         size = struct.unpack("!I", self._buffer[:4])[0]
@@ -318,7 +319,7 @@ class _Process:
         )
 
 
-def _plain(conversation: Conversation) -> dict[str, Any]:
+def _plain(conversation: Conversation) -> Json:
     return {**vars(conversation), "fields": dict(conversation.fields)}
 
 

@@ -11,9 +11,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from align.jsons import Json, Tokenizer
 from align.models.policy import ScoreHead, Scorer, choose_layout, is_peft, with_adapters
 from align.models.weights import load_model
-from align.rewards.base import Conversation, Reward
+from align.rewards.base import Conversation, Reward, RewardHost
 from align.rewards.combine import check_combine, check_uncertainty, combined, disagreement, incomplete
 from align.rewards.model import RewardModel, by_prompt, count_failures, output_index, positive_limit
 from align.rewards.network import FILE, HEAD, RewardNetwork, stored_form, stored_head
@@ -39,7 +40,7 @@ class Ensemble(Reward):
 
     def __init__(
         self,
-        host: Any,
+        host: RewardHost,
         *,
         members: Sequence[str],
         base: str | None,
@@ -112,7 +113,7 @@ class _Shared(RewardModel):
 
     def __init__(
         self,
-        host: Any,
+        host: RewardHost,
         members: Sequence[str],
         form: Form,
         base: str | None,
@@ -148,7 +149,7 @@ class _Shared(RewardModel):
         if "not causal" in why:
             raise ValueError(f"{path}: {why}; reward models that read in both directions are not supported")
         head = ScoreHead(width, len(members))
-        self.forms: list[tuple[dict[str, Any], int]] = []
+        self.forms: list[tuple[Json, int]] = []
         for m, (directory, stored) in enumerate(zip(directories, forms, strict=True)):
             weight = stored_head(directory)["score.weight"]
             if tuple(weight.shape) != (len(stored["outputs"]), width):
@@ -192,7 +193,7 @@ class _Shared(RewardModel):
         return out
 
 
-def _checked(members: Any) -> list[str]:
+def _checked(members: object) -> list[str]:
     if isinstance(members, str) or not isinstance(members, Sequence) or not all(isinstance(m, str) for m in members):
         raise ValueError(f"members={members}: must be a list of directories, members=[DIR,DIR,...]")
     if len(members) < 2:
@@ -225,14 +226,14 @@ def _form(members: Sequence[str], base: str | None) -> Form:
     return first
 
 
-def _form_of(directory: Path) -> dict[str, Any]:
+def _form_of(directory: Path) -> Json:
     form = stored_form(directory)
     if form is None:
         raise ValueError(f"{directory}: has no {FILE}; give a directory that align wrote")
     return form
 
 
-def _prompts(directories: Sequence[Path], forms: Sequence[dict[str, Any]]) -> str | None:
+def _prompts(directories: Sequence[Path], forms: Sequence[Json]) -> str | None:
     """How the members read a prompt that is a text. Raises ValueError unless they read it alike."""
     read = [form.get("prompts") for form in forms]
     other = next((i for i, prompts in enumerate(read) if (prompts == "chat") != (read[0] == "chat")), None)
@@ -255,7 +256,7 @@ def _base(directories: Sequence[Path]) -> str:
     return named[0]
 
 
-def _tokenizer(directories: Sequence[Path], base: str) -> Any:
+def _tokenizer(directories: Sequence[Path], base: str) -> Tokenizer:
     """The members', which must be the same, or if they have none that of the base."""
     from transformers import AutoTokenizer
 
@@ -271,7 +272,7 @@ def _tokenizer(directories: Sequence[Path], base: str) -> Any:
     return first
 
 
-def _check_kinds(members: Sequence[str], forms: Sequence[dict[str, Any]], combine: str) -> None:
+def _check_kinds(members: Sequence[str], forms: Sequence[Json], combine: str) -> None:
     """Raises ValueError for members whose scores do not mean the same, or for costs where it matters what is bad."""
     costs = [form["kind"] == "cost" for form in forms]
     if any(costs) and not all(costs):
@@ -283,7 +284,7 @@ def _check_kinds(members: Sequence[str], forms: Sequence[dict[str, Any]], combin
         raise ValueError(f"combine={combine}: of costs high is bad; use mean or median")
 
 
-def _scale(member: str, form: dict[str, Any], output: int) -> tuple[float, float]:
+def _scale(member: str, form: Json, output: int) -> tuple[float, float]:
     """Mean and deviation of an output on held-out answers."""
     mean, std = (np.atleast_1d(form.get(key, np.nan)).astype(float) for key in ("mean", "std"))
     if len(mean) <= output or len(std) <= output or not np.isfinite(mean[output]) or not 0 < std[output] < np.inf:

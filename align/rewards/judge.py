@@ -16,17 +16,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from align.data.chat import prompt_ids, stop_ids
 from align.data.sources import BadRow
+from align.jsons import Json
 from align.models.policy import Policy
 from align.models.pretrained import from_hub
 from align.models.weights import check_tokens
 from align.prepare.judgements import Verdicts, answer_text, prompt_text, template
-from align.rewards.base import Conversation, Reward
+from align.rewards.base import Conversation, Reward, RewardHost
 from align.rewards.remote import TICK, TRANSIENT, Call, RemoteReward
 from align.rollout.base import Host, Sampling
 from align.rollout.hf import HFRollout
@@ -61,7 +61,7 @@ class _Judge(Reward):
 
     def __init__(
         self,
-        host: Any,
+        host: RewardHost,
         baseline: str | None,
         max_opponents: int | None,
         template_: str,
@@ -135,7 +135,7 @@ class _Judge(Reward):
         return found
 
     def _among(self, conversations: Sequence[Conversation]) -> list[_Comparison]:
-        groups: dict[Any, list[int]] = {}
+        groups: dict[object, list[int]] = {}
         for place, c in enumerate(conversations):
             groups.setdefault((c.prompt_ids, _prompt(c)), []).append(place)
         found = []
@@ -184,7 +184,7 @@ class EndpointJudge(_Judge):
 
     def __init__(
         self,
-        host: Any,
+        host: RewardHost,
         *,
         url: str,
         model: str | None,
@@ -240,7 +240,7 @@ class EndpointJudge(_Judge):
         due = (task for task in work.todo if task[2] <= now)
         for task in list(islice(due, self.concurrency - len(work.active))):
             work.todo.remove(task)
-            body: dict[str, Any] = {} if self.model is None else {"model": self.model}
+            body: Json = {} if self.model is None else {"model": self.model}
             body |= {
                 "messages": [{"role": "user", "content": questions[task[0]]}],
                 "temperature": 0.0,
@@ -348,7 +348,7 @@ class ModelJudge(_Judge):
 
     def __init__(
         self,
-        host: Any,
+        host: RewardHost,
         *,
         path: str,
         revision: str | None,

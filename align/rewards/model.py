@@ -15,8 +15,9 @@ from torch import Tensor
 
 from align.data.chat import render
 from align.data.sources import BadRow
+from align.jsons import Json, Tokenizer
 from align.models.policy import add_adapter, is_peft, own_attention
-from align.rewards.base import Conversation, Reward
+from align.rewards.base import Conversation, Reward, RewardHost
 from align.rewards.network import FILE, RewardNetwork, load
 from align.rewards.preferences import mean_preferences
 from align.types import Row
@@ -38,7 +39,14 @@ class RewardModel(Reward):
     in_process = True
 
     def __init__(
-        self, host: Any, *, path: str, revision: str | None, dtype: str, max_tokens: int, output: str | None = None
+        self,
+        host: RewardHost,
+        *,
+        path: str,
+        revision: str | None,
+        dtype: str,
+        max_tokens: int,
+        output: str | None = None,
     ):
         self.host = host
         self._network: RewardNetwork | None = load(path, revision, dtype, host.device)
@@ -138,7 +146,7 @@ def _placed(rows: Sequence[Row | None], values: np.ndarray, width: int) -> np.nd
     return out
 
 
-def _messages(c: Conversation) -> list[dict[str, Any]]:
+def _messages(c: Conversation) -> list[Json]:
     return [{"role": "user", "content": c.prompt}] if c.messages is None else list(c.messages)
 
 
@@ -153,7 +161,7 @@ class AdapterReward(Reward):
 
     in_process = True
 
-    def __init__(self, host: Any, *, path: str, max_tokens: int):
+    def __init__(self, host: RewardHost, *, path: str, max_tokens: int):
         if host.policy is None or not is_peft(host.policy.model):
             raise ValueError(
                 "an adapter on the policy's weights needs a policy with LoRA: set lora.rank, or use "
@@ -206,7 +214,7 @@ def _as_before(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def _rows(tokenizer: Any, conversations: Sequence[Conversation], ours: bool) -> list[list[int]]:
+def _rows(tokenizer: Tokenizer, conversations: Sequence[Conversation], ours: bool) -> list[list[int]]:
     """Up to the end of turn, where a model of ours is read; else all that the template writes."""
     if ours:
         return [_ended(tokenizer, c) for c in conversations]
@@ -218,7 +226,7 @@ def _rows(tokenizer: Any, conversations: Sequence[Conversation], ours: bool) -> 
     return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
 
-def _ended(tokenizer: Any, c: Conversation) -> list[int]:
+def _ended(tokenizer: Tokenizer, c: Conversation) -> list[int]:
     prompt = _messages(c)
     chat = [*prompt, {"role": "assistant", "content": c.completion}]
     try:
@@ -234,7 +242,7 @@ def _score(
     weight: Tensor,
     bias: Tensor | None,
     max_tokens: int,
-    host: Any,
+    host: RewardHost,
     counts: dict[str, int],
 ) -> np.ndarray:
     """The head's output [N] at the last token of each row; NaN for rows that are too long and for what is no number."""
@@ -273,7 +281,7 @@ def batches(order: Sequence[int], rows: Sequence[Sequence[int]], budget: int) ->
     return parts
 
 
-def count_failures(counts: dict[str, int], reason: str, number: int, message: str, host: Any) -> None:
+def count_failures(counts: dict[str, int], reason: str, number: int, message: str, host: RewardHost) -> None:
     if reason not in counts:
         host.say(f"reward model: no score ({reason}: {message}); said once, then counted")
     counts[reason] = counts.get(reason, 0) + number

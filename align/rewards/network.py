@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from align.config import HeadConfig
 from align.data.chat import render, render_text
 from align.data.sources import BadRow
+from align.jsons import Fields, Json, Tokenizer
 from align.models.policy import ScoreHead, Scorer, base_model, choose_layout, is_peft, with_adapter
 from align.models.weights import check_finite, check_tokens, load_classifier, load_model
 from align.packing import micro_batches, num_tokens, pack_groups, to_device
@@ -89,7 +90,7 @@ def _tensors(path: Path, names: Sequence[str] | None = None) -> dict[str, Tensor
 # ---------------------------------------------------------------------- writing
 
 
-def check_classes(config: Any, name: str) -> None:
+def check_classes(config: object, name: str) -> None:
     """Raises ValueError for an architecture that transformers cannot load again with a score head."""
     from transformers import AutoModelForSequenceClassification
 
@@ -97,7 +98,7 @@ def check_classes(config: Any, name: str) -> None:
         raise ValueError(f"{name}: transformers has no sequence classification model for {type(config).__name__}")
 
 
-def write(network: Scorer, form: Mapping[str, Any], tokenizer: Any, merge: bool, directory: Path) -> None:
+def write(network: Scorer, form: Fields, tokenizer: Tokenizer, merge: bool, directory: Path) -> None:
     """Weights and reward_model.json: a sequence classification model, or with LoRA and without `merge` the adapter
     and its head. form: kind, outputs, and what is needed to score."""
     from safetensors.torch import save_file
@@ -117,7 +118,7 @@ def write(network: Scorer, form: Mapping[str, Any], tokenizer: Any, merge: bool,
     (directory / FILE).write_text(json.dumps(dict(form), indent=1) + "\n")
 
 
-def _classifier(lm: Any, score: Tensor | None, form: Mapping[str, Any], tokenizer: Any) -> Any:
+def _classifier(lm: Any, score: Tensor | None, form: Fields, tokenizer: Tokenizer) -> Any:
     """The sequence classification model of a language model's trunk, its tensors not copied."""
     from transformers import AutoModelForSequenceClassification
 
@@ -144,9 +145,9 @@ def _classifier(lm: Any, score: Tensor | None, form: Mapping[str, Any], tokenize
 class RewardNetwork:
     """A saved reward model, loaded. form: what reward_model.json says; of other models what stands in for it."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     network: Scorer
-    form: dict[str, Any]
+    form: Json
     ours: bool
     device: Any = "cpu"
     name: str = "the reward model"  # for messages
@@ -246,7 +247,7 @@ def _array(values: Tensor | None) -> np.ndarray:
     return values.double().cpu().numpy()
 
 
-def load(path: str, revision: str | None = None, dtype: str = "auto", device: Any = "cpu") -> RewardNetwork:
+def load(path: str, revision: str | None = None, dtype: str = "auto", device: object = "cpu") -> RewardNetwork:
     """A reward model by its directory or its name on the hub; see configs/reward/model.yaml.
 
     Raises ValueError for one without a chat template, without trained head, or whose attention is not causal.
@@ -284,7 +285,7 @@ def load(path: str, revision: str | None = None, dtype: str = "auto", device: An
     return out
 
 
-def stored_form(directory: Path) -> dict[str, Any] | None:
+def stored_form(directory: Path) -> Json | None:
     """What reward_model.json says; None without one. Raises ValueError for a damaged one."""
     if not (directory / FILE).is_file():
         return None
@@ -314,7 +315,7 @@ def _adapted(directory: Path, dtype: str) -> tuple[Any, None]:
     return with_adapter(lm, str(directory)), None
 
 
-def _whole(path: str, revision: str | None, dtype: str, form: dict[str, Any] | None) -> tuple[Any, nn.Linear]:
+def _whole(path: str, revision: str | None, dtype: str, form: Json | None) -> tuple[Any, nn.Linear]:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
@@ -326,7 +327,7 @@ def _whole(path: str, revision: str | None, dtype: str, form: dict[str, Any] | N
     return model, model.score
 
 
-def _head(directory: Path, form: dict[str, Any] | None, model: Any, linear: nn.Linear | None) -> nn.Module:
+def _head(directory: Path, form: Json | None, model: Any, linear: nn.Linear | None) -> nn.Module:
     """In float32, whatever the trunk is held in."""
     if form is None:
         assert linear is not None

@@ -5,13 +5,12 @@ Zhang et al. 2024, arXiv 2410.02197; the training side is objectives/general_pre
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
+from align.jsons import Fields
 
-def preference_table(form: Mapping[str, Any], outputs: np.ndarray, gates: np.ndarray | None) -> np.ndarray:
+
+def preference_table(form: Fields, outputs: np.ndarray, gates: np.ndarray | None) -> np.ndarray:
     """Logits [R, R] of "row i is preferred to row j". outputs: [R, D]; gates: [R, D / 2] before their softmax."""
     v = outputs
     if form.get("normalise"):
@@ -25,6 +24,6 @@ def preference_table(form: Mapping[str, Any], outputs: np.ndarray, gates: np.nda
     return blocks.sum(2) / form["tau"]
 
 
-def mean_preferences(form: Mapping[str, Any], outputs: np.ndarray, gates: np.ndarray | None) -> np.ndarray:
+def mean_preferences(form: Fields, outputs: np.ndarray, gates: np.ndarray | None) -> np.ndarray:
     """For each row [R] the mean logit over all rows, itself included: of two, their difference is the logit."""
     return preference_table(form, outputs, gates).mean(1)

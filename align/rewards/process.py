@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from align.jsons import Fields, Tokenizer
 from align.models.policy import own_attention_name
 from align.models.weights import load_classifier
-from align.rewards.base import Conversation, StepReward
+from align.rewards.base import Conversation, RewardHost, StepReward
 from align.rewards.calls import FunctionReward
 from align.rewards.model import batches, count_failures, positive_limit
 
@@ -39,7 +40,7 @@ class Splitter:
     separator's token has no advantage.
     """
 
-    def __init__(self, tokenizer: Any, separator: str):
+    def __init__(self, tokenizer: Tokenizer, separator: str):
         if not separator:
             raise ValueError("separator is empty: give the text between two steps, such as a blank line")
         if tokenizer is None:
@@ -110,7 +111,7 @@ class StepFunction(StepReward):
 
     in_process = True  # only the function is called elsewhere
 
-    def __init__(self, host: Any, *, function: str, keys: Mapping[str, Any] | None, separator: str, seconds: float):
+    def __init__(self, host: RewardHost, *, function: str, keys: Fields | None, separator: str, seconds: float):
         self._split = Splitter(host.tokenizer, separator)
         try:
             self._reward = FunctionReward(
@@ -168,7 +169,7 @@ class ProcessRewardModel(StepReward):
 
     def __init__(
         self,
-        host: Any,
+        host: RewardHost,
         *,
         path: str,
         revision: str | None,

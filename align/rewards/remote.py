@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from align.rewards.base import Conversation
+from align.jsons import Json
+from align.rewards.base import Conversation, RewardHost
 from align.rewards.worker import number
 
 TICK = 0.2  # seconds between two looks at signals
@@ -42,7 +43,7 @@ class RemoteReward:
 
     def __init__(
         self,
-        host: Any,
+        host: RewardHost,
         *,
         url: str,
         seconds: float,
@@ -176,7 +177,7 @@ class Call(threading.Thread):
         self.connection.close()
 
 
-def _plain(conversation: Conversation) -> dict[str, Any]:
+def _plain(conversation: Conversation) -> Json:
     return {
         "prompt": conversation.prompt,
         "completion": conversation.completion,

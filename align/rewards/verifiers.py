@@ -10,12 +10,12 @@ import json
 import re
 import secrets
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any
 
 from align.data.reasoning import final_answer
+from align.jsons import Fields
 from align.tools.python import Limits, run_python
 
 _FENCE = re.compile(r"^[ \t]*```(?:python|py)?[ \t]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
@@ -38,7 +38,7 @@ class ReasoningGym:
         self.extract = extract
         self.partial = partial
 
-    def __call__(self, completion: str, task: str, entry: str | Mapping[str, Any]) -> float:
+    def __call__(self, completion: str, task: str, entry: str | Fields) -> float:
         """The score of a completion."""
         known = json.loads(entry) if isinstance(entry, str) else dict(entry)
         # the answer of many a task is a word: nothing marks it
@@ -68,7 +68,7 @@ class ExactMatch:
         self.extract = extract
         self.ignore_case = ignore_case
 
-    def __call__(self, completion: str, answer: Any) -> float:
+    def __call__(self, completion: str, answer: object) -> float:
         """1 or 0."""
         given = (final_answer(completion) or "") if self.extract else completion
         wanted = _text(answer)
@@ -109,7 +109,7 @@ class NumericAnswer:
         self.tolerance = Fraction(tolerance)
         self.relative = Fraction(relative)
 
-    def __call__(self, completion: str, answer: Any) -> float:
+    def __call__(self, completion: str, answer: object) -> float:
         """1 or 0."""
         wanted = number(_text(answer))
         if wanted is None:
@@ -171,7 +171,7 @@ class UnitTests:
         return not result.error and result.output.endswith(word)
 
 
-def _text(answer: Any) -> str:
+def _text(answer: object) -> str:
     if answer is None:
         raise ValueError("the row's answer is null")
     return str(answer)

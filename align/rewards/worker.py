@@ -28,11 +28,12 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from align.contracts import declared_by
+from align.jsons import Fields
 from align.rewards.base import Conversation, RewardTarget
 
 # Of a message in a refusal or a failure: what fits a line for people.
@@ -104,12 +105,12 @@ def resolve(path: str) -> Any:
     raise Refused(f"cannot be imported ({_line(missing)}); is its directory on PYTHONPATH?")
 
 
-def bound(path: str, keys: Mapping[str, Any]) -> tuple[Callable[..., Any], Signature]:
+def bound(path: str, keys: Fields) -> tuple[Callable[..., Any], Signature]:
     """The callable of a component and how to call it. Raises Refused for what cannot be called with these keys."""
     return bound_to(resolve(path), keys)
 
 
-def bound_to(target: Any, keys: Mapping[str, Any]) -> tuple[Callable[..., Any], Signature]:
+def bound_to(target: object, keys: Fields) -> tuple[Callable[..., Any], Signature]:
     """The same of the object that a path names."""
     if not callable(target):
         raise Refused(f"is no function or class but {type(target).__name__}")
@@ -140,7 +141,7 @@ def bound_to(target: Any, keys: Mapping[str, Any]) -> tuple[Callable[..., Any], 
     return lambda *args, **given: target(*args, **given, **keys), signature
 
 
-def _signature(parameters: Iterable[inspect.Parameter], keys: Mapping[str, Any]) -> Signature:
+def _signature(parameters: Iterable[inspect.Parameter], keys: Fields) -> Signature:
     kinds = inspect.Parameter
     listed = [p for p in parameters if p.kind is not kinds.VAR_POSITIONAL]
     rest = any(p.kind is kinds.VAR_KEYWORD for p in listed)
@@ -172,7 +173,7 @@ def _signature(parameters: Iterable[inspect.Parameter], keys: Mapping[str, Any])
     )
 
 
-def call_each(function: Callable[..., Any], signature: Signature, conversation: Conversation) -> Answer:
+def call_each(function: Callable[..., object], signature: Signature, conversation: Conversation) -> Answer:
     """The number of one completion, whose row has the required columns."""
     given = {name: getattr(conversation, attribute) for name, attribute in signature.offered}
     fields = conversation.fields
@@ -245,7 +246,7 @@ def _short(text: str) -> str:
     return " ".join(text[: 4 * MESSAGE].split())[:MESSAGE]
 
 
-def write(file: int, message: Any) -> None:
+def write(file: int, message: object) -> None:
     """A message into a pipe: its length, then JSON."""
     body = json.dumps(message).encode()
     rest = memoryview(struct.pack("!I", len(body)) + body)
@@ -260,7 +261,7 @@ def _read(stream: Any) -> Any:
     return json.loads(body) if body else None
 
 
-def _listen(stream: Any, requests: queue.SimpleQueue[Any]) -> None:
+def _listen(stream: object, requests: queue.SimpleQueue[object]) -> None:
     """Pass requests on. When the other side is gone the process ends, whatever the user's function is doing."""
     request: Any = True
     while request is not None:
@@ -273,7 +274,7 @@ def _listen(stream: Any, requests: queue.SimpleQueue[Any]) -> None:
     os._exit(0)
 
 
-def _serve(function: Callable[..., Any], signature: Signature, request: Mapping[str, Any], answers: int) -> None:
+def _serve(function: Callable[..., object], signature: Signature, request: Fields, answers: int) -> None:
     conversations = [
         Conversation(**c | {"messages": None if c["messages"] is None else tuple(c["messages"])})
         for c in request["conversations"]

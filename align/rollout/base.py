@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from align.jsons import Tokenizer
+
 Stop = Literal["end", "string", "length"]
 Progress = Callable[[Iterable[int], int], Iterable[int]]
 
@@ -83,10 +85,10 @@ class Host:
     """
 
     policy: Any  # align.models.policy.Policy, with the weights to start from
-    tokenizer: Any
+    tokenizer: Tokenizer
     directory: Path
     precision: str  # float32 or bfloat16: in what the trainer's matrix products run
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
     check: Callable[[], None] = lambda: None
     progress: Progress = lambda items, _: items
     say: Callable[[str], None] = lambda line: None
@@ -123,7 +125,7 @@ class Rollout(ABC):
         """Log-probabilities at temperature 1 of the tokens of each sequence from its start (>= 1) on."""
 
     @abstractmethod
-    def sync(self, policy: Any) -> None:
+    def sync(self, policy: object) -> None:
         """From now on generate with this policy's weights as they are now; nothing computed with older ones is kept."""
 
     def sleep(self) -> None:  # noqa: B027

@@ -14,6 +14,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from transformers.cache_utils import Cache, DynamicLayer
 
 from align.data import chat
+from align.jsons import Tokenizer
 from align.models.policy import Policy, own_attention
 from align.rollout.base import GREEDY, Completion, Host, Rollout, Sampling, Stop, check_request
 
@@ -179,7 +180,7 @@ class _Buffer(DynamicLayer):
         super().__init__()
         self.capacity = capacity
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Append; the returned tensors are views of the room."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -253,7 +254,7 @@ def _draw(scores: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
 class _StopTexts(StoppingCriteria):
     """Ends a row when a stop text stands in what it wrote; `lengths` has the tokens of each row ended so."""
 
-    def __init__(self, tokenizer: Any, texts: tuple[str, ...], width: int, stops: set[int]):
+    def __init__(self, tokenizer: Tokenizer, texts: tuple[str, ...], width: int, stops: set[int]):
         self.tokenizer = tokenizer
         self.texts = texts
         self.width = width
@@ -264,7 +265,7 @@ class _StopTexts(StoppingCriteria):
         # treat the first of a text in their own way.
         self.reach = max((len(t.encode()) for t in texts), default=0) + 1
 
-    def __call__(self, input_ids: torch.LongTensor, _: torch.FloatTensor, **__: Any) -> Tensor:
+    def __call__(self, input_ids: torch.LongTensor, _: torch.FloatTensor, **__: object) -> Tensor:
         """Rows that are done, [B] bool."""
         length = input_ids.shape[1] - self.width
         recent = input_ids[:, self.width :][:, -self.reach :].tolist()

@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 import torch
 
 from align.data import chat
+from align.jsons import Json
 from align.models.policy import Policy, is_peft
 from align.rollout.base import GREEDY, Completion, EngineFailed, Host, Rollout, Sampling, Stop
 from align.rollout.transfer import write_adapter, write_model
@@ -39,7 +40,7 @@ _TICK_SECONDS = 0.25  # between two looks at the clock and at Host.check
 _WORDS = 600  # characters of a server's own words in a message
 
 T = TypeVar("T")
-Request = tuple[int, dict[str, Any]]  # number that chooses the server, body
+Request = tuple[int, Json]  # number that chooses the server, body
 
 
 @dataclass(eq=False)
@@ -179,9 +180,9 @@ class VLLMServerRollout(Rollout):
 
     # ---- requests and answers ----
 
-    def _body(self, prompt: list[int], sampling: Sampling, i: int, k: int) -> dict[str, Any]:
+    def _body(self, prompt: list[int], sampling: Sampling, i: int, k: int) -> Json:
         """The request for sample k of prompt i, with nothing left to the server's own settings."""
-        how: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
+        how: Json = {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
         if k != GREEDY and not sampling.greedy:
             how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
             how["seed"] = sampling.seed_at(i, k)
@@ -200,7 +201,7 @@ class VLLMServerRollout(Rollout):
             "frequency_penalty": 0.0,
         }
 
-    def _answers(self, requests: Sequence[Request], read: Callable[[dict[str, Any], dict[str, Any]], T]) -> list[T]:
+    def _answers(self, requests: Sequence[Request], read: Callable[[Json, Json], T]) -> list[T]:
         """What `read` makes of the answer to each request, in order; it raises ValueError for an impossible one."""
         out: dict[int, T] = {}
         missing = list(range(len(requests)))
@@ -230,9 +231,7 @@ class VLLMServerRollout(Rollout):
             )
         return [out[m] for m in range(len(requests))]
 
-    def _complete(
-        self, server: _Server, body: dict[str, Any], read: Callable[[dict[str, Any], dict[str, Any]], T]
-    ) -> T:
+    def _complete(self, server: _Server, body: Json, read: Callable[[Json, Json], T]) -> T:
         """One request to one server. Raises ValueError for one that no server would take."""
         if server.lost:
             raise _Failed(server, "", "lost while others of its requests were waiting")
@@ -253,7 +252,7 @@ class VLLMServerRollout(Rollout):
             words = f"{type(error).__name__}: {error}"[:_WORDS]
             raise _Failed(server, "/v1/completions", f"an answer that cannot be ({words})", 200) from error
 
-    def _completion(self, body: dict[str, Any], answer: dict[str, Any]) -> Completion:
+    def _completion(self, body: Json, answer: Json) -> Completion:
         """Raises ValueError for an answer that contradicts itself or the request."""
         choice, ids, logps = _choice(body, answer, "token_ids")
         reason, what = choice["finish_reason"], choice["stop_reason"]
@@ -474,7 +473,7 @@ class VLLMServerRollout(Rollout):
             )
 
     @staticmethod
-    def _begin(ask: Callable[..., Any]) -> None:
+    def _begin(ask: Callable[..., object]) -> None:
         """Begin an update; one that a killed trainer left open is given up first."""
         try:
             ask("/start_weight_update", {})
@@ -506,7 +505,7 @@ class VLLMServerRollout(Rollout):
 
     # ---- HTTP ----
 
-    def _ask(self, server: _Server, path: str, body: dict[str, Any] | None = None, key: str = "") -> Any:
+    def _ask(self, server: _Server, path: str, body: Json | None = None, key: str = "") -> Any:
         """The JSON that a server answers; POST with a body, else GET. Raises _Failed. key: which limit of time."""
         call = _Call(server, path, body, key, self.limits[key], self.limits["connect_seconds"])
         with self._lock:
@@ -551,7 +550,7 @@ class VLLMServerRollout(Rollout):
         self._tell()
         return out
 
-    def _next(self, finished: queue.SimpleQueue[tuple[int, Any]]) -> tuple[int, Any]:
+    def _next(self, finished: queue.SimpleQueue[tuple[int, object]]) -> tuple[int, Any]:
         """The next job that ends; meanwhile the host is asked whether to go on, and late calls are cut."""
         while True:
             if time.monotonic() - self._watched >= _TICK_SECONDS:
@@ -585,7 +584,7 @@ class _Call:
 
     server: _Server
     path: str
-    body: dict[str, Any] | None
+    body: Json | None
     key: str
     seconds: float
     connect_seconds: float
@@ -665,7 +664,7 @@ def _servers(urls: Sequence[str]) -> list[_Server]:
     return servers
 
 
-def _choice(body: dict[str, Any], answer: dict[str, Any], key: str) -> tuple[dict[str, Any], list[int], list[float]]:
+def _choice(body: Json, answer: Json, key: str) -> tuple[Json, list[int], list[float]]:
     """The one choice of an answer, its tokens by `key` and their log-probs. Raises ValueError for half answers."""
     (choice,) = answer["choices"]
     if choice["prompt_token_ids"] != body["prompt"]:
@@ -678,7 +677,7 @@ def _choice(body: dict[str, Any], answer: dict[str, Any], key: str) -> tuple[dic
     return choice, ids, logps
 
 
-def _scores(body: dict[str, Any], answer: dict[str, Any]) -> list[float]:
+def _scores(body: Json, answer: Json) -> list[float]:
     """Log-probs of all tokens of a prompt; nan for the first, which has none."""
     _, _, logps = _choice(body, answer, "prompt_token_ids")
     return [math.nan, *_finite(logps[1:])]

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from align.data import chat
 from align.data.sources import BadRow
+from align.jsons import Json, Tokenizer
 from align.rollout.base import Completion, Rollout, Sampling
 from align.tools import Observation, Tool
 
-Message = dict[str, Any]
+Message = Json
 SpanRow = tuple[str, int, int, bool]  # role, start, end, whether the policy wrote it in this trajectory
 End = Literal["answer", "length", "turns", "room"]
 
@@ -86,7 +87,7 @@ class ToolLoop:
     def __init__(
         self,
         rollout: Rollout,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         tool: Tool,
         *,
         max_turns: int,
@@ -195,7 +196,7 @@ class ToolLoop:
         state.messages.append({"role": self.role, "content": text})
 
 
-def re_encodes(tokenizer: Any, trajectory: Trajectory) -> bool:
+def re_encodes(tokenizer: Tokenizer, trajectory: Trajectory) -> bool:
     """Whether the messages, rendered anew, have the tokens that were emitted: a diagnostic, nothing depends on it."""
     try:
         rendering = chat.render(

@@ -71,7 +71,7 @@ def named_tensors(policy: Policy, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _state(lm: Any, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """The state of a causal language model without LoRA; tensors that shared their memory still do."""
-    cast: dict[Any, Tensor] = {}
+    cast: dict[object, Tensor] = {}
     out = {}
     for name, tensor in lm.state_dict().items():
         if "lora_" in name:

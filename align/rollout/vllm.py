@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 import torch
 
 from align.data import chat
+from align.jsons import Json
 from align.models.policy import Policy, is_peft
 from align.rollout import transfer as files
 from align.rollout.base import GREEDY, Completion, EngineFailed, Host, Rollout, Sampling, check_request
@@ -109,7 +110,7 @@ class VLLMRollout(Rollout):
         self._log_start = 0
         self._model = host.directory / "model"
         self._weights = self._model  # what an engine is started with
-        self._adapter: dict[str, Any] | None = None  # and the adapter of the last sync
+        self._adapter: Json | None = None  # and the adapter of the last sync
         self._write_model()
         self._settings = {
             "tokenizer": str(self._model),
@@ -213,14 +214,14 @@ class VLLMRollout(Rollout):
         if self.lora:
             self._adapter = self._write_adapter(self.policy)
 
-    def _write_adapter(self, policy: Policy) -> dict[str, Any]:
+    def _write_adapter(self, policy: Policy) -> Json:
         version = self.counts["syncs"] + 1
         path = self.host.directory / f"adapter-{version}"
         shutil.rmtree(path, ignore_errors=True)
         files.write_adapter(policy, path)
         return {"path": str(path), "version": version}
 
-    def _lora_settings(self) -> dict[str, Any]:
+    def _lora_settings(self) -> Json:
         if not self.lora:
             return {}
         rank = max(config.r for config in self.policy.model.peft_config.values())  # type: ignore[union-attr]
@@ -258,7 +259,7 @@ class VLLMRollout(Rollout):
             return
         self._update([{"path": path} for path in self._write_weights(policy)], version, reset)
 
-    def _update(self, chunks: list[dict[str, Any]], version: str, reset: bool) -> None:
+    def _update(self, chunks: list[Json], version: str, reset: bool) -> None:
         self._ask({"do": "update", "chunks": chunks, "version": version, "reset": reset}, self.sync_seconds, 0)
 
     def _write_weights(self, policy: Policy) -> list[str]:
@@ -321,7 +322,7 @@ class VLLMRollout(Rollout):
             env["OMP_NUM_THREADS"] = str(self.threads)
         return env
 
-    def _ask(self, message: dict[str, Any], seconds: float, num_requests: int) -> Any:
+    def _ask(self, message: Json, seconds: float, num_requests: int) -> Any:
         """The engine's answer; an engine that fails is replaced and asked again. Raises EngineFailed at last."""
         key = "request_seconds" if num_requests else "sync_seconds"
         if message["do"] not in ("sleep", "wake"):
@@ -341,7 +342,7 @@ class VLLMRollout(Rollout):
                 self.host.say(f"vLLM engine: {str(error).splitlines()[0]}; starting another")
                 sent = False
 
-    def _exchange(self, message: dict[str, Any], seconds: float, key: str) -> Any:
+    def _exchange(self, message: Json, seconds: float, key: str) -> Any:
         """Send a message and wait for its answer, at most `seconds` from one sign of life to the next.
 
         Whatever ends the wait early ends the engine: an answer that nobody waits for would be taken for the next one.
@@ -428,7 +429,7 @@ class Messages:
     def __init__(self) -> None:
         self._data = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
+    def feed(self, data: bytes) -> Iterator[Json]:
         """Those that these bytes complete. Raises EngineFailed for bytes that are no message."""
         self._data += data
         while len(self._data) >= 8:
@@ -445,7 +446,7 @@ class Messages:
             yield message
 
 
-def encode(message: dict[str, Any]) -> bytes:
+def encode(message: Json) -> bytes:
     """A message as it travels."""
     body = json.dumps(message, separators=(",", ":")).encode()
     return len(body).to_bytes(8, "big") + body
@@ -469,7 +470,7 @@ def check_version(allow_untested: bool) -> None:
         )
 
 
-def _choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+def _choice(name: str, value: object, allowed: tuple[Any, ...]) -> None:
     if not any(value == a and type(value) is type(a) for a in allowed):
         options = ", ".join(str(a).lower() if isinstance(a, bool) else a for a in allowed)
         raise ValueError(f"rollout.{name}={value}: must be one of {options}")
@@ -485,7 +486,7 @@ def _completion(told: list[Any]) -> Completion:
     return Completion(tuple(ids), stop, tuple(logps))
 
 
-def _ipc(policy: Policy, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+def _ipc(policy: Policy, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[Json]]:
     """Weights to keep alive, and the update that lets vLLM's own backend "ipc" read them where they are."""
     from torch.multiprocessing.reductions import reduce_tensor
 

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from align.jsons import Json
 from align.rollout import transfer
 from align.rollout.vllm import Messages, encode
 
@@ -26,10 +27,10 @@ _BEAT_SECONDS = 0.5
 def main(descriptor: int) -> None:
     """Serve the socket that was inherited as this file descriptor."""
     connection = socket.socket(fileno=descriptor)
-    messages: queue.Queue[dict[str, Any]] = queue.Queue()
+    messages: queue.Queue[Json] = queue.Queue()
     threading.Thread(target=_listen, args=(connection, messages), daemon=True).start()
 
-    def send(message: dict[str, Any]) -> None:
+    def send(message: Json) -> None:
         with contextlib.suppress(BrokenPipeError):  # the listener ends the process
             connection.sendall(encode(message))
 
@@ -48,7 +49,7 @@ def main(descriptor: int) -> None:
             send({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"})
 
 
-def _listen(connection: socket.socket, out: queue.Queue[dict[str, Any]]) -> None:
+def _listen(connection: socket.socket, out: queue.Queue[Json]) -> None:
     """Hand over what arrives; when the trainer is gone, however it ended, so is this process and what it left."""
     messages = Messages()
     scratch = None
@@ -62,7 +63,7 @@ def _listen(connection: socket.socket, out: queue.Queue[dict[str, Any]]) -> None
     os._exit(0)
 
 
-def _beats(send: Callable[[dict[str, Any]], None]) -> Callable[[int], None]:
+def _beats(send: Callable[[Json], None]) -> Callable[[int], None]:
     """A function to call after each step of the engine: now and then it tells that there was one."""
     last = time.monotonic()
 
@@ -78,7 +79,7 @@ def _beats(send: Callable[[dict[str, Any]], None]) -> Callable[[int], None]:
 class Engine:
     """A vLLM engine in this process, and the adapter that it generates with."""
 
-    def __init__(self, settings: dict[str, Any], adapter: dict[str, Any] | None):
+    def __init__(self, settings: Json, adapter: Json | None):
         from vllm import LLM
 
         transfer.register()
@@ -93,7 +94,7 @@ class Engine:
             self.adapt(lambda _: None, reset=True, **adapter)
 
     def generate(
-        self, beat: Callable[[int], None], prompts: list[list[int]], draws: list[list[Any]], common: dict[str, Any]
+        self, beat: Callable[[int], None], prompts: list[list[int]], draws: list[list[Any]], common: Json
     ) -> list[list[Any]]:
         """[token ids, log-probs, stop] of each draw, which is (number of its prompt, temperature, seed)."""
         from vllm import SamplingParams
@@ -124,7 +125,7 @@ class Engine:
         from vllm import SamplingParams
 
         told = [k for k, (ids, start) in enumerate(zip(sequences, starts, strict=True)) if start < len(ids)]
-        common: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
+        common: Json = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
         # the log-prob is that of the whole vocabulary all the same
         forced = [SamplingParams(**common, logprobs=0, allowed_token_ids=[sequences[k][-1]]) for k in told]
         # first: prompt log-probs do not read the cache, but fill it
@@ -140,7 +141,7 @@ class Engine:
             for k, (ids, start) in enumerate(zip(sequences, starts, strict=True))
         ]
 
-    def update(self, _: Callable[[int], None], chunks: list[dict[str, Any]], version: str, reset: bool) -> None:
+    def update(self, _: Callable[[int], None], chunks: list[Json], version: str, reset: bool) -> None:
         """New weights, each chunk as the weight-transfer backend takes it."""
         self.llm.start_weight_update()
         for chunk in chunks:

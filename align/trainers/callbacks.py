@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from align.config import Config
 from align.contracts import adopt
+from align.jsons import Fields
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Callback(ABC):  # noqa: B024
     def on_start(self, run: Running) -> None:  # noqa: B027
         """Before the first step of this process; after a resumption once more."""
 
-    def on_step(self, step: int, metrics: Mapping[str, Any]) -> None:  # noqa: B027
+    def on_step(self, step: int, metrics: Fields) -> None:  # noqa: B027
         """An optimiser step is done; metrics: its row of metrics.jsonl."""
 
-    def on_eval(self, step: int, metrics: Mapping[str, Any]) -> None:  # noqa: B027
+    def on_eval(self, step: int, metrics: Fields) -> None:  # noqa: B027
         """Held-out data were evaluated after that many steps; comes before that step's on_step."""
 
-    def on_end(self, summary: Mapping[str, Any]) -> None:  # noqa: B027
+    def on_end(self, summary: Fields) -> None:  # noqa: B027
         """All steps are done and final/ is written; summary: summary.json."""
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from align.checkpoint import WriteFailed
 from align.data.reasoning import Problem, ProblemSet, final_answer, prompt_messages
 from align.data.reasoning import problems as problem_set
 from align.files import write_whole
+from align.jsons import Fields, Json, Tokenizer
 from align.rollout.base import Rollout, Sampling
 from align.rollout.toolloop import ToolLoop, Trajectory, re_encodes
 from align.tools import Tool
 
-Row = dict[str, Any]
+Row = Json
 Progress = Callable[[Iterable[int], int], Iterable[int]]
 
 
@@ -38,7 +39,7 @@ class Collected:
 
     pairs: Path
     labelled: Path
-    report: Mapping[str, Any]  # collect.json
+    report: Fields  # collect.json
 
     def file(self, kind: str) -> Path:
         """The data file for objectives of a kind, pair or labelled. Raises ValueError when it would teach nothing."""
@@ -77,13 +78,13 @@ class Collector:
         self,
         settings: Any,
         rollout: Rollout,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         tool: Tool,
         directory: Path,
         *,
         seed: int,
         max_tokens: int,
-        key: Mapping[str, Any],
+        key: Fields,
         bound: bool = False,
         progress: Progress = lambda items, _: items,
     ):
@@ -181,7 +182,7 @@ class Collector:
         groups = self.loop.run([self._prompt(p) for p in problems], sampling, s.samples_per_problem)
         return [self._row(p, t) for p, group in zip(problems, groups, strict=True) for t in group]
 
-    def _prompt(self, problem: Problem) -> list[dict[str, Any]]:
+    def _prompt(self, problem: Problem) -> list[Json]:
         return prompt_messages(problem, self.settings.num_examples)
 
     def _row(self, problem: Problem, trajectory: Trajectory) -> Row:
@@ -213,7 +214,7 @@ def problems_of(settings: Any) -> ProblemSet:
     return problem_set(s.task, s.task_settings or {}, s.num_problems, s.num_heldout, s.problem_seed)
 
 
-def select(rows: Sequence[Row], settings: Any, seed: int) -> tuple[list[Row], list[Row], dict[str, Any]]:
+def select(rows: Sequence[Row], settings: Any, seed: int) -> tuple[list[Row], list[Row], Json]:
     """Pairs, labelled rows and the account of them. Every trajectory is used or counted under one reason.
 
     Left out: unfinished ones; repeated ones (same tokens, same problem); right ones that called no tool, or whose last
@@ -306,7 +307,7 @@ def _rewards(rows: Sequence[Row]) -> list[float]:
     return [float(row["reward"]) for row in rows]
 
 
-def _plain(settings: Any) -> dict[str, Any]:
+def _plain(settings: Any) -> Json:
     return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
 
 

@@ -24,6 +24,7 @@ from align.composers.fixed import disagreement
 from align.config import Config
 from align.data.prompts import PromptRow
 from align.data.reasoning import final_answer
+from align.jsons import Fields, Json, Tokenizer
 from align.report import composed_plots
 from align.rewards.build import counted
 from align.trainers.directions import directed, direction_of
@@ -63,7 +64,7 @@ class Composing:
         """Whether the composer waits for an evaluation."""
         return self.composer.due
 
-    def prompts(self, rows: list[PromptRow], tokenizer: Any, seed: int) -> list[PromptRow]:
+    def prompts(self, rows: list[PromptRow], tokenizer: Tokenizer, seed: int) -> list[PromptRow]:
         """The prompts as the composer wants them. Raises ValueError for one without the direction that it needs."""
         return directed(rows, self.composer, tokenizer, seed) if "direction" in self.composer.needs else rows
 
@@ -148,11 +149,11 @@ class Composing:
         except (ImportError, OSError) as error:  # what was trained is not to be lost for a picture
             self.say(f"no plots: {error}")
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Json:
         """The composer's, between two steps."""
         return self.composer.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Fields) -> None:
         """The inverse."""
         self.composer.load_state_dict(state)
 

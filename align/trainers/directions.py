@@ -4,7 +4,7 @@ alignment (arXiv 2402.18571)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from align.composers.fixed import Directional, direction, direction_weights, dra
 from align.config import Config
 from align.data.chat import prompt_ids
 from align.data.prompts import PromptRow
+from align.jsons import Fields, Tokenizer
 from align.rewards.build import counted
 from align.rollout.base import seed_of
 
@@ -40,7 +41,7 @@ def direction_of(prompt: PromptRow, num: int) -> list[float]:
     return [float(v) for v in found]
 
 
-def directed(rows: Sequence[PromptRow], composer: Composer, tokenizer: Any, seed: int) -> list[PromptRow]:
+def directed(rows: Sequence[PromptRow], composer: Composer, tokenizer: Tokenizer, seed: int) -> list[PromptRow]:
     """The prompts, each with a direction and a system message that tells it in hundredths, rounded.
 
     With composer.degrees null rows must have a column `direction` already, and stay as they are. Raises ValueError for
@@ -65,7 +66,7 @@ def directed(rows: Sequence[PromptRow], composer: Composer, tokenizer: Any, seed
 
 
 def directed_rounds(
-    rows: Sequence[PromptRow], slices: Sequence[range], composer: Composer, tokenizer: Any, seed: int
+    rows: Sequence[PromptRow], slices: Sequence[range], composer: Composer, tokenizer: Tokenizer, seed: int
 ) -> list[PromptRow]:
     """The prompts of each round with directions of that round, drawn by the seed, its number and the place in it."""
     out = list(rows)
@@ -76,7 +77,7 @@ def directed_rounds(
     return out
 
 
-def _with_system(messages: Sequence[Mapping[str, Any]], text: str) -> tuple[Any, ...]:
+def _with_system(messages: Sequence[Fields], text: str) -> tuple[Any, ...]:
     if messages[0].get("role") == "system":
         first = {**messages[0], "content": f"{messages[0]['content']}\n{text}"}
         return (first, *messages[1:])

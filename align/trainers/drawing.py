@@ -54,7 +54,7 @@ class Led(Rollout):
         """See Rollout."""
         return self._by_the_lead("logps", sequences, starts)
 
-    def sync(self, policy: Any) -> None:
+    def sync(self, policy: object) -> None:
         """See Rollout."""
         self._by_the_lead("sync", policy)
 
@@ -67,6 +67,6 @@ class Led(Rollout):
         if self.inner:
             self.inner.close()
 
-    def _by_the_lead(self, name: str, *arguments: Any) -> Any:
+    def _by_the_lead(self, name: str, *arguments: object) -> Any:
         done = together(self.world, lambda: getattr(self.inner, name)(*arguments) if self.inner else None)
         return self.world.share(done)

@@ -17,6 +17,7 @@ import torch
 from align.data.prompts import PromptRow
 from align.data.reasoning import final_answer
 from align.engine.world import World, divided
+from align.jsons import Tokenizer
 from align.packing import num_tokens
 from align.rewards.base import Conversation
 from align.rewards.build import Rewards
@@ -73,7 +74,7 @@ class Experience:
         self,
         rollout: Rollout,
         rewards: Rewards,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         steps: bool = False,
         world: World | None = None,
         scorer: Any = None,

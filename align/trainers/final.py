@@ -12,6 +12,7 @@ from rich.table import Table
 from align.checkpoint import atomic_directory
 from align.config import Config
 from align.evaluate.samples import Sample, paired_bootstrap
+from align.jsons import Json, Tokenizer
 from align.models.policy import Network, Scorer, is_peft, own_attention
 from align.rewards import network
 
@@ -19,13 +20,13 @@ from align.rewards import network
 def write_final(
     target: Path,
     policy: Network,
-    tokenizer: Any,
-    generation_config: Any,
+    tokenizer: Tokenizer,
+    generation_config: object,
     config: Config,
     base: str,
     command: str,
-    summary: dict[str, Any],
-    form: dict[str, Any] | None = None,
+    summary: Json,
+    form: Json | None = None,
 ) -> None:
     """Save weights (PEFT adapter, or plain with merge=true or without LoRA), tokenizer and card to `target`.
 
@@ -61,7 +62,7 @@ def _write_policy(policy: Network, generation_config: Any, merge: bool, director
         model.save_pretrained(str(directory))
 
 
-def model_card(config: Config, base: str, command: str, summary: dict[str, Any]) -> str:
+def model_card(config: Config, base: str, command: str, summary: Json) -> str:
     """What the model is, from which words it was made, and what was measured."""
     recipe = config.choices.get("recipe", "none")
     kind = "LoRA adapter" if config.lora.rank and not config.merge else "full weights"
@@ -89,7 +90,7 @@ with recipe {recipe} and seed {config.seed}; all settings stand below.
 """
 
 
-def rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+def rows(summary: Json) -> list[tuple[str, str, str]]:
     """What was measured on held-out data: name, before training, after it."""
     metrics = summary["metrics"]
     out = []
@@ -140,10 +141,10 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     return out
 
 
-def summarise(last: dict[str, Any], samples: list[Sample], kl: float | None) -> dict[str, Any]:
+def summarise(last: Json, samples: list[Sample], kl: float | None) -> Json:
     """What was measured, for summary.json: the last line of metrics.jsonl, the answers, the KL."""
     keep = ("loss/", "accuracy/", "heldout/")
-    out: dict[str, Any] = {"metrics": {k: v for k, v in last.items() if k.startswith(keep) and v is not None}, "kl": kl}
+    out: Json = {"metrics": {k: v for k, v in last.items() if k.startswith(keep) and v is not None}, "kl": kl}
     phases = {phase: [s for s in samples if s.phase == phase] for phase in ("before", "after")}
     if not all(phases.values()):
         return out
@@ -163,7 +164,7 @@ def summarise(last: dict[str, Any], samples: list[Sample], kl: float | None) -> 
     return out
 
 
-def final_table(summary: dict[str, Any]) -> Table:
+def final_table(summary: Json) -> Table:
     """The closing table of a run."""
     table = Table(title=f"held-out, after {summary['step']} steps in {summary['seconds']:.0f} s")
     for name in ("", "before", "after"):

@@ -27,6 +27,7 @@ from align.data.chat import prompt_ids
 from align.data.pairs import MaxMin
 from align.data.prompts import PromptRow, load_prompts, prompts_fingerprint
 from align.evaluate.heldout import changes, heldout_metrics
+from align.jsons import Json
 from align.models.device import pick_device
 from align.models.policy import Policy, weights_hash
 from align.models.pretrained import Pretrained, from_hub
@@ -156,7 +157,7 @@ class Iteration:
         self.rewards = components(self._node("reward"), self._reward_host())
         self.session.closing.callback(self.rewards.close)
 
-    def _node(self, name: str) -> dict[str, Any]:
+    def _node(self, name: str) -> Json:
         node = OmegaConf.to_container(self.config.tree[name], resolve=True)
         assert isinstance(node, dict)
         return node  # type: ignore[return-value]
@@ -234,7 +235,7 @@ class Iteration:
         there = self.rollouts.of(policy).logps(probe, [1] * len(probe))
         rows = [Row(np.array(ids, dtype=np.int32), np.arange(len(ids)) > 0) for ids in probe]
 
-        def network(batch: Any) -> Any:
+        def network(batch: object) -> Any:
             with self.session.autocast():
                 return policy(batch)
 
@@ -282,7 +283,7 @@ class Iteration:
         times = {"time/train_s": middle - start, "time/eval_s": end - middle, "time/round_s": end - begun}
         return row | times
 
-    def _key(self, number: int) -> dict[str, Any]:
+    def _key(self, number: int) -> Json:
         """What a round's completions depend on."""
         part = self.slices[number - 1]
         key = {"round": number} | self._drawn_with()
@@ -298,7 +299,7 @@ class Iteration:
             "chunk": t.chunk_prompts,
         }
 
-    def _drawn_with(self) -> dict[str, Any]:
+    def _drawn_with(self) -> Json:
         """What all completions of the policy in memory depend on."""
         tree = OmegaConf.to_container(self.config.tree, resolve=True)
         assert isinstance(tree, dict)
@@ -421,7 +422,7 @@ class Iteration:
         own |= {"kind": "offline", "precision": self.session.precision_name, "num_samples": 0}
         more = t.offline_data
         sources = [str(data), *([more] if isinstance(more, str) else more or [])]
-        changed: dict[str, Any] = {
+        changed: Json = {
             "run": {"dir": str(self._directory(number) / "train")},
             "seed": seed_of(config.seed, _TRAIN, number) % 2**31,
             "merge": config.lora.rank > 0,
@@ -516,7 +517,7 @@ class Iteration:
         number = self.trainer.rounds
         rows = rounds.read_rows(self.out.path / "metrics.jsonl")
         kept = ("heldout/", "train/")
-        summary: dict[str, Any] = {
+        summary: Json = {
             "step": number,
             "merged": self.config.merge,
             "seconds": self.session.seconds(),
@@ -542,7 +543,7 @@ class Iteration:
         lines = rounds.read_rows(self._directory(number) / f"problems-{phase}.jsonl")
         return [float(line["reward"]) for line in lines]
 
-    def _write_final(self, summary: dict[str, Any], target: Path) -> None:
+    def _write_final(self, summary: Json, target: Path) -> None:
         """The last round's model, with a card of the whole run."""
         source = self._final(self.trainer.rounds)
         for path in source.iterdir():

@@ -6,21 +6,21 @@ any more. What it remembers is in the checkpoint, so that it goes on after any k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align import build, checkpoint
 from align.engine.world import by_lead
+from align.jsons import Fields, Json
 from align.trainers.callbacks import Callback, Running
 from align.trainers.session import Session
 from align.trainers.trained import Whole
 
-Form = Callable[[], dict[str, Any]]
+Form = Callable[[], Json]
 
 
 OBSERVERS = "observers"  # their key in a checkpoint's progress; other keys are the loop's and the task's
@@ -35,33 +35,33 @@ class Observer:
     def start(self, number: int) -> None:
         """Before the first step that is still to be done; `number` are done and, unless it is 0, restored."""
 
-    def stepped(self, number: int, row: Mapping[str, Any]) -> None:
+    def stepped(self, number: int, row: Fields) -> None:
         """A step's weights have moved. row: its metrics so far."""
 
-    def evaluated(self, number: int, found: Mapping[str, Any]) -> None:
+    def evaluated(self, number: int, found: Fields) -> None:
         """Metrics of held-out data."""
 
-    def closed(self, number: int, row: Mapping[str, Any]) -> None:
+    def closed(self, number: int, row: Fields) -> None:
         """A step is done with its evaluation; its row is about to be written."""
 
     def saved(self, number: int) -> None:
         """There is a checkpoint of a step."""
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         """What it must remember: JSON; empty where there is nothing."""
         return {}
 
-    def restore(self, state: Mapping[str, Any], directory: Path) -> None:
+    def restore(self, state: Fields, directory: Path) -> None:
         """The inverse. directory: the checkpoint's, with what `write` put there."""
 
     def write(self, directory: Path) -> None:
         """This process's tensors into a checkpoint."""
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Json:
         """What summary.json says of it."""
         return {}
 
-    def end(self, summary: Mapping[str, Any]) -> None:
+    def end(self, summary: Fields) -> None:
         """The run is complete but for summary.json; told again if it is killed before that is written."""
 
 
@@ -95,7 +95,7 @@ class Exports(Observer):
                 if path.name > f"step-{number:06d}":
                     checkpoint.remove(path)
 
-    def closed(self, number: int, row: Mapping[str, Any]) -> None:  # noqa: ARG002
+    def closed(self, number: int, row: Fields) -> None:  # noqa: ARG002
         """See Observer."""
         t = self.session.config.trainer
         if number in (t.export_at or ()) or (t.export_every is not None and number % t.export_every == 0):
@@ -107,7 +107,7 @@ def export(whole: Whole, form: Form | None, folder: Path, number: int) -> None:
     whole.write(folder / f"step-{number:06d}", _card(number), None if form is None else form())
 
 
-def _card(number: int) -> dict[str, Any]:
+def _card(number: int) -> Json:
     return {"step": number, "metrics": {}, "kl": None, "heldout": ""}
 
 
@@ -137,7 +137,7 @@ class Best(Observer):
         """What a start that was killed had found later is forgotten."""
         self.saved(number)
 
-    def evaluated(self, number: int, found: Mapping[str, Any]) -> None:
+    def evaluated(self, number: int, found: Fields) -> None:
         """See Observer. Raises ValueError for a metric that the evaluation has not."""
         if self.metric not in found:
             raise ValueError(f"trainer.keep_best={self.metric}: an evaluation has {', '.join(sorted(found))}")
@@ -156,15 +156,15 @@ class Best(Observer):
                 if path.name != f"step-{self.step:06d}":
                     checkpoint.remove(path)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         """See Observer."""
         return {"value": self.value, "step": self.step, "waited": self.waited, "stopped": self.stops}
 
-    def restore(self, state: Mapping[str, Any], directory: Path) -> None:  # noqa: ARG002
+    def restore(self, state: Fields, directory: Path) -> None:  # noqa: ARG002
         """See Observer."""
         self.value, self.step, self.waited = state["value"], state["step"], state["waited"]
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Json:
         """See Observer."""
         if self.value is None:
             return {}
@@ -190,7 +190,7 @@ class Average(Observer):
         if not self.session.world.share(bool(self.weights)):
             self._follow(lambda name, weight: self.weights.update({name: weight.detach().float().clone()}))
 
-    def stepped(self, number: int, row: Mapping[str, Any]) -> None:  # noqa: ARG002
+    def stepped(self, number: int, row: Fields) -> None:  # noqa: ARG002
         """See Observer."""
         self._follow(lambda name, weight: self.weights[name].lerp_(weight.detach().float(), 1 - self.decay))
 
@@ -201,7 +201,7 @@ class Average(Observer):
             if self.session.world.lead and name in engine.parameters:
                 take(name, weight)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         """See Observer."""
         return {"decay": self.decay}
 
@@ -210,12 +210,12 @@ class Average(Observer):
         if self.session.world.lead:
             save_file({name: weight.contiguous() for name, weight in self.weights.items()}, directory / self.file)
 
-    def restore(self, state: Mapping[str, Any], directory: Path) -> None:  # noqa: ARG002
+    def restore(self, state: Fields, directory: Path) -> None:  # noqa: ARG002
         """See Observer."""
         if self.session.world.lead:
             self.weights.update(load_file(directory / self.file, str(self.whole.engine.policy.device)))
 
-    def end(self, summary: Mapping[str, Any]) -> None:
+    def end(self, summary: Fields) -> None:
         """See Observer. What is known of the last weights' scores is not known of these."""
         form = (
             None if self.form is None else {k: v for k, v in self.form().items() if k not in ("mean", "std", "count")}
@@ -237,7 +237,7 @@ class Idle(Observer):
         self.why = ""
         self.told = False
 
-    def stepped(self, number: int, row: Mapping[str, Any]) -> None:
+    def stepped(self, number: int, row: Fields) -> None:
         """See Observer."""
         why = _idle(row)
         self.all += 1
@@ -249,23 +249,23 @@ class Idle(Observer):
             self.told = True
             self.session.log.say(f"warning: step {number}: nothing was learnt in {self.streak} steps: {why}")
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         """See Observer."""
         return {"all": self.all, "idle": self.idle, "streak": self.streak, "why": self.why, "told": self.told}
 
-    def restore(self, state: Mapping[str, Any], directory: Path) -> None:  # noqa: ARG002
+    def restore(self, state: Fields, directory: Path) -> None:  # noqa: ARG002
         """See Observer."""
         self.all, self.idle, self.streak = state["all"], state["idle"], state["streak"]
         self.why, self.told = state["why"], state["told"]
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Json:
         """See Observer."""
         if not self.told and (self.idle < self.all or self.all == 0):
             return {}
         return {"nothing_learnt": {"steps": self.idle, "of": self.all, "why": self.why}}
 
 
-def _idle(row: Mapping[str, Any]) -> str:
+def _idle(row: Fields) -> str:
     """Why a step taught nothing; empty where it taught."""
     if row.get("tokens/targets") == 0:
         return "all completions are masked"
@@ -289,15 +289,15 @@ class Told(Observer):
         """See Observer."""
         self._tell(lambda callback: callback.on_start(replace(self.run, step=number)))
 
-    def evaluated(self, number: int, found: Mapping[str, Any]) -> None:
+    def evaluated(self, number: int, found: Fields) -> None:
         """See Observer."""
         self._tell(lambda callback: callback.on_eval(number, dict(found)))
 
-    def closed(self, number: int, row: Mapping[str, Any]) -> None:
+    def closed(self, number: int, row: Fields) -> None:
         """See Observer."""
         self._tell(lambda callback: callback.on_step(number, dict(row)))
 
-    def end(self, summary: Mapping[str, Any]) -> None:
+    def end(self, summary: Fields) -> None:
         """See Observer."""
         self._tell(lambda callback: callback.on_end(dict(summary)))
 

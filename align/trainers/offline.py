@@ -16,6 +16,7 @@ from align.engine.build import make_engine
 from align.engine.local import learning_rate
 from align.engine.world import together
 from align.evaluate.samples import paired_bootstrap
+from align.jsons import Json
 from align.models.policy import Network, Policy, Scorer, base_model, choose_layout, weights_hash
 from align.models.pretrained import Pretrained
 from align.objectives.base import RewardObjective
@@ -151,7 +152,7 @@ class Offline(Task):
 
 def _parts(
     session: Session,
-    model: Any,
+    model: object,
     data: Data,
     plan: Plan,
     state: checkpoint.State | None,
@@ -209,7 +210,7 @@ def _collection(session: Session, model: Any, rollouts: Rollouts) -> _Collection
     return _Collection(collector, before, str(collected.file(session.objective.kind)))
 
 
-def _prepared(session: Session, model: Any, data: Data, plan: Plan) -> trained.Trained:
+def _prepared(session: Session, model: object, data: Data, plan: Plan) -> trained.Trained:
     config = session.config
     layout, _ = choose_layout(model, config.trainer.layout, config.lora.dropout)
     budget = config.trainer.micro_batch_tokens
@@ -300,7 +301,7 @@ def _sync(session: Session, parts: _Parts, rollouts: Rollouts, collection: _Coll
         collection.collector.loop.rollout = rollout
 
 
-def _summary(session: Session, parts: _Parts, data: Data, step: int) -> dict[str, Any]:
+def _summary(session: Session, parts: _Parts, data: Data, step: int) -> Json:
     samples = parts.answers.after(step)
     kl = parts.answers.kl(parts.anchors.network(parts.trainee.reference)) if samples else None
     last = json.loads((session.out.read("metrics.jsonl") or "").splitlines()[-1])
@@ -324,11 +325,11 @@ class Form:
         self.chat = chat  # whether prompts were conversations, of those there are
         self.heldout = heldout
 
-    def __call__(self) -> dict[str, Any]:
+    def __call__(self) -> Json:
         """Of the weights as they are; all processes must ask."""
         objective = self.session.objective
         assert isinstance(objective, RewardObjective)
-        form: dict[str, Any] = {
+        form: Json = {
             "kind": objective.reward_kind,
             "outputs": list(objective.outputs),
             "ends": "end_of_turn",
@@ -342,7 +343,7 @@ class Form:
         return form
 
 
-def solved_summary(before: list[float], after: list[float]) -> dict[str, Any]:
+def solved_summary(before: list[float], after: list[float]) -> Json:
     """Shares of held-out problems solved before and after, and their difference with its interval."""
     change = paired_bootstrap(before, after)
     return {

@@ -23,17 +23,18 @@ from align.data.pairs import PairRule, pairs_of
 from align.data.prompts import PromptRow
 from align.data.scored import Sample, Scored
 from align.files import write_whole
+from align.jsons import Fields, Json, Tokenizer
 from align.rollout.base import Completion
 from align.trainers.experience import Group
 
-Line = dict[str, Any]  # a prompt with its completions, the form that scored.read_scored reads
+Line = Json  # a prompt with its completions, the form that scored.read_scored reads
 ORIGIN = "on_policy"
 
 
 # ---------------------------------------------------------------------- files
 
 
-def begin(directory: Path, key: Mapping[str, Any]) -> bool:
+def begin(directory: Path, key: Fields) -> bool:
     """Make `directory` the place of what depends on `key`; whether something older was thrown away for it."""
     path = directory / "key.json"
     wanted = json.loads(json.dumps(key, default=str))
@@ -55,12 +56,12 @@ def write(path: Path, text: str) -> None:
         raise WriteFailed(path, error, len(text)) from error
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_rows(path: Path, rows: Sequence[Fields]) -> None:
     """A line a row."""
     write(path, "".join(json.dumps(row, default=str) + "\n" for row in rows))
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[Json]:
     """What write_rows wrote."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -81,7 +82,7 @@ def slices(count: int, rounds: int, per_round: int | None, setting: str) -> list
     return [range(r * count // rounds, (r + 1) * count // rounds) for r in range(rounds)]
 
 
-def line_of(group: Group, names: Sequence[str], tokenizer: Any) -> Line:
+def line_of(group: Group, names: Sequence[str], tokenizer: Tokenizer) -> Line:
     """A group as it is written; its greedy completion, if there is one, comes last."""
     drawn = list(zip(group.completions, group.texts, group.rewards, group.scores, strict=True))
     lines = [_completion(group.prompt, *one, names) for one in drawn]
@@ -96,7 +97,7 @@ def line_of(group: Group, names: Sequence[str], tokenizer: Any) -> Line:
 
 def _completion(
     prompt: PromptRow, completion: Completion, text: str, rewards: np.ndarray, score: float, names: Sequence[str]
-) -> dict[str, Any]:
+) -> Json:
     start = len(prompt.token_ids)
     ids = [*prompt.token_ids, *completion.token_ids]
     return {
@@ -110,7 +111,7 @@ def _completion(
     }
 
 
-def _prompt(row: PromptRow, tokenizer: Any) -> Any:
+def _prompt(row: PromptRow, tokenizer: Tokenizer) -> Any:
     """The prompt as data sets write it; of a row that came as tokens the text of these."""
     if row.messages is not None:
         return list(row.messages)
@@ -130,7 +131,7 @@ def _number(value: float) -> float | None:
 class Chosen:
     """A round's training rows and the account of its prompts: prompts = used + dropped."""
 
-    rows: list[dict[str, Any]]
+    rows: list[Json]
     prompts: int
     used: int
     dropped: Mapping[str, int]  # prompts by reason
@@ -226,7 +227,7 @@ class BestAndWorst:
     def __call__(self, lines: Sequence[Line]) -> Chosen:
         """Rows with a label; of all completions with one text the first stands for them."""
         pairs = self.pairs(lines)
-        rows: dict[tuple[bool, tuple[int, ...]], dict[str, Any]] = {}
+        rows: dict[tuple[bool, tuple[int, ...]], Json] = {}
         for pair in pairs.rows:
             for side, label in (("chosen", True), ("rejected", False)):
                 row = {**pair[side], "score": pair[f"{side}_score"], "label": label, "origin": ORIGIN}
@@ -253,7 +254,7 @@ def scored_of(line: Line) -> Scored:
     )
 
 
-def _row(scored: Scored, sample: Sample) -> dict[str, Any]:
+def _row(scored: Scored, sample: Sample) -> Json:
     """A completion by its exact tokens; messages are for reading."""
     prompt = [{"role": "user", "content": scored.prompt}] if isinstance(scored.prompt, str) else list(scored.prompt)
     said = [{"role": "assistant", "content": sample.completion}]
@@ -289,7 +290,7 @@ def sample_metrics(lines: Sequence[Line], names: Sequence[str]) -> dict[str, flo
     }
 
 
-def heldout(lines: Sequence[Line]) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
+def heldout(lines: Sequence[Line]) -> tuple[list[Json], list[list[Json]]]:
     """The greedy completion of each held-out prompt, and its drawn ones."""
     return (
         [line["completions"][-1] for line in lines],

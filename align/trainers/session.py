@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -19,6 +18,7 @@ from align import build, checkpoint
 from align.config import Config
 from align.data.audit import Audit
 from align.engine.world import World, join, leave
+from align.jsons import Tokenizer
 from align.models.device import pick_device, pick_precision
 from align.models.pretrained import Pretrained
 from align.objectives.base import Objective
@@ -45,7 +45,7 @@ class Session:
     log: Log
     signals: Signals
     pretrained: Pretrained
-    tokenizer: Any
+    tokenizer: Tokenizer
     precision: torch.dtype
     precision_why: str
     started: float  # time.perf_counter

@@ -11,19 +11,19 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from align import checkpoint
 from align.engine.base import Engine, shape_of
+from align.jsons import Fields, Json
 from align.rollout.base import EngineFailed
 from align.trainers.final import final_table
 from align.trainers.observers import OBSERVERS, Observer
 from align.trainers.session import Session
 from align.trainers.signals import Stopped
 
-Metrics = dict[str, Any]
+Metrics = Json
 
 
 class Task(ABC):
@@ -50,11 +50,11 @@ class Task(ABC):
         """Metrics of held-out data, empty without any. May be stopped, and is then done again."""
         return {}
 
-    def state(self) -> Mapping[str, Any]:
+    def state(self) -> Fields:
         """What the next step depends on besides weights and step: JSON."""
         return {}
 
-    def restore(self, progress: Mapping[str, Any]) -> None:  # noqa: B027
+    def restore(self, progress: Fields) -> None:  # noqa: B027
         """The inverse, from a checkpoint's progress."""
 
     @abstractmethod
@@ -74,7 +74,7 @@ class StepLoop:
         session: Session,
         num_steps: int,
         state: checkpoint.State | None,
-        fixed: Mapping[str, Any],
+        fixed: Fields,
         observers: Sequence[Observer] = (),
         write: Callable[[Path], None] = lambda _: None,
         size: int | None = None,
@@ -116,14 +116,14 @@ class StepLoop:
                 self._save(self._said(task), None)
         return self.number
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Json:
         """What summary.json says of the loop."""
-        out: dict[str, Any] = {}
+        out: Json = {}
         for observer in self.observers:
             out |= observer.summary()
         return out
 
-    def end(self, summary: Mapping[str, Any]) -> None:
+    def end(self, summary: Fields) -> None:
         """final/ is written: say that the run is complete, on disk and to people."""
         for observer in self.observers:
             observer.end(summary)
@@ -151,7 +151,7 @@ class StepLoop:
                 observer.restore(states[observer.name], self.restored.path)
         return progress.get("pending")
 
-    def _said(self, task: Task) -> dict[str, Any]:
+    def _said(self, task: Task) -> Json:
         """What is to be saved of the task and the observers, as it is now."""
         states = {o.name: state for o in self.observers if (state := o.state())}
         return json.loads(json.dumps({**task.state(), OBSERVERS: states}))
@@ -191,7 +191,7 @@ class StepLoop:
         if number % config.log.console_every == 0 or self.over:
             self.session.log.say(task.console(number, row))
 
-    def _save(self, said: Mapping[str, Any], pending: Metrics | None) -> None:
+    def _save(self, said: Fields, pending: Metrics | None) -> None:
         """A checkpoint of the step that is done; pending: its row, if it is not written yet."""
         session = self.session
         session.log.flush()

@@ -17,6 +17,7 @@ from align.config import Config
 from align.engine.base import Engine, shape_of
 from align.engine.loading import load_model
 from align.engine.world import by_lead, together
+from align.jsons import Json
 from align.models.device import available_bytes, memory_plan, pick_device, pick_recompute
 from align.models.policy import Network, choose_layout, enable_recompute, lora, weights_hash
 from align.trainers.final import write_final
@@ -140,7 +141,7 @@ class Whole:
             pass
         return world.share("")
 
-    def write(self, target: Path, summary: dict[str, Any], form: dict[str, Any] | None = None) -> None:
+    def write(self, target: Path, summary: Json, form: Json | None = None) -> None:
         """Weights as they are now, in Hugging Face form, by the lead; see align.trainers.final."""
         network = self.engine.policy
         if self.engine.sharded:  # in the lead's memory alone
@@ -148,7 +149,7 @@ class Whole:
             fill(network, self.engine.weights())
         by_lead(self.session.world, lambda: self._write(target, network, summary, form))
 
-    def write_of(self, weights: dict[str, Tensor], target: Path, summary: dict[str, Any], form: Any = None) -> None:
+    def write_of(self, weights: dict[str, Tensor], target: Path, summary: Json, form: Any = None) -> None:
         """The same of other weights, by name, of those that are trained; the lead's are taken."""
 
         def write() -> None:
@@ -159,7 +160,7 @@ class Whole:
 
         by_lead(self.session.world, write)
 
-    def _write(self, target: Path, network: Network, summary: dict[str, Any], form: dict[str, Any] | None) -> None:
+    def _write(self, target: Path, network: Network, summary: Json, form: Json | None) -> None:
         s = self.session
         generation = self.trained.generation_config
         name = s.pretrained.name

@@ -13,6 +13,7 @@ import numpy as np
 from align import checkpoint
 from align.evaluate.heldout import changes
 from align.files import write_whole
+from align.jsons import Json
 from align.rundir import RunDirectory
 from align.trainers.experience import Group
 
@@ -41,7 +42,7 @@ class Transcripts:
             folder.mkdir(exist_ok=True)
         self._write(folder / f"step-{step:06d}.jsonl", step, groups)
 
-    def lines(self, step: int, groups: Sequence[Group]) -> list[dict[str, Any]]:
+    def lines(self, step: int, groups: Sequence[Group]) -> list[Json]:
         """What is written of each prompt with its completions."""
         return [_line(step, group, self.names) for group in groups]
 
@@ -65,7 +66,7 @@ class Transcripts:
         text = self.out.read(_name(phase))
         return None if text is None else json.loads(text.partition("\n")[0])["step"]
 
-    def changes(self) -> dict[str, Any]:
+    def changes(self) -> Json:
         """Greedy rewards before and after, see align.evaluate.heldout; all processes must ask."""
         texts = (self.out.read(_name(phase)) or "" for phase in ("before", "after"))
         before, after = ([json.loads(line)["greedy"] for line in text.splitlines()] for text in texts)
@@ -85,10 +86,10 @@ def _name(phase: str) -> str:
     return f"heldout-{phase}.jsonl"
 
 
-def _line(step: int, group: Group, names: Sequence[str]) -> dict[str, Any]:
+def _line(step: int, group: Group, names: Sequence[str]) -> Json:
     """A prompt with its completions, for people and for JSON."""
 
-    def one(text: str, completion: Any, rewards: np.ndarray, score: float) -> dict[str, Any]:
+    def one(text: str, completion: Any, rewards: np.ndarray, score: float) -> Json:
         known = {name: None if math.isnan(r) else float(r) for name, r in zip(names, rewards, strict=True)}
         return {
             "completion": text,
@@ -102,7 +103,7 @@ def _line(step: int, group: Group, names: Sequence[str]) -> dict[str, Any]:
     made = [one(*sample) for sample in samples]
     if group.steps is not None:
         made = [{**m, "steps": row[~np.isnan(row)].tolist()} for m, row in zip(made, group.steps, strict=True)]
-    out: dict[str, Any] = {
+    out: Json = {
         "step": step,
         "source": group.prompt.source,
         "prompt": group.prompt.text,

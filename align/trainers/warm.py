@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
@@ -21,6 +20,7 @@ from align.config import Config, TrainerConfig, WarmConfig
 from align.data.load import fingerprint, load
 from align.data.wanted import Wanted
 from align.evaluate.samples import paired_bootstrap
+from align.jsons import Json
 from align.models.device import pick_device
 from align.objectives.base import RewardObjective
 from align.rewards.combine import mean
@@ -159,9 +159,9 @@ class Warm:
         finally:
             session.close()
 
-    def _summary(self, members: Sequence[Path], heldout: Sequence[Example]) -> dict[str, Any]:
+    def _summary(self, members: Sequence[Path], heldout: Sequence[Example]) -> Json:
         """Held-out accuracy of each member, of the mean of their scores (ENS) and of the mean of their weights."""
-        out: dict[str, Any] = {"members": len(members), "step": len(members), "merged": self.config.merge}
+        out: Json = {"members": len(members), "step": len(members), "merged": self.config.merge}
         out["seconds"] = self.session.seconds()
         assert isinstance(self.objective, RewardObjective)
         if not heldout or self.objective.kind != "pair" or len(self.objective.outputs) > 1:
@@ -203,7 +203,7 @@ def _right(scores: np.ndarray) -> np.ndarray:
     return (scores[:, 0] > scores[:, 1]).astype(float)
 
 
-def _table(summary: dict[str, Any]) -> Table:
+def _table(summary: Json) -> Table:
     table = Table(title=f"{summary['members']} reward models in {summary['seconds']:.0f} s")
     table.add_column("")
     table.add_column("held-out accuracy", justify="right")

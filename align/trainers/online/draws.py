@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from align.config import Config, OnlineConfig
 from align.data.prompts import PromptRow
 from align.engine.world import World
+from align.jsons import Json
 from align.rewards.build import Rewards
 from align.rollout.base import Rollout, Sampling
 from align.trainers.experience import Experience, Group
@@ -75,7 +75,7 @@ class Tally:
         self.failures: Counter[str] = Counter()
         self._counted: Counter[str] = Counter()  # by this process's parts, so far
 
-    def take(self) -> dict[str, Any]:
+    def take(self) -> Json:
         """Count what failed since it was last asked. What a stop makes undone was not counted: it is when it is done
         again."""
         now = Counter({f"rollout/{name}": n for name, n in self.everyone(self.rollout.counts).items()})

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from align.config import OnlineConfig
 from align.data.prompts import PromptRow
 from align.evaluate.heldout import heldout_metrics
+from align.jsons import Json
 from align.rollout.base import Sampling
 from align.trainers.composing import Composing
 from align.trainers.experience import Experience, Group
@@ -59,7 +59,7 @@ class Heldout:
         if self.composing is not None and self.composing.due:
             self.composing.evaluated(self.metrics(groups))
 
-    def evaluate(self, step: int, last: bool) -> dict[str, Any]:
+    def evaluate(self, step: int, last: bool) -> Json:
         """Metrics of the policy as it is; the composer is told of them."""
         groups = self.answers()
         found = self.metrics(groups)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -13,6 +12,7 @@ from align.advantages.kl import kl_coefficient
 from align.composers.base import Composer
 from align.config import OnlineConfig
 from align.engine.local import learning_rate
+from align.jsons import Json
 from align.trainers import influence
 from align.trainers.composing import Composing
 from align.trainers.experience import Group, episodes, with_columns
@@ -112,7 +112,7 @@ class Learner:
     def _influences(
         self,
         parts: list[Example],
-        columns: dict[str, Any],
+        columns: Json,
         streams: Tensor,
         others: dict[str, Tensor],
         composer: Composer,
@@ -158,7 +158,7 @@ class Learner:
         pattern = self.composing.composer.parameters
         return influence.Directional(self.trainee, parts, objectives, pattern, self.session.signals.check)
 
-    def learnt(self, row: dict[str, Any]) -> dict[str, float]:
+    def learnt(self, row: Json) -> dict[str, float]:
         """The weights have moved: tell the composer, and move the coefficient of the KL; returns their metrics."""
         out = {} if self.composing is None else dict(self.composing.learnt(self._measured))
         if self.trainer.kl_target is not None:

@@ -10,7 +10,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from align import build, checkpoint
 from align.advantages.base import Advantage
@@ -20,6 +19,7 @@ from align.data.prompts import PromptRow, load_prompts, prompts_fingerprint
 from align.engine.base import Engine
 from align.engine.build import make_engine
 from align.engine.world import together
+from align.jsons import Json
 from align.models.policy import Policy
 from align.rewards.build import RewardHost, Rewards, components
 from align.rollout.base import Sampling
@@ -147,7 +147,7 @@ def prompts_of(session: Session, composer: Composing | None) -> Asked:
 
 def _policy(
     session: Session,
-    model: Any,
+    model: object,
     advantage: Advantage,
     composer: Composing | None,
     train: Sequence[PromptRow],
@@ -250,14 +250,14 @@ def _task(
     return Online(session, plan, draws, experience, learner, heldout, transcripts, tally, whole, probe)
 
 
-def _summary(session: Session, task: Online, step: int) -> dict[str, Any]:
+def _summary(session: Session, task: Online, step: int) -> Json:
     last = json.loads((session.out.read("metrics.jsonl") or "").splitlines()[-1])
     last |= task.heldout.after(step)
     if task.composing is not None and session.world.lead:
         task.composing.draw(session.out.path)
     # what a component put into the policy's model is not the policy's
     task.experience.rewards.close()
-    summary: dict[str, Any] = {
+    summary: Json = {
         "step": step,
         "merged": session.config.merge,
         "seconds": session.seconds(),

@@ -7,11 +7,11 @@ was.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from align.config import OnlineConfig
 from align.engine.world import together
+from align.jsons import Fields
 from align.trainers.composing import Composing
 from align.trainers.experience import Experience, Group, examples, reward_metrics
 from align.trainers.loop import Plan
@@ -132,7 +132,7 @@ class Online(Task):
             return {}
         return {**self.heldout.evaluate(number, last), **self.tally.take()}
 
-    def state(self) -> Mapping[str, Any]:
+    def state(self) -> Fields:
         """See Task."""
         return {
             "position": self.draws.position,
@@ -141,7 +141,7 @@ class Online(Task):
             "kl_coefficient": self.learner.kl_coefficient,
         }
 
-    def restore(self, progress: Mapping[str, Any]) -> None:
+    def restore(self, progress: Fields) -> None:
         """See Task."""
         self.draws.position = progress["position"]
         self.tally.failures.update(progress["failures"])
