@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hydra.utils import instantiate
 
 from align import build
 from align.cli import main
@@ -19,6 +20,7 @@ from tests.conftest import plain_dpo
 from tests.objectives.build import reduced, rows_of, select, stats_of
 from tests.trainers.online_runs import REWARDS, words_of
 from tests.trainers.test_train import write_pairs
+from tests.variants import node_of
 
 DEFAULT = {
     "beta": 0.5, "loss": Sigmoid(0.0), "names": ["a", "b"], "weights": None, "form": "losses",
@@ -158,10 +160,7 @@ FORMS = {
 WEIGHTS = {"a": 0.25, "b": 0.45, "c": 0.3}
 
 
-ALL_LOSSES = {
-    name: build.objective(compose(["objective=dpo", f"objective/loss={name}"])).loss
-    for name in options("objective/loss")
-}
+ALL_LOSSES = {name: instantiate(node_of("objective/loss", name)) for name in options("objective/loss")}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hydra.utils import get_class
 
 from align import build
 from align.config import compose, options
@@ -15,12 +16,14 @@ from align.data.wanted import Wanted
 from align.engine.local import LocalEngine
 from align.models.policy import Policy
 from align.models.pretrained import byte_tokenizer
+from align.objectives.base import RewardObjective
 from align.packing import pack
 from align.trainers.loop import Anchor, Trainee, train_step
 from align.types import Extras
 from tests.conftest import tiny_model
 from tests.data.helpers import examples
 from tests.engine.test_local import optimizer
+from tests.variants import node_of
 
 TOKENIZER = byte_tokenizer()
 WORDS = ["Cod.", "A cow", "Oak, elm and ash", "No", "It is four.", "Seven or eight", "Ü", "Paris please"]
@@ -28,7 +31,7 @@ WORDS = ["Cod.", "A cow", "Oak, elm and ash", "No", "It is four.", "Seven or eig
 OBJECTIVES = [
     word
     for word in (f"objective={name}" for name in options("objective"))
-    if "scores" not in build.objective(compose([word])).needs
+    if not issubclass(get_class(node_of("objective", word.partition("=")[2])["_target_"]), RewardObjective)
 ]
 LOSSES = [f"objective=dpo objective/loss={name}" for name in options("objective/loss")]
 AGGREGATIONS = ["sequence_mean_token_mean", "sequence_mean_token_sum", "sequence_sum_over_length"]
