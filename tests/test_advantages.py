@@ -22,7 +22,8 @@ from align.advantages.baselines import GRPO, RLOO, Reinforce, ReinforcePlusPlus,
 from align.advantages.copo import COPO, answer_entropy
 from align.advantages.ppo import PPO
 from align.advantages.process import PURE, Progress, PUREStrictMin, progress, regret, step_lengths, weighted_steps
-from align.types import Episodes
+from align.composers.invariance import NO_EFFECT, columns_of, probe, refuse_without_effect, rescaling_effect
+from align.types import Episodes, Estimate
 from tests.experiments import pure_toy, remax_toy
 
 ROOT = Path(__file__).parents[1]
@@ -693,3 +694,38 @@ def test_the_sum_of_process_rewards_breeds_fillers_and_their_minimum_does_not():
     }
     assert fillers["sum"] > 6
     assert fillers["min"] < 0.6
+
+
+@pytest.mark.parametrize("path", OPTIONS, ids=lambda path: path.stem)
+def test_estimators_say_of_themselves_what_probing_finds(path):
+    """Whoever checks settings reads it instead of computing."""
+    node = OmegaConf.load(path)
+    if OmegaConf.is_missing(node, "length"):
+        node.length = 8
+    estimator = instantiate(node)
+    assert estimator.columns == set(estimator(probe(1.0, False)).columns)
+    if estimator.scale_free is False:
+        assert rescaling_effect(estimator, penalties=False) > NO_EFFECT
+
+
+@pytest.mark.parametrize("estimator", [RLOO("in_score", (-1e-9, 1e-9)), Reinforce(1.0, (-1e-9, 1e-9))])
+def test_a_clip_may_hide_a_factor_on_the_rewards(estimator):
+    with pytest.raises(ValueError, match="has no effect with advantage=mine"):
+        refuse_without_effect(estimator, "mine", penalties=False)
+
+
+def test_what_a_subclass_computes_itself_is_not_taken_from_its_parent():
+    class Whitened(RLOO):
+        def __call__(self, episodes: Episodes) -> Estimate:
+            found = super().__call__(episodes)
+            advantages = found.columns["advantages"]
+            return Estimate({"advantages": advantages / advantages.std(), "more": advantages}, found.metrics)
+
+    class Renamed(RLOO):
+        pass
+
+    assert columns_of(Whitened("in_score", None)) == {"advantages", "more"}
+    assert columns_of(Renamed("in_score", None)) == {"advantages"}
+    refuse_without_effect(Renamed("in_score", None), "mine", penalties=False)
+    with pytest.raises(ValueError, match="has no effect with advantage=mine"):
+        refuse_without_effect(Whitened("in_score", None), "mine", penalties=False)

@@ -232,6 +232,18 @@ def test_recipes_are_those_of_the_call(tmp_path):
     assert compose(["recipe=wpo"]).choices["recipe"] == "wpo"
 
 
+def test_a_recipe_may_begin_with_another_and_a_broken_one_beside_it_is_not_read(tmp_path):
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - /recipe/dpo\n  - _self_\nseed: 7\n")
+    (folder / "broken.yaml").write_text("a: [")
+    assert compose(["recipe=dpo"], tmp_path).seed == 0
+    assert "broken.yaml: is not YAML" in refusal(["recipe=broken"], tmp_path)
+    (folder / "broken.yaml").unlink()
+    config = compose(["recipe=mine"], tmp_path)
+    assert (config.seed, config.objective._target_) == (7, "align.objectives.preference.DPO")
+
+
 def test_number_with_exponent_in_a_recipe_is_a_number(tmp_path):
     """YAML 1.1 reads 1e-2 as a text; a beta that is a text would fail only when the objective is built."""
     beta = compose(["recipe=bad"], own_recipe(tmp_path, "objective:\n  beta: 1e-2\n")).objective.beta

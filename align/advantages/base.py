@@ -7,10 +7,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Literal
 
-import torch
-from torch import Tensor
-
+from align.deferred import Tensor, torch
 from align.types import Episodes, Estimate
 
 PENALTIES = ("in_score", "after_baseline")
@@ -25,6 +24,10 @@ class Advantage(ABC):
     # Of group (two completions of a prompt or more), greedy, values, steps, answers: what it reads of Episodes beside
     # scores, group, row, truncated and penalties
     needs: frozenset[str] = frozenset()
+    # Names of the token columns of an estimate. None: a composer of advantages asks by having some made up
+    columns: frozenset[str] | None = None
+    # False: a factor on all rewards is one on its advantages. None: a composer asks by having made-up rewards doubled
+    scale_free: Literal[False] | None = None
 
     @abstractmethod
     def __call__(self, episodes: Episodes) -> Estimate:

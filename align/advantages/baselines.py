@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import Literal
 
 from align.advantages.base import (
     PENALTIES,
@@ -29,6 +27,7 @@ from align.advantages.base import (
     whitened,
     within,
 )
+from align.deferred import Tensor, no_grad, torch
 from align.types import Episodes, Estimate
 
 
@@ -43,6 +42,8 @@ class ReMax(Advantage):
     Li et al. 2023, ReMax, arXiv 2310.10505.
     """
 
+    columns = frozenset({"advantages"})
+
     form: str
     gamma: float
     clip: float | None
@@ -55,7 +56,12 @@ class ReMax(Advantage):
         if self.clip is not None:
             positive("clip", self.clip)
 
-    @torch.no_grad()
+    @property
+    def scale_free(self) -> Literal[False] | None:
+        """A clip may hide the factor."""
+        return False if self.clip is None else None
+
+    @no_grad
     def __call__(self, episodes: Episodes) -> Estimate:
         """Columns: advantages."""
         greedy = episodes.greedy
@@ -90,6 +96,8 @@ class Reinforce(Advantage):
     Williams 1992. Whitened over all tokens it is ReinforcePlusPlus.
     """
 
+    columns = frozenset({"advantages"})
+
     gamma: float
     score_clip: Sequence[float] | None
 
@@ -97,7 +105,12 @@ class Reinforce(Advantage):
         within("gamma", self.gamma, 0, 1)
         bounds("score_clip", self.score_clip)
 
-    @torch.no_grad()
+    @property
+    def scale_free(self) -> Literal[False] | None:
+        """A score_clip may hide the factor."""
+        return False if self.score_clip is None else None
+
+    @no_grad
     def __call__(self, episodes: Episodes) -> Estimate:
         """Columns: advantages."""
         scored = ~episodes.scores.isnan()
@@ -114,6 +127,8 @@ class RLOO(Advantage):
     Ahmadian et al. 2024, RLOO, arXiv 2402.14740.
     """
 
+    columns = frozenset({"advantages"})
+
     penalty: str
     score_clip: Sequence[float] | None
 
@@ -123,7 +138,12 @@ class RLOO(Advantage):
         one_of("penalty", self.penalty, PENALTIES)
         bounds("score_clip", self.score_clip)
 
-    @torch.no_grad()
+    @property
+    def scale_free(self) -> Literal[False] | None:
+        """A score_clip may hide the factor."""
+        return False if self.score_clip is None else None
+
+    @no_grad
     def __call__(self, episodes: Episodes) -> Estimate:
         """Columns: advantages."""
         scored = ~episodes.scores.isnan()
@@ -140,6 +160,8 @@ class GRPO(Advantage):
     Shao et al. 2024, DeepSeekMath, arXiv 2402.03300; Liu et al. 2025, Dr.GRPO, arXiv 2503.20783.
     """
 
+    columns = frozenset({"advantages"})
+
     divide_by_std: bool
     epsilon: float
     penalty: str
@@ -152,7 +174,12 @@ class GRPO(Advantage):
         one_of("penalty", self.penalty, PENALTIES)
         bounds("score_clip", self.score_clip)
 
-    @torch.no_grad()
+    @property
+    def scale_free(self) -> Literal[False] | None:
+        """A score_clip may hide the factor."""
+        return False if self.score_clip is None and not self.divide_by_std else None
+
+    @no_grad
     def __call__(self, episodes: Episodes) -> Estimate:
         """Columns: advantages."""
         scored = ~episodes.scores.isnan()
@@ -171,6 +198,8 @@ class ReinforcePlusPlus(Advantage):
     in_score. OpenRLHF@3c3be62 (reinforce, reinforce_baseline): population, after_baseline.
     Hu et al. 2025, REINFORCE++, arXiv 2501.03262.
     """
+
+    columns = frozenset({"advantages"})
 
     gamma: float
     group_baseline: bool
@@ -199,7 +228,7 @@ class ReinforcePlusPlus(Advantage):
                 "use after_baseline"
             )
 
-    @torch.no_grad()
+    @no_grad
     def __call__(self, episodes: Episodes) -> Estimate:
         """Columns: advantages."""
         scored = ~episodes.scores.isnan()

@@ -6,9 +6,6 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from align.advantages.base import (
     Advantage,
     degenerate,
@@ -22,6 +19,7 @@ from align.advantages.base import (
     positive,
 )
 from align.advantages.baselines import totals
+from align.deferred import Tensor, no_grad, torch
 from align.types import Episodes, Estimate
 
 BLENDS = ("local", "global", "soft", "forced", "soft_forced", "nonzero", "soft_nonzero")
@@ -42,6 +40,8 @@ class COPO(Advantage):
     COPO, arXiv 2508.04138; hijih/copo-code@095afa5.
     """
 
+    columns = frozenset({"advantages", "global_advantages", "local_weight"})
+
     blend: str
     midpoint: float
     steepness: float
@@ -58,7 +58,7 @@ class COPO(Advantage):
         positive("steepness", self.steepness)
         positive("epsilon", self.epsilon)
 
-    @torch.no_grad()
+    @no_grad
     def __call__(self, episodes: Episodes) -> Estimate:
         """Columns: advantages, global_advantages, local_weight; the last two constant within a completion."""
         scored = ~episodes.scores.isnan()

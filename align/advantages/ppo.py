@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from align.advantages.base import (
     VARIANCES,
     Advantage,
@@ -20,6 +18,7 @@ from align.advantages.base import (
     within,
 )
 from align.advantages.baselines import clipped
+from align.deferred import no_grad, torch
 from align.types import Episodes, Estimate
 
 
@@ -33,6 +32,8 @@ class PPO(Advantage):
     target, as in verl@b178a3c; OpenRLHF@3c3be62 puts a value of 0 into such holes.
     Schulman et al. 2016, GAE, arXiv 1506.02438; Schulman et al. 2017, PPO, arXiv 1707.06347.
     """
+
+    columns = frozenset({"advantages", "returns", "old_values"})
 
     gamma: float
     lam: float
@@ -48,7 +49,7 @@ class PPO(Advantage):
         one_of("whiten", self.whiten, ("none", *VARIANCES))
         bounds("score_clip", self.score_clip)
 
-    @torch.no_grad()
+    @no_grad
     def __call__(self, episodes: Episodes) -> Estimate:
         """Columns: advantages, returns, old_values; the returns of a completion without a score are its values."""
         values = episodes.values

@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
 from align.advantages.base import (
     Advantage,
     at_last,
@@ -27,6 +24,7 @@ from align.advantages.base import (
     within,
 )
 from align.contracts import adopt
+from align.deferred import Tensor, no_grad, torch
 from align.types import Episodes, Estimate
 
 
@@ -43,6 +41,8 @@ class PURE(Advantage):
     Cheng et al. 2025, PURE, arXiv 2504.15275; CJReinforce/PURE@41f9363, branch main.
     """
 
+    columns = frozenset({"advantages"})
+
     temperature: float | None
     baseline: str
     outcome_weight: float
@@ -55,7 +55,7 @@ class PURE(Advantage):
         one_of("baseline", self.baseline, ("token", "step"))
         within("outcome_weight", self.outcome_weight, 0, math.inf)
 
-    @torch.no_grad()
+    @no_grad
     def __call__(self, episodes: Episodes) -> Estimate:
         """Columns: advantages."""
         steps = episodes.steps
@@ -102,6 +102,8 @@ class PUREStrictMin(Advantage):
     padded batch.
     """
 
+    columns = frozenset({"advantages"})
+
     aggregate: str
     length: int
     whiten: str
@@ -115,7 +117,7 @@ class PUREStrictMin(Advantage):
         one_of("whiten", self.whiten, ("none", "sample", "population"))
         within("outcome_weight", self.outcome_weight, 0, math.inf)
 
-    @torch.no_grad()
+    @no_grad
     def __call__(self, episodes: Episodes) -> Estimate:
         """Columns: advantages. Raises ValueError for a completion of more than `length` tokens."""
         steps = episodes.steps
@@ -152,6 +154,8 @@ class Progress(Advantage):
     Qu et al. 2025, MRT, arXiv 2503.07572; the authors published no training code, so the formula is the paper's only.
     """
 
+    columns = frozenset({"advantages"})
+
     alpha: float
     inner: Advantage
 
@@ -166,7 +170,7 @@ class Progress(Advantage):
         """Those of the inner estimator, and steps."""
         return self.inner.needs | {"steps"}
 
-    @torch.no_grad()
+    @no_grad
     def __call__(self, episodes: Episodes) -> Estimate:
         """Columns of the inner estimator."""
         assert episodes.steps is not None

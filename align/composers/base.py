@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
-from torch import Tensor
-
 from align import simplex as checks
+from align.deferred import Tensor, torch
 from align.jsons import Fields, Json
 
 KL = "kl"  # the name of the KL's own stream
@@ -36,6 +34,23 @@ class Observed:
     learning_rate: float | None = None  # of this optimiser step
     validation: Tensor | None = None  # [K] held-out means, after an evaluation
     gold: float | None = None  # the held-out metric that `gold_metric` names, after an evaluation; higher is better
+
+
+class Vector:
+    """A tensor [K] of a composer, float64 on the CPU. Set as numbers it is made when it is first read: settings are
+    checked without torch."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, composer: Composer, owner: type) -> Tensor:
+        kept = vars(composer)
+        if isinstance(kept[self._name], list):
+            kept[self._name] = tensor(kept[self._name])
+        return kept[self._name]
+
+    def __set__(self, composer: Composer, value: Tensor | list[float]) -> None:
+        vars(composer)[self._name] = value
 
 
 class Composer(ABC):
@@ -179,19 +194,19 @@ def by_name(values: Fields, names: Sequence[str], key: str, complete: bool = Tru
     return checks.by_name(values, names, f"composer.{key}", complete, _COMPONENT)
 
 
-def simplex(values: Fields | None, names: Sequence[str], key: str, zeros: bool = True) -> Tensor:
-    """align.simplex.simplex of composer.KEY [K] float64."""
-    return tensor(checks.simplex(values, names, f"composer.{key}", zeros, _COMPONENT))
+def simplex(values: Fields | None, names: Sequence[str], key: str, zeros: bool = True) -> list[float]:
+    """align.simplex.simplex of composer.KEY [K]."""
+    return checks.simplex(values, names, f"composer.{key}", zeros, _COMPONENT)
 
 
-def summing_to_one(values: Sequence[float], key: str) -> Tensor:
-    """align.simplex.summing_to_one of composer.KEY [K] float64."""
-    return tensor(checks.summing_to_one(values, f"composer.{key}"))
+def summing_to_one(values: Sequence[float], key: str) -> list[float]:
+    """align.simplex.summing_to_one of composer.KEY [K]."""
+    return checks.summing_to_one(values, f"composer.{key}")
 
 
 def named(form: str, names: Sequence[str], values: Sequence[float] | Tensor) -> dict[str, float]:
     """Metrics form/NAME."""
-    listed = values.tolist() if isinstance(values, Tensor) else values
+    listed = values.tolist() if isinstance(values, torch.Tensor) else values
     return {f"{form}/{name}": float(value) for name, value in zip(names, listed, strict=True)}
 
 

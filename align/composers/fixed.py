@@ -5,24 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor
-
 from align.composers.base import (
     TARGETS,
     Composer,
     Target,
+    Vector,
     by_name,
     named,
     one_of,
     positive,
     simplex,
     summing_to_one,
-    tensor,
     weighted,
     whitened,
     within,
 )
+from align.deferred import Tensor, no_grad, torch
 
 NORMALISATIONS = ("none", "whiten")
 
@@ -33,6 +31,8 @@ class Fixed(Composer):
     Plain sums of rewards, which the constrained form is compared with (Moskovitz et al. 2023, arXiv 2310.04373), and
     the static baselines of dynamic reward weighting (arXiv 2509.11452). A weight may be negative, of a cost.
     """
+
+    weights: Vector = Vector()
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Fixed(Composer):
         else:
             self.weights = simplex(weights, self.names, "weights")
 
-    @torch.no_grad()
+    @no_grad
     def __call__(self, streams: Tensor, keep: Tensor | None = None, context: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """See Composer."""
         streams = self.checked(streams, keep)
@@ -74,12 +74,13 @@ class Satisficing(Composer):
     """
 
     target = "reward"
+    thresholds: Vector = Vector()
 
     def __init__(self, names: Sequence[str], *, thresholds: Mapping[str, float]):
         super().__init__(names, smallest=1)
-        self.thresholds = tensor(list(by_name(thresholds, self.names, "thresholds").values()))
+        self.thresholds = list(by_name(thresholds, self.names, "thresholds").values())
 
-    @torch.no_grad()
+    @no_grad
     def __call__(self, streams: Tensor, keep: Tensor | None = None, context: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """See Composer."""
         distances = self.checked(streams, keep) - self.thresholds.to(streams)
@@ -101,6 +102,7 @@ class Uncertainty(Composer):
 
     needs = frozenset({"uncertainty"})
     target = "advantage"
+    weights: Vector = Vector()
 
     def __init__(self, names: Sequence[str], *, weights: Mapping[str, float] | None, scale: float, floor: float):
         super().__init__(names, smallest=1)
@@ -109,7 +111,7 @@ class Uncertainty(Composer):
         self.scale, self.floor = scale, floor
         self.weights = simplex(weights, self.names, "weights")
 
-    @torch.no_grad()
+    @no_grad
     def __call__(self, streams: Tensor, keep: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """See Composer."""
         streams = self.checked(streams, keep)
@@ -165,7 +167,7 @@ class Directional(Composer):
                 raise ValueError("composer.message: has no {weights}, so prompts would not tell their direction")
         self.degrees, self.message = degrees, message
 
-    @torch.no_grad()
+    @no_grad
     def __call__(self, streams: Tensor, keep: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """See Composer."""
         streams = self.checked(streams, keep)

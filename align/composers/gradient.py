@@ -8,9 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor
-
 from align.composers.base import (
     MOMENTS,
     TARGETS,
@@ -19,6 +16,7 @@ from align.composers.base import (
     Measure,
     Observed,
     Target,
+    Vector,
     count,
     named,
     one_of,
@@ -27,6 +25,7 @@ from align.composers.base import (
     tensor,
     weighted,
 )
+from align.deferred import Tensor, no_grad, torch
 from align.jsons import Fields, Json
 
 MEASURES = ("exact", "directional")
@@ -93,6 +92,8 @@ class Gradient(Composer):
     """
 
     needs = frozenset({"influence"})
+    weights: Vector = Vector()
+    _sum: Vector = Vector()
 
     def __init__(
         self,
@@ -130,14 +131,14 @@ class Gradient(Composer):
             )
         self.target, self.apply, self.mu, self.accumulate = target, apply, mu, accumulate
         self.measure, self.max_norm, self.parameters = measure, max_norm, parameters
-        self.weights = simplex(weights, self.names, "weights", zeros=False)  # a weight of 0 could never grow
-        if bool(((self.weights < self.low) | (self.weights > self.high)).any()):
+        self.weights = started = simplex(weights, self.names, "weights", zeros=False)  # a weight of 0 could never grow
+        if not all(self.low <= weight <= self.high for weight in started):
             raise ValueError(f"composer.weights: must lie in [{self.low:g}, {self.high:g}], see min_weight, max_weight")
-        self._sum = torch.zeros(len(self.names), dtype=torch.float64)
+        self._sum = [0.0] * len(self.names)
         self._summed = 0
         self._last: list[float] = []
 
-    @torch.no_grad()
+    @no_grad
     def __call__(self, streams: Tensor, keep: Tensor | None = None, context: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """See Composer."""
         return weighted(self.checked(streams, keep), self.weights, keep)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor
-
 from align.composers.base import (
     TARGETS,
     Composer,
     Observed,
     Target,
+    Vector,
     by_name,
     named,
     one_of,
@@ -22,6 +20,7 @@ from align.composers.base import (
     within,
 )
 from align.composers.invariance import refuse_without_effect
+from align.deferred import Tensor, no_grad
 from align.jsons import Fields, Json
 
 Point = tuple[float, ...]
@@ -89,6 +88,7 @@ class Hypervolume(Composer):
 
     needs = frozenset({"validation"})
     apply = "next"
+    weights: Vector = Vector()
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class Hypervolume(Composer):
         """rho, of the next step."""
         return self._factor
 
-    @torch.no_grad()
+    @no_grad
     def __call__(self, streams: Tensor, keep: Tensor | None = None, context: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """See Composer."""
         return self._factor * weighted(self.checked(streams, keep), self.weights, keep)

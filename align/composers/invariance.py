@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
+from align.deferred import torch
 from align.types import Episodes
 
 PROMPTS, COMPLETIONS, FACTOR = 4, 4, 2.0
@@ -18,17 +17,26 @@ def rescaling_effect(advantage: Any, penalties: bool) -> float:
     Probed on 16 made-up completions with distinct scores. Values of a value head double too, as they do once it has
     learnt. penalties: with a KL in the reward, which is not doubled.
     """
-    once, twice = (advantage(_probe(factor, penalties)).columns["advantages"] for factor in (1.0, FACTOR))
+    once, twice = (advantage(probe(factor, penalties)).columns["advantages"] for factor in (1.0, FACTOR))
     return float((twice - once).abs().max() / once.abs().max().clamp(min=1e-12))
 
 
 def columns_of(advantage: Any) -> set[str]:
-    """Names of the columns that an estimator gives."""
-    return set(advantage(_probe(1.0, False)).columns)
+    """Names of the columns that an estimator gives: as it says, or else as it does."""
+    said = advantage.columns if _speaks_for_itself(advantage, "columns") else None
+    return set(advantage(probe(1.0, False)).columns if said is None else said)
 
 
-def refuse_without_effect(advantage: object, choice: str, penalties: bool) -> None:
+def _speaks_for_itself(advantage: Any, name: str) -> bool:
+    """Whether no class below the one that says it has a __call__ of its own, of which it may be untrue."""
+    own = (kind for kind in type(advantage).__mro__ if {name, "__call__"} & vars(kind).keys())
+    return name in vars(next(own))
+
+
+def refuse_without_effect(advantage: Any, choice: str, penalties: bool) -> None:
     """Raises ValueError if a factor on all rewards is a no-op under the estimator called `choice`."""
+    if _speaks_for_itself(advantage, "scale_free") and advantage.scale_free is False:
+        return
     effect = rescaling_effect(advantage, penalties)
     if effect < NO_EFFECT:
         raise ValueError(
@@ -38,7 +46,8 @@ def refuse_without_effect(advantage: object, choice: str, penalties: bool) -> No
         )
 
 
-def _probe(factor: float, penalties: bool) -> Episodes:
+def probe(factor: float, penalties: bool) -> Episodes:
+    """16 made-up completions with all that an estimator can read."""
     num = PROMPTS * COMPLETIONS
     generator = torch.Generator().manual_seed(0)
     lengths = torch.arange(num) % 3 + 1

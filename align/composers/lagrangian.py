@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor
-
 from align.composers.base import (
     KL,
     Composer,
@@ -21,6 +18,7 @@ from align.composers.base import (
 )
 from align.composers.multipliers import Rule
 from align.composers.search import ThresholdSearch
+from align.deferred import Tensor, no_grad, torch
 from align.jsons import Fields, Json
 
 RELATIONS = ("at_least", "equal", "at_most")
@@ -80,15 +78,14 @@ class Lagrangian(Composer):
             )
         self.constrained = tuple(known)
         _check_ranges(known, ranges)
-        self._index = torch.tensor([self.names.index(name) for name in self.constrained])
-        self._thresholds = tensor(list(known.values()))  # [N]
+        self._index = [self.names.index(name) for name in self.constrained]
+        self._given = list(known.values())
         self._state = rule.start(len(known))
         self._violations: list[float] = []
         self._extremes: list[list[float]] = []  # [2, N], lowest and highest reward of a completion so far
         self._updates = 0
         if search is not None:
             self.gold_metric = search.metric
-            self._set(search.point)
 
     def _needs(self) -> frozenset[str]:
         kl = {"kl_stream"} if KL in self.objective else set()
@@ -117,10 +114,13 @@ class Lagrangian(Composer):
             raise ValueError("composer.thresholds: they are searched for; take them out, or use composer.search=null")
         return {name: 0.0 for name in self.search.names}
 
-    def _set(self, point: Sequence[float]) -> None:
-        assert self.search is not None
-        found = dict(zip(self.search.names, point, strict=True))
-        self._thresholds = tensor([found[name] for name in self.constrained])
+    @property
+    def _thresholds(self) -> list[float]:
+        """[N], as they are now."""
+        if self.search is None:
+            return self._given
+        found = dict(zip(self.search.names, self.search.point, strict=True))
+        return [found[name] for name in self.constrained]
 
     @property
     def penalty_signs(self) -> tuple[float, ...]:
@@ -132,7 +132,7 @@ class Lagrangian(Composer):
     @property
     def thresholds(self) -> dict[str, float]:
         """By name, as they are now."""
-        return dict(zip(self.constrained, self._thresholds.tolist(), strict=True))
+        return dict(zip(self.constrained, self._thresholds, strict=True))
 
     @property
     def weights(self) -> Tensor:
@@ -145,7 +145,7 @@ class Lagrangian(Composer):
         signed = dict(zip(self.constrained, (scale * self.sign * multipliers).tolist(), strict=True))
         return tensor([signed.get(name, rest * self.objective.get(name, 0.0)) for name in self.streams])
 
-    @torch.no_grad()
+    @no_grad
     def __call__(self, streams: Tensor, keep: Tensor | None = None, context: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """See Composer."""
         streams = self.checked(streams, keep)
@@ -162,7 +162,7 @@ class Lagrangian(Composer):
         """Reads means, and lowest and highest where given; with a search gold."""
         if observed.means is not None:
             means = self.vector(observed.means, "mean reward")[self._index]
-            self._violations = (self.sign * (self._thresholds - means)).tolist()
+            self._violations = (self.sign * (tensor(self._thresholds) - means)).tolist()
             self._state = self.rule.step(self._state, tensor(self._violations))
             self._updates += 1
             if observed.lowest is not None and observed.highest is not None:
@@ -171,7 +171,6 @@ class Lagrangian(Composer):
                 self.search.waited(dict(zip(self.constrained, means.tolist(), strict=True)))
         if observed.gold is not None and self.search is not None and self.search.due:
             self.search.tell(observed.gold)
-            self._set(self.search.point)
 
     def _widen(self, lowest: Tensor, highest: Tensor) -> None:
         low = self.vector(lowest, "lowest reward")[self._index]
@@ -194,7 +193,7 @@ class Lagrangian(Composer):
         """Thresholds outside all that completions have had so far."""
         if not self._extremes or self._updates < PATIENCE:
             return []
-        limits = zip(self.constrained, self._thresholds.tolist(), *self._extremes, strict=True)
+        limits = zip(self.constrained, self._thresholds, *self._extremes, strict=True)
         return [
             f"composer.thresholds.{name}={theta:g}: completions of the first {PATIENCE} steps had rewards from {low:g} "
             f"to {high:g}; it may be out of reach; is it in the unit of reward.{name}?"
@@ -206,7 +205,7 @@ class Lagrangian(Composer):
         """See Composer."""
         return super().state_dict() | {
             "constrained": list(self.constrained),
-            "thresholds": self._thresholds.tolist(),
+            "thresholds": list(self._thresholds),
             "rule": {key: list(values) for key, values in self._state.items()},
             "violations": list(self._violations),
             "extremes": [list(row) for row in self._extremes],
@@ -227,7 +226,6 @@ class Lagrangian(Composer):
         self._updates = state["updates"]
         if self.search is not None:
             self.search.load_state_dict(state["search"])
-            self._thresholds = tensor(state["thresholds"])
 
 
 def _check_ranges(thresholds: Mapping[str, float], ranges: Mapping[str, Sequence[float]]) -> None:

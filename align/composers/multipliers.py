@@ -6,10 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
 from align.composers.base import count, one_of, positive, tensor, within
+from align.deferred import Tensor, torch
 
 SQUASHES = ("sigmoid", "tanh", "softplus", "none")
 NORM_EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
+from functools import cached_property
 
 from align.composers.base import by_name, count, named, positive, within
+from align.deferred import torch
 from align.jsons import Fields, Json
 
 Point = tuple[float, ...]
@@ -145,14 +145,18 @@ class ThresholdSearch:
             raise ValueError(f"composer.search.max_points={max_points}: the first simplex has {len(self.names) + 1}")
         self.metric, self.steps, self.check_every, self.band = metric, steps, check_every, band
         self.max_points, self.method = max_points, method
-        self._simplex = drawn_simplex(list(bottom.values()), list(top.values()), seed)
+        self._bounds, self._seed = (list(bottom.values()), list(top.values())), seed
         self._points: list[Point] = []
         self._values: list[float] = []  # minus the metric
         self._waited = 0
         self._reached = False
-        self._asked = self._next()
 
-    def _next(self) -> Point | None:
+    @cached_property  # drawn by torch, which checking settings does without
+    def _simplex(self) -> list[Point]:
+        return drawn_simplex(*self._bounds, self._seed)
+
+    @cached_property
+    def _asked(self) -> Point | None:
         if len(self._points) >= self.max_points:
             return None
         moves = MOVES_PER_POINT * self.max_points
@@ -191,7 +195,7 @@ class ThresholdSearch:
         self._points.append(self._asked)
         self._values.append(-gold)
         self._waited, self._reached = 0, False
-        self._asked = self._next()
+        del self._asked
 
     def metrics(self) -> dict[str, float]:
         """search/points, search/best_NAME, search/best_score, search/finished."""
@@ -218,4 +222,4 @@ class ThresholdSearch:
         self._points = [tuple(p) for p in state["points"]]
         self._values = list(state["values"])
         self._waited, self._reached = state["waited"], state["reached"]
-        self._asked = self._next()
+        vars(self).pop("_asked", None)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor
-
 from align.composers.base import (
     TARGETS,
     Composer,
     Observed,
     Target,
+    Vector,
     by_name,
     named,
     one_of,
@@ -22,6 +20,7 @@ from align.composers.base import (
     weighted,
     within,
 )
+from align.deferred import Tensor, no_grad, torch
 from align.jsons import Fields, Json
 
 FORMS = ("plain", "smooth", "mirror")
@@ -60,6 +59,8 @@ class Tchebycheff(Composer):
     """
 
     apply = "now"
+    preference: Vector = Vector()
+    _shares: Vector = Vector()
 
     def __init__(
         self,
@@ -88,16 +89,16 @@ class Tchebycheff(Composer):
             raise ValueError("composer.decay=1: values would never move; use a number below 1")
         self.target, self.form, self.mu, self.eta, self.tau, self.decay = target, form, mu, eta, tau, decay
         self.preference = simplex(weights, self.names, "weights", zeros=False)  # 0: weakly optimal points
-        self._given = tensor(list(by_name(ideal, self.names, "ideal").values())) if ideal else None
+        self._given = list(by_name(ideal, self.names, "ideal").values()) if ideal else None
         self._best: Tensor | None = None
         self._values: Tensor | None = None
-        self._shares = torch.full((len(self.names),), 1 / len(self.names), dtype=torch.float64)
+        self._shares = [1 / len(self.names)] * len(self.names)
 
     @property
     def ideal(self) -> Tensor | None:
         """z [K]; None before the first update."""
         if self._given is not None:
-            return self._given
+            return tensor(self._given)
         return None if self._best is None else self._best + self.tau
 
     @property
@@ -105,7 +106,7 @@ class Tchebycheff(Composer):
         """l_i w_i [K]."""
         return self._shares * self.preference
 
-    @torch.no_grad()
+    @no_grad
     def __call__(self, streams: Tensor, keep: Tensor | None = None, context: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """See Composer."""
         return weighted(self.checked(streams, keep), self.weights, keep)

@@ -9,9 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Literal
 
-from torch import Tensor, nn
-
 from align.contracts import adopt
+from align.deferred import Tensor, nn
 from align.jsons import Json
 from align.types import Kind, Losses, PackedBatch, Stats
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
+from align.deferred import Tensor, torch
 from align.types import PackedBatch
 
 

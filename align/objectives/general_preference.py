@@ -6,9 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch.nn.functional as F
-from torch import Tensor
-
+from align.deferred import F, Tensor
 from align.jsons import Json
 from align.objectives.base import RewardObjective
 from align.objectives.checks import positive_value

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from align.models.logprobs import positive
+from align.deferred import Tensor, torch
 from align.objectives.base import Objective
+from align.sums import positive
 from align.types import Losses, PackedBatch, Stats, Term
 
 

@@ -9,11 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from align.contracts import adopt, is_function
+from align.deferred import F, Tensor, torch
 from align.objectives.checks import within
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-
+from align.deferred import F, torch
 from align.objectives.base import Objective
 from align.objectives.checks import needed_number, not_negative, positive_value
 from align.objectives.preference import pair_ratios, preference_metrics

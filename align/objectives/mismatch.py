@@ -10,11 +10,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import torch
-from torch import Tensor
-
-from align.models.logprobs import row_sums
+from align.deferred import Tensor, torch
 from align.objectives.checks import not_negative, one_of, positive_value
+from align.sums import row_sums
 
 Level = Literal["token", "sequence"]
 

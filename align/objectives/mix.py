@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-from torch import Tensor
-
+from align.deferred import Tensor, torch
 from align.objectives.base import Objective, as_objective
 from align.objectives.checks import positive_value
 from align.types import Kind, Losses, PackedBatch, Stats, Term

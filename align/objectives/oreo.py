@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from align.models.logprobs import positive, row_sums
+from align.deferred import Tensor, torch
 from align.objectives.base import Objective
 from align.objectives.checks import needed_number, positive_value
+from align.sums import positive, row_sums
 from align.types import Losses, PackedBatch, Stats, Term
 
 

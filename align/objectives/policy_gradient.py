@@ -9,10 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
-from torch import Tensor
-
-from align.models.logprobs import positive, row_sums, target_sums
+from align.deferred import Tensor, no_grad, torch
 from align.objectives.base import Objective
 from align.objectives.checks import not_negative, one_of, positive_value
 from align.objectives.mismatch import (
@@ -24,6 +21,7 @@ from align.objectives.mismatch import (
     off_policy_mask,
     weight_totals,
 )
+from align.sums import positive, row_sums, target_sums
 from align.types import Losses, PackedBatch, Stats, Term
 
 Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "sequence_sum_over_length"]
@@ -176,7 +174,7 @@ class _Online(Objective):
             limits = self.clipping(logps.detach(), old, advantages)
             return losses, {name: example_means(at.to(logps.dtype), batch) for name, at in limits.items()}
 
-    @torch.no_grad()
+    @no_grad
     def _weights(self, policy: Stats, old: Tensor, batch: PackedBatch) -> tuple[Tensor | None, dict[str, Tensor]]:
         """What the losses [C] are multiplied with, None for 1, and what the engine's log-probs tell."""
         corrected = not isinstance(self.correction, Uncorrected)

@@ -9,15 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from align.models.logprobs import positive, target_sums
+from align.deferred import F, Tensor, torch
 from align.objectives.base import Objective
 from align.objectives.checks import not_negative, one_of, positive_value
 from align.objectives.imitation import nll_means, nll_term
 from align.objectives.losses import BaseLoss, Ratios, as_loss
+from align.sums import positive, target_sums
 from align.types import Losses, PackedBatch, Stats, Term
 
 Alignment = Literal["none", "greedy", "sampled"]

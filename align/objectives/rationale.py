@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch.nn.functional as F
-
-from align.models.logprobs import positive
+from align.deferred import F
 from align.objectives.base import Objective
 from align.objectives.checks import not_negative, one_of, positive_value
 from align.objectives.imitation import nll_means, nll_term
 from align.objectives.losses import BaseLoss, as_loss
 from align.objectives.preference import pair_ratios, preference_metrics
 from align.objectives.reference_free import Scope, log_odds_ratio, mean_metrics
+from align.sums import positive
 from align.types import Losses, PackedBatch, Stats, Term
 
 _COLUMN = 2  # of groups: the rationale

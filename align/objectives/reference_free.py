@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from align.models.logprobs import positive
+from align.deferred import Tensor, torch
 from align.objectives.base import Objective
 from align.objectives.checks import not_negative, one_of, positive_value
 from align.objectives.imitation import nll_means, nll_term
 from align.objectives.losses import BaseLoss, Ratios
 from align.objectives.preference import needs_difference
+from align.sums import positive
 from align.types import Losses, PackedBatch, Stats, Term
 
 Scope = Literal["whole", "completion"]

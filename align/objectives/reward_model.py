@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
+from align.deferred import F, Tensor, torch
 from align.jsons import Json
 from align.objectives.base import RewardObjective
 from align.objectives.checks import needed_number, not_negative, positive_value

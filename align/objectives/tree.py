@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from align.deferred import Tensor
 from align.objectives.base import Objective
 from align.objectives.checks import needed_number, not_negative, positive_value
 from align.objectives.losses import smoothed_logistic

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from align.deferred import Tensor, torch
 from align.objectives.base import Objective
 from align.objectives.checks import positive_value
 from align.types import Losses, PackedBatch, Stats, Term

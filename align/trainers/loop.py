@@ -16,9 +16,10 @@ import torch
 from align.config import TrainerConfig
 from align.engine.base import Engine
 from align.engine.world import World
-from align.models.logprobs import cached_stats, positive
+from align.models.logprobs import cached_stats
 from align.objectives.base import Objective
 from align.packing import micro_batches, num_tokens, pack, pack_groups, shares, to_device, token_column, with_extras
+from align.sums import positive
 from align.types import Example, Layout, Losses, PackedBatch, Row, Stats, Term, Unit
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from align.models.logprobs import positive, row_sums
 from align.packing import with_extras
+from align.sums import positive, row_sums
 from align.types import Extras, Losses, PackedBatch, Stats
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from align.objectives import pal
+from align.objectives import pal, pal_head
 from align.objectives.pal import PAL, fit_user, head_of
 from tests.objectives.build import reduced
 from tests.objectives.scored import leaf, named, part, scored
@@ -23,7 +23,7 @@ def projector(weights: dict) -> nn.Sequential:
     """The reference's projector of a vector, in float64."""
     tensors = {name.removeprefix("mlp.layers."): leaf(values).detach() for name, values in weights.items()}
     dim, width = tensors["0.weight"].shape
-    module = pal.projector(width, dim, len(tensors) // 2 - 1).double()
+    module = pal_head.projector(width, dim, len(tensors) // 2 - 1).double()
     module.load_state_dict(tensors)
     return module
 
@@ -52,8 +52,8 @@ def test_pal_a_distance_vector():
     (entry,) = [e for e in named("pal_a") if e["config"]["pref_learner_type"] == "dist"]
     wanted = entry["expected"]
     f, left, right, logits, sign, spans = read(entry)
-    points = pal.ideal_points(f, leaf(entry["inputs"]["prototypes_P"]), logits, "projected_mixture")
-    gaps = pal.distances(left, points) - pal.distances(right, points)
+    points = pal_head.ideal_points(f, leaf(entry["inputs"]["prototypes_P"]), logits, "projected_mixture")
+    gaps = pal_head.distances(left, points) - pal_head.distances(right, points)
     close(left, wanted["left_embedding"])
     close(right, wanted["right_embedding"])
     close(logits.softmax(-1), wanted["user_weights"])
@@ -72,13 +72,13 @@ def test_angle_vectors(name):
     given, wanted = entry["inputs"], entry["expected"]
     f, left, right, logits, sign, spans = read(entry)
     if name == "pal_a_angle":
-        points = pal.ideal_points(f, leaf(given["prototypes_P"]), logits, "mixture_of_projections")
+        points = pal_head.ideal_points(f, leaf(given["prototypes_P"]), logits, "mixture_of_projections")
     else:
         prompt = leaf(given["prompt_token_embeddings"])
-        points = pal.prompt_points(nn.ModuleList(projector(g) for g in given["projectors_g"]), prompt, logits)
+        points = pal_head.prompt_points(nn.ModuleList(projector(g) for g in given["projectors_g"]), prompt, logits)
     close(points, wanted["user_ideal_point"])
     log_scale = torch.tensor(math.log(1 / 0.07))
-    cosines = [pal.cosines(side, points, log_scale) for side in (left, right)]
+    cosines = [pal_head.cosines(side, points, log_scale) for side in (left, right)]
     close(torch.stack(cosines, -1), wanted["model_output"])
     losses = -nn.functional.logsigmoid(sign * (cosines[0] - cosines[1]))
     for weighting in ("mean", "cumulative", "only_last"):
@@ -98,10 +98,10 @@ def test_points_by_token_do_not_mix_examples():
     """The reference broadcasts [B, T, d] against [B, 1, T, d]; here each example meets its own points."""
     torch.manual_seed(0)
     embeddings, points = torch.randn(2, 3, 5, 4, dtype=torch.float64)
-    whole = pal.distances(embeddings, points)
+    whole = pal_head.distances(embeddings, points)
     assert whole.shape == (3, 5)
     for b in range(3):
-        assert torch.equal(whole[b : b + 1], pal.distances(embeddings[b : b + 1], points[b : b + 1]))
+        assert torch.equal(whole[b : b + 1], pal_head.distances(embeddings[b : b + 1], points[b : b + 1]))
 
 
 def test_spans_by_hand():
@@ -127,8 +127,8 @@ def test_the_smooth_hinge_is_smooth(gamma, margin):
 
 
 def test_the_scale_has_a_limit():
-    assert pal.scale(torch.tensor(9.0)).item() == 100.0
-    assert pal.scale(torch.tensor(0.0)).item() == 1.0
+    assert pal_head.scale(torch.tensor(9.0)).item() == 100.0
+    assert pal_head.scale(torch.tensor(0.0)).item() == 1.0
 
 
 # ---------------------------------------------------------------------- objective
@@ -213,8 +213,10 @@ def test_the_head_gives_each_user_the_reward_of_its_point(comparison, point):
     assert rewards.shape == (5, len(objective.outputs))
     f = head.projector(hidden)[:, None]  # [N, 1, d]: each answer as a sequence of one token
     for user in range(3):
-        a = pal.ideal_points(head.projector, head.prototypes, head.user_logits[user : user + 1], point).expand(5, -1)
-        one = -pal.distances(f, a) if comparison == "distance" else pal.cosines(f, a, head.log_scale)
+        a = pal_head.ideal_points(head.projector, head.prototypes, head.user_logits[user : user + 1], point).expand(
+            5, -1
+        )
+        one = -pal_head.distances(f, a) if comparison == "distance" else pal_head.cosines(f, a, head.log_scale)
         torch.testing.assert_close(rewards[:, user], one[:, 0], rtol=1e-12, atol=1e-12)
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from align.models.logprobs import positive
 from align.objectives.mismatch import Masked, SequenceMeanMasked, Truncated, Uncorrected
 from align.objectives.policy_gradient import Clipped, PolicyGradient, kl_estimate
 from align.packing import with_extras
+from align.sums import positive
 from tests.objectives.build import batch_of, select, stats_of
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "online_public.json").read_text())
