@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 
+from align.deferred import torch
 from align.types import Example, Extras, Layout, PackedBatch, Row
 
 

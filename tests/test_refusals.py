@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from datasets import Dataset
 
 from align.cli import main
 
 SLURM = ["recipe=dpo", "launch=slurm"]
 FOUR = ["recipe=dpo", "model=hub", "model.path=nosuch", "model.four_bit=true"]
+MODEL, ADAPTER, ENSEMBLE = (["recipe=grpo", f"reward={name}"] for name in ("model", "adapter", "ensemble"))
+ADAPTER = [*ADAPTER, "reward.preference.path=tables"]
+JUDGE = ["recipe=grpo", "reward=judge", "reward.judge.url=http://x"]
+PROCESS = ["recipe=grpo", "advantage=pure", "reward=process"]
 
 # words, and what the sentence must hold
 REFUSED = [
@@ -49,6 +56,13 @@ REFUSED = [
     (["recipe=grpo", "data.train=gym:nosuchtask"], "gym:nosuchtask: how many problems?"),
     (["recipe=grpo", "data.train=gym:chain_sums/size:4"], "has no task chain_sums; did you mean chain_sum?"),
     (["recipe=multiturn_dpo", "collect.task=nosuch"], "collect.task=nosuch: reasoning-gym has no task nosuch"),
+    (["recipe=grpo", "data.train=gym:chain_sum/size:4/min_term:2"], "got an unexpected keyword argument 'min_term'"),
+    (["recipe=grpo", "data.train=gym:chain_sum/size:4/min_terms:9"], "max_terms must be >= min_terms"),
+    (["recipe=dpo", "data.heldout=gym:gcd/size:4/min_numbers:1"], "gym:gcd/size:4/min_numbers:1 with task_settings="),
+    (["recipe=multiturn_dpo", "collect.task_settings={min_terms: 9}"], "collect.task=chain_sum with task_settings="),
+    (["recipe=multiturn_dpo", "collect=reasoning_python", "collect.task=gcd", "collect.task_settings=5"],
+     "task_settings=5: must be settings of the task, or null"),
+    (["recipe=multiturn_dpo", "collect.tool.seconds=0"], "collect.tool"),
     # offline
     (["recipe=dpo", "reward=topic"], "reward has no effect with trainer.kind=offline"),
     (["objective=policy_gradient"], "objective=policy_gradient learns from rollouts: use trainer=online"),
@@ -92,13 +106,44 @@ REFUSED = [
     (["recipe=grpo", "reward.everyday_gold.weight=x"], "reward.everyday_gold.weight=x: must be a finite number"),
     (["recipe=grpo", "reward.everyday_gold.seconds=0"], "seconds=0: must be a finite number greater than 0"),
     (["recipe=grpo", "reward=numeric"], "asks for the column answer, which no row of data.train has"),
+    (["recipe=grpo", "reward=numeric", "data.train=rows.parquet"], "of data.train has; there are prompt, solution"),
+    (["recipe=grpo", "reward=numeric", "data.train=tables"], "of data.train has; there are prompt, solution"),
+    (["recipe=grpo", "reward=numeric", "data.train=saved"], "of data.train has; there are prompt, solution"),
+    (["recipe=grpo", "reward=unit_tests", "data.train=gym:gcd/size:4"], "there are answer, completion, entry, prompt"),
     (["recipe=grpo", "reward=numeric", "reward.correct.tolerance=-1"], "must be 0 or greater"),
+    ([*MODEL, "reward.preference.path=/nowhere"], "reward.preference: path=/nowhere: no such directory"),
+    ([*MODEL, "reward.preference.path=tables"], "path=tables: holds no model (no config.json)"),
+    ([*MODEL, "reward.preference.path=adapter"], "path=adapter: is an adapter without reward_model.json"),
+    ([*MODEL, "reward.preference.path=two"], "the model has outputs good, kind; choose one with output=NAME"),
+    ([*MODEL, "reward.preference.path=x", "reward.preference.dtype=int8"], "dtype=int8: must be one of auto, float32"),
+    ([*MODEL, "reward.preference.path=x", "reward.preference.max_tokens=0"], "max_tokens=0: must be at least 1"),
+    ([*ADAPTER, "lora.rank=0"], "an adapter on the policy's weights needs a policy with LoRA: set lora.rank"),
+    ([*ADAPTER, "lora.rank=4"], "path=tables: there is no adapter_config.json in it"),
+    ([*ENSEMBLE, "reward.preference.members=[x]"], "an ensemble has at least two; use reward=model for one"),
+    ([*ENSEMBLE, "reward.preference.members=[x,x]"], "members: x stands twice; name each model once"),
+    ([*ENSEMBLE, "reward.preference.members=[x,adapter]"], "members: x is a whole and adapter a adapter; give"),
+    ([*ENSEMBLE, "reward.preference.members=[x,y]", "reward.preference.combine=most"], "combine=most: must be one of"),
+    ([*JUDGE, "reward.judge.pattern=x"], "pattern=x: has 0 groups; one must give A, B or C"),
+    ([*JUDGE, "reward.judge.template=nosuch.txt"], "template=nosuch.txt: neither a text with {answer_a} nor a file"),
+    ([*JUDGE, "reward.judge.max_opponents=1"], "max_opponents=1: must be at least 2, or null for all"),
+    ([*JUDGE, "reward.judge.concurrency=0"], "concurrency=0: must be at least 1"),
+    ([*JUDGE, "reward.judge.url=x"], "url=x/chat/completions: must begin with http:// or https://"),
+    (["recipe=grpo", "reward=judge_model", "reward.judge.path=x", "reward.judge.max_tokens=9"],
+     "max_tokens=9: must be greater than max_new_tokens="),
+    ([*PROCESS, "reward.process.path=x", "reward.process.template=html"], "template=html: must be plain or chat"),
+    ([*PROCESS, "reward.process.path=x", "reward.process.step_end=''"], "step_end is empty: give the text behind"),
+    (["recipe=grpo", "advantage=pure", "reward=steps", "reward.steps.function=no.such"],
+     "reward.steps: function=no.such: cannot be imported"),
+    (["recipe=grpo", "reward=remote", "reward.preference.url=ftp://x"], "url=ftp://x: must begin with http:// or https://"),
+    (["recipe=grpo", "reward=remote", "reward.preference.url=http://x", "reward.preference.token_variable=NO_SUCH"],
+     "token_variable=NO_SUCH: there is no such environment variable"),
     (["recipe=grpo", "reward=model", "reward.preference.path=x", "reward.preference.seconds=3"],
      "reward.preference.seconds has no effect: RewardModel runs in the trainer's process"),
     (["recipe=grpo", "reward=model", "reward.preference.path=x", "reward.preference.pth=x"], "argument 'pth'"),
     (["recipe=grpo", "reward.everyday_gold.weight=0"], "reward: no component has a weight, so nothing can be learnt"),
     (["recipe=grpo", "advantage=pure"], "advantage=pure needs rewards of steps, which no component of reward gives"),
-    (["recipe=grpo", "reward=[topic,steps]", "reward.steps.function=x.y"], "reward.steps has no effect"),
+    (["recipe=grpo", "reward=[topic,steps]", "reward.steps.function=align.rewards.functions.everyday_gold"],
+     "reward.steps has no effect"),
     # composers
     (["recipe=constrained_mu", "reward.topic.weight=2"], "reward.topic.weight=2 has no effect with composer="),
     (["recipe=grpo", "composer=fixed"], "1 component with a weight, nothing to compose"),
@@ -114,6 +159,7 @@ REFUSED = [
     (["recipe=online_dpo", "trainer.offline_data=nosuch.jsonl"], "nosuch.jsonl: no such file"),
     (["recipe=online_dpo", "trainer.reference=updated", "reference.path=x"], "has no effect with trainer.reference=up"),
     (["recipe=online_dpo", "trainer.select=collect"], "trainer.select=collect and collect=... belong together"),
+    (["recipe=multiturn_dpo_iterated", "collect.num_problems=1"], "need 3 prompts, collect.num_problems has 1"),
     (["recipe=best_of_n", "reward=[topic,brief]", "composer=fixed"], "composes what an online step learns from"),
     (["recipe=best_of_n", "trainer.heldout_n=2", "trainer.pass_component=x"], "trainer.pass_component=x: must be one"),
     # engines and launch
@@ -135,11 +181,32 @@ def test_there_are_many_and_none_stands_twice():
     assert len({tuple(words) for words, _ in REFUSED}) == len(REFUSED) >= 60
 
 
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory) -> Path:
+    """A folder with rows that have prompt and solution, in each form that is no JSON; and with what reward models are
+    told by."""
+    folder = tmp_path_factory.mktemp("tables")
+    rows = Dataset.from_list([{"prompt": "1 + 1", "solution": "2"}])
+    rows.to_parquet(folder / "rows.parquet")
+    rows.save_to_disk(folder / "saved")
+    (folder / "tables").mkdir()
+    rows.to_csv(folder / "tables" / "part.csv", index=False)
+    for name, file, text in (
+        ("adapter", "adapter_config.json", "{}"),
+        ("two", "config.json", "{}"),
+        ("two", "reward_model.json", '{"kind": "attributes", "outputs": ["good", "kind"]}'),
+    ):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / file).write_text(text)
+    return folder
+
+
 @pytest.mark.parametrize(("words", "sentence"), REFUSED, ids=[" ".join(words) for words, _ in REFUSED])
-def test_check_and_train_refuse_alike(tmp_path, capsys, monkeypatch, words, sentence):
+def test_check_and_train_refuse_alike(tables, tmp_path, capsys, monkeypatch, words, sentence):
     def loaded(*_):
         raise AssertionError("training began")
 
+    monkeypatch.chdir(tables)
     monkeypatch.setattr("align.launch.command._here", loaded)
     monkeypatch.setattr("align.launch.command._start", loaded)
     own = [*words, *([] if any(w.startswith("model=") for w in words) else ["model=tiny"])]
@@ -152,3 +219,52 @@ def test_check_and_train_refuse_alike(tmp_path, capsys, monkeypatch, words, sent
     assert said[0] == said[1]
     assert sentence in said[0]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("own", ["data.format=builtins.dict", "data.loader=builtins.iter"])
+def test_columns_that_only_the_users_own_functions_know_are_not_asked_for(tables, capsys, monkeypatch, own):
+    monkeypatch.chdir(tables)
+    assert main(["check", "recipe=grpo", "model=tiny", "reward=numeric", "data.train=rows.parquet", own]) == 0
+    assert "ok: " in capsys.readouterr().out
+
+
+# words of an input, and the commands that read such a one: all say what training says
+INPUTS = [
+    (["data.train=nosuch.jsonl"], ["data check", "generate", "score", "evaluate pairs", "evaluate overoptimisation"]),
+    (["data.train=gym:gcd/size:4/min_numbers:1"], ["data check", "generate", "score", "evaluate pairs"]),
+    (["model=hub", "model.path=/nowhere"], ["data check", "generate", "score", "evaluate pairs"]),
+    (["model=hub", "model.path=x", "model.dtype=float8"], ["data check", "generate", "score", "evaluate pairs"]),
+    (["data.heldout=./nosuch"], ["data check"]),
+    (["data.format=no.such"], ["data check", "generate"]),
+    (["data.loader=no.such"], ["data check", "generate"]),
+    (["reward.x._target_=no.such"], ["generate"]),
+    (["reward=numeric"], ["generate"]),
+    (["reward=remote", "reward.preference.url=x"], ["generate"]),
+    (["reward=adapter", "reward.preference.path=x", "lora.rank=0"], ["generate"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "commands"), INPUTS, ids=[" ".join(words) for words, _ in INPUTS])
+def test_commands_that_do_not_train_refuse_their_inputs_in_the_same_words(tmp_path, capsys, words, commands):
+    recipe = ["recipe=grpo", *([] if words[0].startswith("model=") else ["model=tiny"])]
+    assert main(["check", *recipe, *words]) == 2
+    said = capsys.readouterr().err
+    for command in commands:
+        data = [] if words[0].startswith("data.train=") else ["data.train=align:everyday/train.jsonl"]
+        model = [] if words[0].startswith("model=") or "over" in command else ["model=tiny"]
+        out = [f"out={tmp_path / 'out.jsonl'}"] if command != "data check" else []
+        assert main([*command.split(), *model, *data, *words, *out]) == 2
+        assert capsys.readouterr().err == said, command
+
+
+def test_an_evaluation_needs_nothing_that_only_training_reads(tmp_path, capsys):
+    """Here the rows and the variable of the run are gone; it is refused for what it lacks itself, its final model."""
+    run = tmp_path / "run"
+    run.mkdir()
+    assert main(["show", "recipe=dpo", "model=tiny", "data.train=gone.jsonl", "data.heldout=gone.jsonl"]) == 0
+    settings = capsys.readouterr().out.replace("gone.jsonl", "${oc.env:NO_SUCH_VARIABLE}/gone.jsonl", 1)
+    (run / "config.yaml").write_text(settings)
+    assert main(["evaluate", f"run.dir={run}", "data.train=nosuch.jsonl"]) == 2
+    assert "nosuch.jsonl: no such file" in capsys.readouterr().err
+    assert main(["evaluate", f"run.dir={run}"]) == 2
+    assert "holds no final model" in capsys.readouterr().err

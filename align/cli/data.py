@@ -11,8 +11,10 @@ from align.cli.show import show
 def check(call: Call) -> int:
     """1 if rows are wrong, else 0."""
     from align.config import compose
+    from align.config.validate import check_inputs
 
     config = compose(call.settings, call.config_dir)
+    check_inputs(config, heldout=True)
     from align.build import check_margins, objective, tokenizer
     from align.data.load import load
     from align.data.wanted import Wanted

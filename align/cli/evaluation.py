@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 def run(call: Call) -> int:
     """How a finished run ranks pairs."""
     from align.config import compose_run
+    from align.config.validate import check_run
 
     config = compose_run(call.words)
+    check_run(config, {word.partition("=")[0] for word in call.words})
     from align.evaluate.finished import evaluate_run
 
     for line in evaluate_run(config, call.options.get("--json")):
@@ -53,8 +55,11 @@ def _asked(call: Call) -> tuple[Config, Path]:
         raise ValueError(f"align {call.command.name}: give data.train=FILE")
     refuse_plugs_of_data(call)
     from align.config import compose
+    from align.config.validate import check_inputs
 
-    return compose(call.settings, call.config_dir), Path(call.own["out"])
+    config = compose(call.settings, call.config_dir)
+    check_inputs(config)
+    return config, Path(call.own["out"])
 
 
 def _with_model(call: Call) -> bool:

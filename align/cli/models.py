@@ -25,8 +25,10 @@ def generate(call: Call) -> int:
             raise ValueError("greedy=true is n=1 and sampling.temperature=0; remove the other")
         more = ["sampling.n=1", "sampling.temperature=0"]
     from align.config import compose
+    from align.config.validate import check_inputs
 
     config = compose([*call.settings, *more], call.config_dir)
+    check_inputs(config)
     from align.evaluate.generate import generate
 
     return generate(config, Path(out), show)
@@ -47,8 +49,10 @@ def score(call: Call) -> int:
         raise ValueError("give data.train=FILE: the rows to be scored")
     refuse_plugs_of_data(call)
     from align.config import compose
+    from align.config.validate import check_inputs
 
     config = compose(call.settings, call.config_dir)
+    check_inputs(config)
     from align.evaluate.score import score
 
     return score(config, Path(call.own["out"]), show)

@@ -43,8 +43,13 @@ def check(config: Config, objective: Objective) -> None:
         locate_all(t.offline_data, "trainer.offline_data")
     if collects and config.composer is not None:
         raise ValueError("composer has no effect with trainer.select=collect: there are no rewards; remove it")
-    if not collects:
+    if config.collect is None:
         _check_draws(config, t)
+    elif config.collect.num_problems < (needed := t.rounds * (t.prompts_per_round or 1)):
+        raise ValueError(
+            f"trainer.rounds={t.rounds} with trainer.prompts_per_round={t.prompts_per_round or 'null'} need {needed} "
+            f"prompts, collect.num_problems has {config.collect.num_problems}; lower one of them or give more"
+        )
 
 
 def _check_draws(config: Config, t: IterateConfig) -> None:
@@ -56,7 +61,7 @@ def _check_draws(config: Config, t: IterateConfig) -> None:
         )
     if config.pairs is not None:
         build.pair_rule(config)
-    parts = examine(config)
+    parts = examine(config, config.lora.rank > 0)
     if not any(part.weight for part in parts.values()):
         raise ValueError("reward: no component has a weight, so nothing tells completions apart; set one")
     if t.pass_component not in (None, *parts):

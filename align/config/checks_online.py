@@ -26,7 +26,7 @@ def check(config: Config, objective: Objective) -> None:
     _check_values(config, objective, advantage)
     _check_draws(config, advantage)
     _check_kl(config, objective)
-    parts = checks_rewards.examine(config)
+    parts = checks_rewards.examine(config, config.lora.rank > 0)
     if config.composer is not None:
         checks_composer.check(config, advantage)
     _check_steps(config, advantage, parts)

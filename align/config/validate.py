@@ -1,4 +1,4 @@
-"""All that `align train` refuses without a model: every command calls it first, in the launcher and on the login node.
+"""All that a command refuses without a model: it calls this first; training in the launcher and on the login node.
 
 It makes the objective, the estimator, the composer and the pair rule, whose own refusals stand in their classes, and
 leaves what a trainer or a group of settings forbids to checks_*.py. Nothing is read but names of files.
@@ -6,15 +6,16 @@ leaves what a trainer or a group of settings forbids to checks_*.py. Nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Container
+from typing import Any
 
 from align import build
-from align.config import checks_iterate, checks_offline, checks_online
+from align.config import checks_iterate, checks_offline, checks_online, checks_rewards
 from align.config.schema import Config, WarmConfig
 from align.data import gym
 from align.data.sources import locate_all
 from align.launch import local, slurm
+from align.models.pretrained import check_place
 from align.objectives.base import Objective
 
 # trainer.kind -> what it refuses, given the settings and the objective
@@ -29,8 +30,8 @@ _TRAINERS: dict[str, Callable[[Config, Objective], None]] = {
 def validate(config: Config) -> None:
     """Raises ValueError, one line, for settings with which `align train` would not run."""
     objective = build.objective(config)
-    check_model(config)
-    check_data(config)
+    _check_trained(config)
+    _check_data(config)
     build.check_optimizer(config)
     _TRAINERS[config.trainer.kind](config, objective)
     _check_head(config, objective)
@@ -40,41 +41,70 @@ def validate(config: Config) -> None:
     _check_observers(config)
 
 
-def check_model(config: Config) -> None:
+def check_inputs(config: Config, heldout: bool = False) -> None:
+    """Raises ValueError, in the same words, for a model, rows or rewards with which a command that does not train would
+    not run. Nothing that only training reads is asked for. heldout: it reads data.heldout too."""
+    _check_model(config)
+    _check_sources("data.train", config.data.train, config.data.loader)
+    if heldout and config.data.heldout is not None:
+        _check_sources("data.heldout", config.data.heldout, config.data.loader)
+    _check_functions(config)
+    if config.reward:
+        checks_rewards.examine(config, lora=False)
+
+
+def check_run(config: Config, given: Container[str]) -> None:
+    """The same of a finished run that is evaluated. given: settings that are not the run's own."""
+    _check_model(config)
+    for key, names in (("data.train", config.data.train), ("data.heldout", config.data.heldout)):
+        if key in given:
+            _check_sources(key, names, config.data.loader)
+
+
+def _check_trained(config: Config) -> None:
     """Raises ValueError for a model that cannot be, or cannot be trained in this form."""
     if config.model.get("four_bit"):
         _check_four_bit(config)
-    build.pretrained(config)
-    named = {"model.path": config.model.get("path"), "reference.path": config.reference.path}
+    _check_model(config)
+    check_place("reference.path", config.reference.path)
     if isinstance(config.trainer, WarmConfig):
-        named |= {f"trainer.starts[{i}]": path for i, path in enumerate(config.trainer.starts or ())}
-    for key, path in named.items():
-        check_path(key, path)
+        for i, path in enumerate(config.trainer.starts or ()):
+            check_place(f"trainer.starts[{i}]", path)
 
 
-def check_path(key: str, path: object) -> None:
-    """Raises ValueError for what can only be a directory and is none; names on the hub are NAME or OWNER/NAME."""
-    if not isinstance(path, str) or Path(path).expanduser().exists():
-        return
-    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
-        raise ValueError(f"{key}={path}: no such directory; give a hub name or a directory in Hugging Face format")
+def _check_model(config: Config) -> None:
+    build.pretrained(config)
+    check_place("model.path", config.model.get("path"))
 
 
-def check_data(config: Config) -> None:
-    """Raises ValueError for sources that are not there and for a gold function that cannot be imported."""
-    for key, names in (("data.train", config.data.train), ("data.heldout", config.data.heldout)):
-        if names is None or (config.collect is not None and key == "data.train"):
-            continue
-        for source in locate_all(names, key, config.data.loader):
-            if source.kind == "gym":
-                gym.check_task(gym.parse_name(source.name).task, source.name)
-    if config.collect is not None:
-        gym.check_task(config.collect.task, f"collect.task={config.collect.task}")
-    data = config.data
-    if config.collect is not None and (data.format or data.loader):
-        key = "data.format" if data.format else "data.loader"
-        raise ValueError(f"{key} has no effect: collect=... writes its rows itself; remove it")
-    for key, path in (("data.gold", data.gold), ("data.format", data.format), ("data.loader", data.loader)):
+def _check_data(config: Config) -> None:
+    """Raises ValueError for sources that are not there, problems that cannot be drawn and functions that cannot be
+    imported."""
+    data, collect = config.data, config.collect
+    if collect is None:
+        _check_sources("data.train", data.train, data.loader)
+    if data.heldout is not None:
+        _check_sources("data.heldout", data.heldout, data.loader)
+    if collect is not None:
+        gym.check_task(collect.task, collect.task_settings, f"collect.task={collect.task}")
+        build.tool(config)
+        if data.format or data.loader:
+            key = "data.format" if data.format else "data.loader"
+            raise ValueError(f"{key} has no effect: collect=... writes its rows itself; remove it")
+    if data.gold is not None:
+        build.function(data.gold, "data.gold")
+    _check_functions(config)
+
+
+def _check_sources(key: str, names: Any, loader: str | None) -> None:
+    for source in locate_all(names, key, loader):
+        if source.kind == "gym":
+            asked = gym.parse_name(source.name)
+            gym.check_task(asked.task, asked.settings, source.name)
+
+
+def _check_functions(config: Config) -> None:
+    for key, path in (("data.format", config.data.format), ("data.loader", config.data.loader)):
         if path is not None:
             build.function(path, key)
 

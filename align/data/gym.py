@@ -5,9 +5,13 @@ What a task is and how its answers are scored is reasoning-gym's (github.com/ope
 
 from __future__ import annotations
 
+import ast
 import difflib
 import json
 import re
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -15,10 +19,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from align.data.reasoning import TooFew, draw
+from align.data.reasoning import TooFew, draw, unfit
 from align.jsons import Fields, Json
 
 PREFIX = "gym:"
+COLUMNS: tuple[str, ...] = ("prompt", "completion", "answer", "task", "entry")
 _TASK = re.compile(r'(?:DATASET_NAME\s*=|register_dataset\()\s*"(\w+)"')
 _CURE = "write gym:TASK/size:256/seed:0, and settings of the task in the same way"
 
@@ -62,23 +67,69 @@ def parse_name(name: str) -> Gym:
     return Gym(name, task, settings=MappingProxyType(given), **whole)
 
 
-def check_task(task: str, key: str) -> None:
-    """Raises ValueError for a task that reasoning-gym has not, by the names in its sources: its import takes seconds.
-    key: how the user named it. Of a package that is not there the one who draws says so."""
+def check_task(task: str, settings: Any, key: str) -> None:
+    """Raises ValueError for a task that reasoning-gym has not, and for settings that the task refuses.
+
+    Both are read from its sources, since its import takes seconds. key: how the user named the task. Of a package that
+    is not there, and of a task whose settings need more of it than that, the one who draws says so.
+    """
     known = _tasks()
-    if known and task not in known:
+    if not known:
+        return
+    if task not in known:
         near = difflib.get_close_matches(task, known, 1)
         tip = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"{key}: reasoning-gym has no task {task}{tip}")
+    if not isinstance(settings or {}, Mapping):
+        raise ValueError(f"{key} with task_settings={settings}: must be settings of the task, or null")
+    form = _form(known[task], task)
+    if form is None:
+        return
+    try:
+        made = form(**(settings or {}))
+        if hasattr(made, "validate"):
+            made.validate()
+    except NameError:  # of what another file of the package holds
+        return
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ValueError(unfit(key, settings, error)) from error
 
 
 @lru_cache
-def _tasks() -> tuple[str, ...]:
+def _tasks() -> dict[str, Path]:
+    """Name of each task -> the file that registers it."""
     spec = find_spec("reasoning_gym")
     if spec is None or spec.origin is None:
-        return ()
-    texts = (path.read_text() for path in Path(spec.origin).parent.rglob("*.py"))
-    return tuple(sorted({name for text in texts for name in _TASK.findall(text)}))
+        return {}
+    files = sorted(Path(spec.origin).parent.rglob("*.py"))
+    return {name: path for path in files for name in _TASK.findall(path.read_text())}
+
+
+@lru_cache
+def _form(path: Path, task: str) -> Callable[..., Any] | None:
+    """The dataclass of a task's settings, made of the statements of its file that need nothing of the package."""
+    tree = ast.parse(path.read_text())
+    names: Json = {"__name__": path.stem}
+    for node in tree.body:
+        if not isinstance(node, ast.Expr) and not _imports_others(node):
+            with suppress(Exception):  # the data set itself, which inherits from the package's
+                exec(compile(ast.Module([node], []), str(path), "exec", dont_inherit=True), names)
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "register_dataset":
+            name, _, form, *_ = (ast.unparse(word) for word in call.args)
+            if task in (name.strip("'"), names.get(name)):
+                return names.get(form)
+    return None
+
+
+def _imports_others(node: ast.stmt) -> bool:
+    if isinstance(node, ast.Import):
+        modules = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        modules = ["" if node.level or node.module is None else node.module]
+    else:
+        return False
+    return any(module.partition(".")[0] not in sys.stdlib_module_names for module in modules)
 
 
 def rows(gym: Gym) -> list[Json]:

@@ -164,8 +164,12 @@ def _dataset(task: str, settings: Fields, size: int, seed: int, key: str) -> Any
     try:
         return reasoning_gym.create_dataset(task, size=size, seed=_mixed(seed), **settings)
     except Exception as error:  # its factories raise ValueError, TypeError and AssertionError for wrong settings
-        first = " ".join(str(error).split())[:300]
-        raise ValueError(f"{key} with task_settings={dict(settings)}: {first}") from error
+        raise ValueError(unfit(key, settings, error)) from error
+
+
+def unfit(key: str, settings: Fields | None, error: Exception) -> str:
+    """Of settings that a task refuses."""
+    return f"{key} with task_settings={dict(settings or {})}: {' '.join(str(error).split())[:300]}"
 
 
 def _mixed(seed: int) -> int:

@@ -5,12 +5,15 @@ What a row means is pairs.py's; here a row is only readable or not.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,6 +99,42 @@ def read(source: Source) -> Iterator[tuple[str, Json | BadRow]]:
         rows = _table(source)
         for number, row in enumerate(rows, 1):
             yield f"{source.name}:{number}", _present(row)
+
+
+def columns(source: Source) -> Iterator[set[str]] | None:
+    """Names of a source's columns, row by row or at once; None where only loading all of it would tell.
+
+    Of tables the names are read, without their rows, and without the package that loads them.
+    """
+    if source.kind in ("jsonl", "json"):
+        return (set(row) for _, row in read(source) if isinstance(row, dict))
+    if source.kind == "gym":
+        return iter([set(gym.COLUMNS)])
+    if source.path is None:
+        return None
+    if source.kind != "saved":
+        files = [source.path] if source.path.is_file() else [p for p in source.path.rglob("*") if p.is_file()]
+        found = [_file_columns(file) for file in files]
+        known = [names for names in found if names is not None]
+        return chain.from_iterable(known) if len(known) == len(found) else None
+    features = source.path / ("" if (source.path / "state.json").exists() else "train") / "dataset_info.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return iter([set(json.loads(features.read_bytes())["features"])])
+    return None
+
+
+def _file_columns(file: Path) -> Iterator[set[str]] | None:
+    if file.suffix in (".jsonl", ".json"):
+        return columns(Source(str(file), _SUFFIXES[file.suffix], file))
+    with suppress(Exception):  # of a damaged file the one who loads it tells
+        if file.suffix == ".parquet":
+            from pyarrow.parquet import read_schema
+
+            return iter([set(read_schema(file).names)])
+        if file.suffix == ".csv":
+            with file.open(encoding="utf-8-sig", newline="") as stream:
+                return iter([set(next(csv.reader(stream)))])
+    return None
 
 
 def imported(path: str, key: str) -> Callable[..., Any]:

@@ -29,11 +29,11 @@ def train(
     words = [w for w in words if w not in (*_MANY, _DRY)]
     one = [] if many else [sweep.Element("", tuple(words), compose(words, config_dir))]
     found = one or sweep.elements(words, config_dir)
+    for element in found:
+        _check(element)
     config = found[0].config
     if config.launch.kind == "slurm":
         return slurm.submit(found, config_dir, dry, show)
-    for element in found:
-        _check(element)
     if dry:
         raise ConfigError("--dry-run shows what launch=slurm would submit; without it `align check` is what to use")
     if many:

@@ -53,6 +53,14 @@ def smollm2() -> Pretrained:
     )
 
 
+def check_place(key: str, path: object) -> None:
+    """Raises ValueError for what can only be a directory and is none; names on the hub are NAME or OWNER/NAME."""
+    if not isinstance(path, str) or Path(path).expanduser().exists():
+        return
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise ValueError(f"{key}={path}: no such directory; give a hub name or a directory in Hugging Face format")
+
+
 def from_hub(
     path: str,
     revision: str | None,

@@ -11,12 +11,10 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from align.deferred import Tensor, torch
 from align.jsons import Tokenizer
 
-_CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PIECE = 1 << 26  # numbers looked at together: what is made of them in float32 has 256 MiB
 
 
@@ -75,7 +73,7 @@ def load_classifier(auto_class: object, path: str, revision: str | None, dtype: 
 def check_finite(name: str, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Raises WrongWeights if a weight is nan or inf anywhere. Weights of fewer than 16 bits are not looked at."""
     for key, weight in weights:
-        if weight.dtype not in _CHECKED or weight.is_meta:
+        if not weight.is_floating_point() or weight.itemsize < 2 or weight.is_meta:
             continue
         # a sum is many times faster than a look at each number; only a sum that is not finite needs the look
         parts = weight.detach().flatten().split(_PIECE)

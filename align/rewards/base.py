@@ -33,6 +33,12 @@ class RewardHost:
     name: str = ""  # of the component
 
 
+NEEDS_LORA = (
+    "an adapter on the policy's weights needs a policy with LoRA: set lora.rank, or use "
+    "_target_=align.rewards.model.RewardModel with a whole model"
+)
+
+
 @dataclass(frozen=True)
 class Conversation:
     """A completion with all that a reward may ask of it."""
@@ -55,6 +61,12 @@ class RewardTarget(ABC):  # noqa: B024
     # where it is called by the names of its parameters: align.rewards.worker
     in_process: bool = False
     gives_steps: bool = False  # it is a StepReward
+    needs_lora: bool = False  # it stands on the weights of the policy, a LoRA model
+
+    @classmethod  # noqa: B027
+    def check_keys(cls, **keys: Any) -> None:
+        """Raises ValueError for keys of which none can be made, as far as that is known without a model. Of a class of
+        ours that inherits this one none is made to check settings."""
 
 
 class Component(RewardTarget):

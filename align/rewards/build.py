@@ -14,9 +14,9 @@ import numpy as np
 
 from align.contracts import adopt, declared_by
 from align.jsons import Fields, Json
-from align.rewards.base import Conversation, Reward, RewardHost, RewardTarget, StepReward
+from align.rewards.base import NEEDS_LORA, Conversation, Reward, RewardHost, RewardTarget, StepReward
 from align.rewards.calls import FunctionReward
-from align.rewards.worker import Refused, bound, resolve
+from align.rewards.worker import Refused, bound_to, resolve, unmade
 
 # Of a component that the command line names without an option of configs/reward.
 DEFAULT_WEIGHT = 1.0
@@ -99,22 +99,22 @@ class Part:
     columns: tuple[str, ...]  # that each row must have; empty for one that runs in the trainer's process
 
 
-def examined(node: Fields) -> dict[str, Part]:
+def examined(node: Fields, lora: bool) -> dict[str, Part]:
     """Each component without its model: a function of ours is bound to its keys here, the user's in a process of its
-    own, and of a class that runs in the trainer's process the signature is read.
+    own, and a class that runs in the trainer's process is asked what it says of them. lora: the policy is a LoRA model.
 
     Raises ValueError as `components` does, for all that needs no model.
     """
     out = {}
     for name, part in node.items():
         target, weight, seconds, keys = _checked(str(name), part, node)
-        steps, columns = _examined(str(name), target, seconds, keys)
+        steps, columns = _examined(str(name), target, seconds, keys, lora)
         out[str(name)] = Part(_weight(weight, steps), steps, columns)
     _one_of_steps([name for name, part in out.items() if part.steps])
     return out
 
 
-def _examined(name: str, target: str, seconds: float | None, keys: Json) -> tuple[bool, tuple[str, ...]]:
+def _examined(name: str, target: str, seconds: float | None, keys: Json, lora: bool) -> tuple[bool, tuple[str, ...]]:
     """Whether it gives rewards of steps, and the columns that it needs."""
     if not target.startswith("align."):
         reward = FunctionReward(name, target, keys, seconds=seconds or DEFAULT_SECONDS)
@@ -125,10 +125,17 @@ def _examined(name: str, target: str, seconds: float | None, keys: Json) -> tupl
         found = resolve(target)
         declared = declared_by(found, RewardTarget, f"reward.{name}")
         if not declared.in_process:
-            return False, bound(target, keys)[1].required
+            ours = declared is found and issubclass(declared, RewardTarget)
+            return False, (unmade(declared, keys) if ours else bound_to(found, keys)[1]).required
     except Refused as error:
         raise ValueError(f"reward.{name}._target_={target}: {error}") from error
-    _bound_in_process(name, found, seconds, keys)
+    keys = _bound_in_process(name, found, seconds, keys)
+    try:
+        if declared.needs_lora and not lora:
+            raise ValueError(NEEDS_LORA)
+        declared.check_keys(**keys)
+    except ValueError as error:
+        raise ValueError(f"reward.{name}: {_line(error)}") from error
     return declared.gives_steps, ()
 
 
@@ -213,7 +220,7 @@ def _in_process(name: str, found: Any, seconds: float | None, keys: Json, host: 
     try:
         part = found(host, **keys)
     except (TypeError, ValueError, OSError, RuntimeError) as error:  # of PEFT and transformers
-        raise ValueError(f"reward.{name}: {' '.join(str(error).split())[:400]}") from error
+        raise ValueError(f"reward.{name}: {_line(error)}") from error
     steps = declared_by(type(part), RewardTarget, f"reward.{name}").gives_steps
     return adopt(part, StepReward if steps else Reward, f"reward.{name}")  # type: ignore[type-abstract]
 
@@ -230,5 +237,9 @@ def _bound_in_process(name: str, found: Any, seconds: float | None, keys: Json) 
     try:
         signature.bind(None, **keys)
     except TypeError as error:
-        raise ValueError(f"reward.{name}: {' '.join(str(error).split())[:400]}") from error
+        raise ValueError(f"reward.{name}: {_line(error)}") from error
     return keys
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]

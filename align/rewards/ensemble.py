@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
+from align.deferred import torch
 from align.jsons import Json, Tokenizer
-from align.models.policy import ScoreHead, Scorer, choose_layout, is_peft, with_adapters
 from align.models.weights import load_model
 from align.rewards.base import Conversation, Reward, RewardHost
 from align.rewards.combine import check_combine, check_uncertainty, combined, disagreement, incomplete
 from align.rewards.model import RewardModel, by_prompt, count_failures, output_index, positive_limit
-from align.rewards.network import FILE, HEAD, RewardNetwork, stored_form, stored_head
+from align.rewards.network import FILE, HEAD, RewardNetwork, check_dtype, check_stored, stored_form, stored_head
 
 Form = Literal["whole", "adapter", "head"]
 
@@ -52,10 +51,15 @@ class Ensemble(Reward):
         max_tokens: int,
         output: str | None,
     ):
-        members = _checked(members)
-        check_combine(combine)
-        check_uncertainty(coefficient, ddof, len(members))
-        form = _form(members, base)
+        form = self.check_keys(
+            members=members,
+            base=base,
+            dtype=dtype,
+            combine=combine,
+            coefficient=coefficient,
+            ddof=ddof,
+            max_tokens=max_tokens,
+        )
         self.host = host
         self.combine, self.coefficient, self.ddof = combine, float(coefficient), ddof
         self._counts: dict[str, int] = Counter()
@@ -74,6 +78,33 @@ class Ensemble(Reward):
         scales = [_scale(m, f, k) if normalise else (0.0, 1.0) for m, (f, k) in zip(members, forms, strict=True)]
         self._means, self._deviations = np.array(scales).T[:, :, None]  # [M, 1] each
         self.metrics: dict[str, float] = {}
+
+    @classmethod
+    def check_keys(
+        cls,
+        *,
+        members: Sequence[str],
+        base: str | None,
+        dtype: str,
+        combine: Any,
+        coefficient: float,
+        ddof: int,
+        max_tokens: int,
+        **others: Any,  # noqa: ARG003
+    ) -> Form:
+        """See RewardTarget. Returns what all members are."""
+        members = _checked(members)
+        check_combine(combine)
+        check_uncertainty(coefficient, ddof, len(members))
+        positive_limit(max_tokens)
+        check_dtype(dtype)
+        form = _form(members, base)
+        for member in members:
+            if form == "whole":
+                check_stored(member, dtype)
+            else:
+                _form_of(Path(member))
+        return form
 
     def __call__(self, conversations: Sequence[Conversation]) -> np.ndarray:
         """See Reward."""
@@ -124,11 +155,11 @@ class _Shared(RewardModel):
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
+        from align.models.policy import ScoreHead, Scorer, choose_layout, with_adapters
+
         logging.disable_progress_bar()
-        if dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"dtype={dtype}: must be one of auto, float32, bfloat16")
         self.host = host
-        self.max_tokens = positive_limit(max_tokens)
+        self.max_tokens = max_tokens
         self.counts: dict[str, int] = Counter()
         directories = [Path(m) for m in members]
         forms = [_form_of(d) for d in directories]
@@ -159,8 +190,7 @@ class _Shared(RewardModel):
                 )
             if stored["kind"] in ("general_preference", "pal"):
                 raise ValueError(f"{directory}: a {stored['kind']} model gives no single score; give whole models")
-            own = RewardNetwork(tokenizer, None, stored, True)  # type: ignore[arg-type]
-            self.forms.append((stored, output_index(own, output)))
+            self.forms.append((stored, output_index(stored, output)))
             with torch.no_grad():
                 head.score.weight[m] = weight[self.forms[m][1]]
         self._adapters = [f"member_{m}" for m in range(1, len(members) + 1)] if form == "adapter" else []
@@ -178,8 +208,8 @@ class _Shared(RewardModel):
         """[M, N]; NaN where a member has none."""
         if not self._adapters:
             return self._table(conversations)
-        rows, model = [], self.network.network.model
-        assert is_peft(model)
+        rows: list[np.ndarray] = []
+        model: Any = self.network.network.model  # a PEFT model
         for m, name in enumerate(self._adapters):
             model.set_adapter(name, inference_mode=True)
             rows.append(self._table(conversations)[m])

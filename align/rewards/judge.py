@@ -16,20 +16,23 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from align.data.chat import prompt_ids, stop_ids
 from align.data.sources import BadRow
 from align.jsons import Json
-from align.models.policy import Policy
-from align.models.pretrained import from_hub
+from align.models.pretrained import check_place, from_hub
 from align.models.weights import check_tokens
 from align.prepare.judgements import Verdicts, answer_text, prompt_text, template
 from align.rewards.base import Conversation, Reward, RewardHost
+from align.rewards.network import check_dtype
 from align.rewards.remote import TICK, TRANSIENT, Call, RemoteReward
 from align.rollout.base import Host, Sampling
-from align.rollout.hf import HFRollout
+
+if TYPE_CHECKING:
+    from align.rollout.hf import HFRollout
 
 _BYTES_PER_TOKEN = 64  # of a judgement in JSON, beside a mebibyte for the rest
 # What a verdict is worth to the answer that is shown first.
@@ -68,10 +71,9 @@ class _Judge(Reward):
         pattern: str,
         max_new_tokens: int,
     ):
-        if max_opponents is not None and max_opponents < 2:
-            raise ValueError(f"max_opponents={max_opponents}: must be at least 2, or null for all")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+        _Judge.check_keys(
+            max_opponents=max_opponents, template=template_, pattern=pattern, max_new_tokens=max_new_tokens
+        )
         self.host = host
         self.baseline = baseline
         self.max_opponents = max_opponents
@@ -79,6 +81,17 @@ class _Judge(Reward):
         self.verdicts = Verdicts(pattern)
         self.max_new_tokens = max_new_tokens
         self.counts: dict[str, int] = Counter()
+
+    @classmethod
+    def check_keys(cls, **keys: Any) -> None:
+        """See RewardTarget. keys: max_opponents, max_new_tokens, template and pattern among them."""
+        max_opponents, max_new_tokens = keys["max_opponents"], keys["max_new_tokens"]
+        if max_opponents is not None and max_opponents < 2:
+            raise ValueError(f"max_opponents={max_opponents}: must be at least 2, or null for all")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+        template(keys["template"])
+        Verdicts(keys["pattern"])
 
     def __call__(self, conversations: Sequence[Conversation]) -> np.ndarray:
         """See Reward. In [0, 1]: the part of comparisons that a completion wins."""
@@ -200,19 +213,25 @@ class EndpointJudge(_Judge):
         token_variable: str | None,
     ):
         super().__init__(host, baseline, max_opponents, template, pattern, max_new_tokens)
-        if concurrency < 1:
-            raise ValueError(f"concurrency={concurrency}: must be at least 1")
+        _check_concurrency(concurrency)
         self.model = model
         self.concurrency = concurrency
         self._link = RemoteReward(
             host,
-            url=f"{url.rstrip('/')}/chat/completions",
+            url=_completions(url),
             seconds=seconds,
             batch_size=1,
             retries=retries,
             backoff_s=backoff_s,
             token_variable=token_variable,
         )
+
+    @classmethod
+    def check_keys(cls, **keys: Any) -> None:
+        """See RewardTarget."""
+        super().check_keys(**keys)
+        _check_concurrency(keys["concurrency"])
+        RemoteReward.check_keys(**keys | {"url": _completions(keys["url"]), "batch_size": 1})
 
     def _judgements(self, questions: Sequence[str]) -> list[str | None]:
         work = _Work(len(questions))
@@ -279,6 +298,15 @@ class EndpointJudge(_Judge):
         work.out[number] = text
         if reason:
             self._failed(reason, f"{self._link.parts.netloc}: {message}")
+
+
+def _check_concurrency(concurrency: int) -> None:
+    if concurrency < 1:
+        raise ValueError(f"concurrency={concurrency}: must be at least 1")
+
+
+def _completions(url: str) -> str:
+    return f"{url.rstrip('/')}/chat/completions"
 
 
 @dataclass
@@ -361,13 +389,11 @@ class ModelJudge(_Judge):
         max_tokens: int,
         batch_size: int,
     ):
+        from align.models.policy import Policy
+        from align.rollout.hf import HFRollout
+
         super().__init__(host, baseline, max_opponents, template, pattern, max_new_tokens)
-        if max_tokens <= max_new_tokens:
-            raise ValueError(f"max_tokens={max_tokens}: must be greater than max_new_tokens={max_new_tokens}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: must be at least 1")
-        if dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"dtype={dtype}: must be one of auto, float32, bfloat16")
+        _check_model(path, dtype, max_tokens, max_new_tokens, batch_size)
         self.max_tokens = max_tokens
         pretrained = from_hub(path, revision, False, False, None, dtype)
         self.tokenizer = pretrained.tokenizer()
@@ -389,6 +415,12 @@ class ModelJudge(_Judge):
             say=host.say,
         )
         self._rollout: HFRollout | None = HFRollout(inner, batch_size=batch_size)
+
+    @classmethod
+    def check_keys(cls, **keys: Any) -> None:
+        """See RewardTarget."""
+        super().check_keys(**keys)
+        _check_model(*(keys[name] for name in ("path", "dtype", "max_tokens", "max_new_tokens", "batch_size")))
 
     def _judgements(self, questions: Sequence[str]) -> list[str | None]:
         assert self._rollout is not None
@@ -417,3 +449,12 @@ class ModelJudge(_Judge):
     def close(self) -> None:
         """Give up the model's memory."""
         self._rollout = None
+
+
+def _check_model(path: str, dtype: str, max_tokens: int, max_new_tokens: int, batch_size: int) -> None:
+    if max_tokens <= max_new_tokens:
+        raise ValueError(f"max_tokens={max_tokens}: must be greater than max_new_tokens={max_new_tokens}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    check_dtype(dtype)
+    check_place("path", path)

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from align.data.chat import render
 from align.data.sources import BadRow
-from align.jsons import Json, Tokenizer
-from align.models.policy import add_adapter, is_peft, own_attention
-from align.rewards.base import Conversation, Reward, RewardHost
-from align.rewards.network import FILE, RewardNetwork, load
+from align.deferred import Tensor, no_grad, torch
+from align.jsons import Fields, Json, Tokenizer
+from align.rewards.base import NEEDS_LORA, Conversation, Reward, RewardHost
+from align.rewards.network import FILE, RewardNetwork, check_stored, load
 from align.rewards.preferences import mean_preferences
 from align.types import Row
 
@@ -49,10 +47,18 @@ class RewardModel(Reward):
         output: str | None = None,
     ):
         self.host = host
-        self._network: RewardNetwork | None = load(path, revision, dtype, host.device)
-        self.output = output_index(self.network, output)
         self.max_tokens = positive_limit(max_tokens)
+        self._network: RewardNetwork | None = load(path, revision, dtype, host.device)
+        self.output = output_index(self.network.form, output)
         self.counts: dict[str, int] = Counter()
+
+    @classmethod
+    def check_keys(cls, *, path: str, dtype: str, max_tokens: int, output: str | None = None, **others: Any) -> None:  # noqa: ARG003
+        """See RewardTarget."""
+        positive_limit(max_tokens)
+        form = check_stored(path, dtype)
+        if form is not None:
+            output_index(form, output)
 
     @property
     def network(self) -> RewardNetwork:
@@ -115,21 +121,23 @@ class RewardModel(Reward):
         self._network = None
 
 
-def output_index(network: RewardNetwork, output: str | None) -> int:
-    """Which of the head's outputs is the reward. Raises ValueError if that is not said, or there is no such output."""
-    if network.kind == "pal":
+def output_index(form: Fields, output: str | None) -> int:
+    """Which of the head's outputs is the reward; form: what reward_model.json says. Raises ValueError if that is not
+    said, or there is no such output."""
+    kind, outputs = form["kind"], tuple(form["outputs"])
+    if kind == "pal":
         raise ValueError("a pluralistic model scores for a rater; use align score with numbers.user in the rows")
-    if network.kind == "general_preference":
+    if kind == "general_preference":
         if output is not None:
             raise ValueError(f"output={output} has no effect: a general preference model compares completions")
         return 0
     if output is None:
-        if len(network.outputs) > 1:
-            raise ValueError(f"the model has outputs {', '.join(network.outputs)}; choose one with output=NAME")
+        if len(outputs) > 1:
+            raise ValueError(f"the model has outputs {', '.join(outputs)}; choose one with output=NAME")
         return 0
-    if output not in network.outputs:
-        raise ValueError(f"output={output}: the model has {', '.join(network.outputs)}")
-    return network.outputs.index(output)
+    if output not in outputs:
+        raise ValueError(f"output={output}: the model has {', '.join(outputs)}")
+    return outputs.index(output)
 
 
 def by_prompt(conversations: Sequence[Conversation]) -> list[list[int]]:
@@ -160,15 +168,16 @@ class AdapterReward(Reward):
     """
 
     in_process = True
+    needs_lora = True
 
-    def __init__(self, host: RewardHost, *, path: str, max_tokens: int):
+    def __init__(self, host: Any, *, path: str, max_tokens: int):
+        from align.models.policy import add_adapter, is_peft
+
         if host.policy is None or not is_peft(host.policy.model):
-            raise ValueError(
-                "an adapter on the policy's weights needs a policy with LoRA: set lora.rank, or use "
-                "_target_=align.rewards.model.RewardModel with a whole model"
-            )
+            raise ValueError(NEEDS_LORA)
+        self.check_keys(path=path, max_tokens=max_tokens)
         self.host = host
-        self.max_tokens = positive_limit(max_tokens)
+        self.max_tokens = max_tokens
         self.counts: dict[str, int] = Counter()
         self.ours = (Path(path) / FILE).is_file()
         self._peft = host.policy.model
@@ -178,8 +187,18 @@ class AdapterReward(Reward):
         with _as_before(self._peft):
             add_adapter(self._peft, path, self.adapter)
 
+    @classmethod
+    def check_keys(cls, *, path: str, max_tokens: int, **others: Any) -> None:  # noqa: ARG003
+        """See RewardTarget."""
+        positive_limit(max_tokens)
+        for name in ("adapter_config.json", "adapter_model.safetensors", "score.safetensors"):
+            if not (Path(path) / name).is_file():
+                raise ValueError(f"path={path}: there is no {name} in it")
+
     def __call__(self, conversations: Sequence[Conversation]) -> np.ndarray:
         """See Reward. The policy's mode, its adapter and what of it is trained are left as they were."""
+        from align.models.policy import own_attention
+
         lm = self.host.policy.causal_lm
         trunk = lm.get_decoder()
 
@@ -235,7 +254,7 @@ def _ended(tokenizer: Tokenizer, c: Conversation) -> list[int]:
         return []
 
 
-@torch.no_grad()
+@no_grad
 def _score(
     rows: Sequence[Sequence[int]],
     hidden: Trunk,
@@ -292,9 +311,6 @@ def _head(directory: Path, size: int) -> Tensor:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    for name in ("adapter_config.json", "adapter_model.safetensors", "score.safetensors"):
-        if not (directory / name).is_file():
-            raise ValueError(f"path={directory}: there is no {name} in it")
     try:
         tensors = load_file(directory / "score.safetensors")
     except SafetensorError as error:

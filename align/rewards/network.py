@@ -12,21 +12,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from align.config import HeadConfig
 from align.data.chat import render, render_text
 from align.data.sources import BadRow
+from align.deferred import Tensor, nn, no_grad, torch
 from align.jsons import Fields, Json, Tokenizer
-from align.models.policy import ScoreHead, Scorer, base_model, choose_layout, is_peft, with_adapter
+from align.models.pretrained import check_place
 from align.models.weights import check_finite, check_tokens, load_classifier, load_model
 from align.packing import micro_batches, num_tokens, pack_groups, to_device
 from align.rewards.worker import resolve
 from align.types import Layout, Row
+
+if TYPE_CHECKING:
+    from align.models.policy import Scorer
 
 FILE = "reward_model.json"
 HEAD = "score.safetensors"  # beside a LoRA adapter: the head's weight [D, H]
@@ -42,6 +44,8 @@ def new_head(objective: Any, width: int, settings: HeadConfig, seed: int) -> nn.
 
     Drawn from `seed`, or read from settings.path. Raises ValueError for a head of another shape.
     """
+    from align.models.policy import ScoreHead
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = objective.make_head(width)
@@ -102,6 +106,8 @@ def write(network: Scorer, form: Fields, tokenizer: Tokenizer, merge: bool, dire
     """Weights and reward_model.json: a sequence classification model, or with LoRA and without `merge` the adapter
     and its head. form: kind, outputs, and what is needed to score."""
     from safetensors.torch import save_file
+
+    from align.models.policy import is_peft
 
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.head.state_dict().items()}
     score = tensors.pop("score.weight", None)
@@ -189,7 +195,7 @@ class RewardNetwork:
         size = self.network.causal_lm.get_input_embeddings().weight.shape[0]
         check_tokens(self.name, self.tokenizer, size, (row.token_ids for row in rows))
 
-    @torch.no_grad()
+    @no_grad
     def scores(
         self,
         groups: Sequence[Sequence[Row]],
@@ -255,18 +261,12 @@ def load(path: str, revision: str | None = None, dtype: str = "auto", device: ob
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
+    from align.models.policy import Scorer, base_model, choose_layout
+
     logging.disable_progress_bar()
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"dtype={dtype}: must be one of auto, float32, bfloat16")
+    form = check_stored(path, dtype)
     directory = Path(path)
-    if directory.is_dir() and not any(directory.glob("*config.json")):
-        raise ValueError(
-            f"path={path}: holds no model (no config.json); give a run's final/ or a directory in its form"
-        )
-    form = stored_form(directory)
     adapter = (directory / "adapter_config.json").is_file()
-    if adapter and form is None:
-        raise ValueError(f"path={path}: is an adapter without {FILE}; give one that align trained, or a whole model")
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     if not tokenizer.chat_template:
         raise ValueError(f"path={path}: its tokenizer has no chat template; put a chat_template.jinja beside it")
@@ -285,6 +285,27 @@ def load(path: str, revision: str | None = None, dtype: str = "auto", device: ob
     return out
 
 
+def check_stored(path: str, dtype: str) -> Json | None:
+    """What load refuses before it loads anything; returns what reward_model.json says, None without one."""
+    check_dtype(dtype)
+    check_place("path", path)
+    directory = Path(path)
+    if directory.is_dir() and not any(directory.glob("*config.json")):
+        raise ValueError(
+            f"path={path}: holds no model (no config.json); give a run's final/ or a directory in its form"
+        )
+    form = stored_form(directory)
+    if form is None and (directory / "adapter_config.json").is_file():
+        raise ValueError(f"path={path}: is an adapter without {FILE}; give one that align trained, or a whole model")
+    return form
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises ValueError for another than a model's own, float32 and bfloat16."""
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"dtype={dtype}: must be one of auto, float32, bfloat16")
+
+
 def stored_form(directory: Path) -> Json | None:
     """What reward_model.json says; None without one. Raises ValueError for a damaged one."""
     if not (directory / FILE).is_file():
@@ -300,6 +321,8 @@ def stored_form(directory: Path) -> Json | None:
 
 def _adapted(directory: Path, dtype: str) -> tuple[Any, None]:
     from transformers import AutoModelForCausalLM
+
+    from align.models.policy import with_adapter
 
     base = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
     if not base:  # made in memory, as model=tiny is
@@ -329,6 +352,8 @@ def _whole(path: str, revision: str | None, dtype: str, form: Json | None) -> tu
 
 def _head(directory: Path, form: Json | None, model: Any, linear: nn.Linear | None) -> nn.Module:
     """In float32, whatever the trunk is held in."""
+    from align.models.policy import ScoreHead, base_model
+
     if form is None:
         assert linear is not None
         head = ScoreHead(linear.in_features, linear.out_features)

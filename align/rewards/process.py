@@ -12,14 +12,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
-from align.jsons import Fields, Tokenizer
-from align.models.policy import own_attention_name
+from align.deferred import no_grad, torch
+from align.jsons import Fields
+from align.models.pretrained import check_place
 from align.models.weights import load_classifier
 from align.rewards.base import Conversation, RewardHost, StepReward
 from align.rewards.calls import FunctionReward
 from align.rewards.model import batches, count_failures, positive_limit
+from align.rewards.network import check_dtype
+
+_NO_END = "step_end is empty: give the text behind each step at which the model is read"
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,8 @@ class Splitter:
     separator's token has no advantage.
     """
 
-    def __init__(self, tokenizer: Tokenizer, separator: str):
-        if not separator:
-            raise ValueError("separator is empty: give the text between two steps, such as a blank line")
+    def __init__(self, tokenizer: Any, separator: str):
+        check_separator(separator)
         if tokenizer is None:
             raise ValueError("rewards of steps stand at the policy's tokens, and there is no policy here")
         self.tokenizer = tokenizer
@@ -99,6 +101,12 @@ class Splitter:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
+def check_separator(separator: str) -> None:
+    """Raises ValueError for an empty one."""
+    if not separator:
+        raise ValueError("separator is empty: give the text between two steps, such as a blank line")
+
+
 class StepFunction(StepReward):
     """A function of the user's for each step, called in a process of its own as every reward function is.
 
@@ -113,15 +121,21 @@ class StepFunction(StepReward):
 
     def __init__(self, host: RewardHost, *, function: str, keys: Fields | None, separator: str, seconds: float):
         self._split = Splitter(host.tokenizer, separator)
-        try:
-            self._reward = FunctionReward(
-                host.name, function, keys or {}, seconds=seconds, check=host.check, say=host.say
-            )
-        except ValueError as error:  # it names _target_, which is this class here
-            raise ValueError(f"function={function}: {str(error).partition(': ')[2]}") from error
-        if self._reward.in_process:
-            self.close()
-            raise ValueError(f"function={function}: runs in the trainer's process; use it as reward.NAME._target_")
+        self._reward = _started(function, keys, seconds, host.name, check=host.check, say=host.say)
+
+    @classmethod
+    def check_keys(
+        cls,
+        *,
+        function: str,
+        keys: Fields | None,
+        separator: str,
+        seconds: float,
+        **others: Any,  # noqa: ARG003
+    ) -> None:
+        """See RewardTarget. The function is imported, in its process."""
+        check_separator(separator)
+        _started(function, keys, seconds, "").close()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -154,6 +168,17 @@ class StepFunction(StepReward):
         self._reward.close()
 
 
+def _started(function: str, keys: Fields | None, seconds: float, name: str, **host: Any) -> FunctionReward:
+    try:
+        reward = FunctionReward(name, function, keys or {}, seconds=seconds, **host)
+    except ValueError as error:  # it names _target_, which is this class here
+        raise ValueError(f"function={function}: {str(error).partition(': ')[2]}") from error
+    if reward.in_process:
+        reward.close()
+        raise ValueError(f"function={function}: runs in the trainer's process; use it as reward.NAME._target_")
+    return reward
+
+
 class ProcessRewardModel(StepReward):
     """A token classification model with two labels, wrong and right, in Hugging Face format with safetensors.
 
@@ -179,22 +204,43 @@ class ProcessRewardModel(StepReward):
         template: str,
         step_end: str,
     ):
-        if dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"dtype={dtype}: must be one of auto, float32, bfloat16")
-        if template not in ("plain", "chat"):
-            raise ValueError(f"template={template}: must be plain or chat")
+        self.check_keys(
+            path=path, dtype=dtype, template=template, max_tokens=max_tokens, separator=separator, step_end=step_end
+        )
         self.host = host
         self.template = template
-        self.max_tokens = positive_limit(max_tokens)
+        self.max_tokens = max_tokens
         self._split = Splitter(host.tokenizer, separator)
         self.tokenizer, self.model = _load(path, revision, dtype)
         if template == "chat" and not self.tokenizer.chat_template:
             raise ValueError(f"path={path}: its tokenizer has no chat template; use template=plain")
         self._end = self._tokens(step_end)
         if not self._end:
-            raise ValueError("step_end is empty: give the text behind each step at which the model is read")
+            raise ValueError(_NO_END)
         self.model.to(host.device).eval().requires_grad_(False)
         self.counts: dict[str, int] = Counter()
+
+    @classmethod
+    def check_keys(
+        cls,
+        *,
+        path: str,
+        dtype: str,
+        template: str,
+        max_tokens: int,
+        separator: str,
+        step_end: str,
+        **others: Any,  # noqa: ARG003
+    ) -> None:
+        """See RewardTarget."""
+        check_place("path", path)
+        check_dtype(dtype)
+        if template not in ("plain", "chat"):
+            raise ValueError(f"template={template}: must be plain or chat")
+        positive_limit(max_tokens)
+        check_separator(separator)
+        if not step_end:
+            raise ValueError(_NO_END)
 
     def steps(self, conversations: Sequence[Conversation]) -> list[np.ndarray]:
         """See StepReward."""
@@ -222,7 +268,7 @@ class ProcessRewardModel(StepReward):
     def _tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    @torch.no_grad()
+    @no_grad
     def _numbers(self, rows: Sequence[list[int]], ends: Sequence[list[int]]) -> list[np.ndarray]:
         """Rewards at the ends of each row; NaN for rows that are too long or have one that is no number."""
         out = [np.full(len(places), np.nan) for places in ends]
@@ -268,6 +314,8 @@ def placed(steps: Sequence[Step], numbers: np.ndarray, length: int) -> np.ndarra
 def _load(path: str, revision: str | None, dtype: str) -> tuple[Any, Any]:
     """Tokenizer and model. Raises ValueError for one without a trained linear head of two labels."""
     from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer
+
+    from align.models.policy import own_attention_name
 
     common = {"revision": revision, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(path, **common)

@@ -52,6 +52,33 @@ class RemoteReward:
         backoff_s: float,
         token_variable: str | None,
     ):
+        self.check_keys(
+            url=url, batch_size=batch_size, retries=retries, backoff_s=backoff_s, token_variable=token_variable
+        )
+        self.host = host
+        self.parts = urlsplit(url)
+        self.port = self.parts.port
+        self.seconds = seconds
+        self.batch_size = batch_size
+        self.retries = retries
+        self.backoff_s = backoff_s
+        self.headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if token_variable is not None:
+            self.headers["Authorization"] = f"Bearer {os.environ[token_variable]}"
+        self.counts: dict[str, int] = Counter()
+
+    @classmethod
+    def check_keys(
+        cls,
+        *,
+        url: str,
+        batch_size: int,
+        retries: int,
+        backoff_s: float,
+        token_variable: str | None,
+        **others: Any,  # noqa: ARG003
+    ) -> None:
+        """See RewardTarget."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"url={url}: must begin with http:// or https:// and name a host")
@@ -61,17 +88,7 @@ class RemoteReward:
             )
         if token_variable is not None and token_variable not in os.environ:
             raise ValueError(f"token_variable={token_variable}: there is no such environment variable")
-        self.host = host
-        self.parts = parts
-        self.port = parts.port  # raises ValueError now for a port that is none
-        self.seconds = seconds
-        self.batch_size = batch_size
-        self.retries = retries
-        self.backoff_s = backoff_s
-        self.headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if token_variable is not None:
-            self.headers["Authorization"] = f"Bearer {os.environ[token_variable]}"
-        self.counts: dict[str, int] = Counter()
+        _ = parts.port  # raises ValueError for a port that is none
 
     def __call__(self, conversations: Sequence[Conversation]) -> np.ndarray:
         """See Reward."""

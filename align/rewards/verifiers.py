@@ -13,9 +13,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
 
 from align.data.reasoning import final_answer
 from align.jsons import Fields
+from align.rewards.base import RewardTarget
 from align.tools.python import Limits, run_python
 
 _FENCE = re.compile(r"^[ \t]*```(?:python|py)?[ \t]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
@@ -25,7 +28,7 @@ _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?|[-+]?\d
 _LONGEST = 200  # characters of a number; exact arithmetic on what is longer would cost more than it says
 
 
-class ReasoningGym:
+class ReasoningGym(RewardTarget):
     """reasoning-gym's own verifier of the row's task, in [0, 1]. Columns: task, entry (JSON or a mapping).
 
     entry: what reasoning-gym made: question, answer, metadata. extract: score the final answer in the completion
@@ -34,9 +37,15 @@ class ReasoningGym:
     """
 
     def __init__(self, *, extract: bool, partial: bool):
-        _scorer("chain_sum")  # a missing package is told at the start, not at the first completion
+        _scorer("chain_sum")  # its import takes seconds, which no completion's deadline is to pay
         self.extract = extract
         self.partial = partial
+
+    @classmethod
+    def check_keys(cls, **keys: Any) -> None:  # noqa: ARG003
+        """See RewardTarget."""
+        if find_spec("reasoning_gym") is None:
+            raise ValueError("needs the package reasoning-gym; type: pip install reasoning-gym")
 
     def __call__(self, completion: str, task: str, entry: str | Fields) -> float:
         """The score of a completion."""

@@ -115,12 +115,7 @@ def bound_to(target: object, keys: Fields) -> tuple[Callable[..., Any], Signatur
     if not callable(target):
         raise Refused(f"is no function or class but {type(target).__name__}")
     if inspect.isclass(target):
-        try:
-            inspect.signature(target).bind(**keys)
-        except TypeError as error:
-            raise Refused(f"takes other keys: {_line(error)}") from error
-        except ValueError:  # built in, without a signature
-            pass
+        _check_keys(target, keys)
         try:
             target = target(**keys)
         except Exception as error:
@@ -139,6 +134,26 @@ def bound_to(target: object, keys: Fields) -> tuple[Callable[..., Any], Signatur
     if not keys:
         return target, signature
     return lambda *args, **given: target(*args, **given, **keys), signature
+
+
+def unmade(kind: type[RewardTarget], keys: Fields) -> Signature:
+    """How an object of a class of ours is called, without one. Raises Refused as bound_to does."""
+    _check_keys(kind, keys)
+    try:
+        kind.check_keys(**keys)
+    except ValueError as error:
+        raise Refused(f"cannot be made: {_line(error)}") from error
+    _, *parameters = inspect.signature(kind.__call__).parameters.values()
+    return _signature(parameters, {})
+
+
+def _check_keys(kind: type, keys: Fields) -> None:
+    try:
+        inspect.signature(kind).bind(**keys)
+    except TypeError as error:
+        raise Refused(f"takes other keys: {_line(error)}") from error
+    except ValueError:  # built in, without a signature
+        pass
 
 
 def _signature(parameters: Iterable[inspect.Parameter], keys: Fields) -> Signature:

@@ -72,6 +72,25 @@ def test_impossible_problems_are_refused_by_name(name, said):
     assert str(raised.value).startswith(name)
 
 
+@pytest.mark.parametrize(
+    "words", ["chain_sum/size:4/min_terms:9", "chain_sum/size:4/foo:1", "gcd/size:4/min_numbers:x"]
+)
+def test_settings_are_refused_from_the_sources_as_they_are_when_problems_are_drawn(words):
+    asked = gym.parse_name(f"gym:{words}")
+    with pytest.raises(ValueError) as drawn:  # noqa: PT011
+        gym.rows(asked)
+    with pytest.raises(ValueError) as checked:  # noqa: PT011
+        gym.check_task(asked.task, asked.settings, asked.name)
+    assert str(checked.value) == str(drawn.value)
+
+
+def test_no_task_is_refused_with_the_settings_that_it_has():
+    from reasoning_gym.factory import DATASETS
+
+    for task in set(DATASETS) - {"composite"}:  # which must be told of what
+        gym.check_task(task, None, task)
+
+
 def test_a_row_can_be_imitated_asked_and_scored():
     """The first sum of the task with these settings, from reasoning-gym itself.
 

@@ -342,7 +342,7 @@ def test_no_sbatch_no_directory(capsys, tmp_path, monkeypatch):
     assert f"launch.log_dir={tmp_path}/file/logs: cannot be made (Not a directory)" in err
 
 
-WARM = ["train", "recipe=warm", "model=tiny", "data.train=p.jsonl", "launch=slurm", "trainer.members=3"]
+WARM = ["train", "recipe=warm", "model=tiny", "launch=slurm", "trainer.members=3"]
 
 
 def test_warm_is_a_head_an_array_of_members_and_an_average(capsys, programs, tmp_path):
