@@ -35,11 +35,14 @@ _OF_A_START = ("resolved.json", "before.json", "samples.jsonl", "nonfinite.json"
 class RunDirectory:
     """Opens or makes a run's directory and holds its lock until closed.
 
-    world: the processes of the run. The lead alone holds the lock and writes, all others see what it sees.
+    world: the processes of the run. The lead alone holds the lock and writes, all others see what it sees. compare:
+    whether a resumed run must have the settings of before; of a part its run has seen to it, and paths in them may have
+    moved with that one.
     """
 
-    def __init__(self, config: Config, world: World | None = None):
+    def __init__(self, config: Config, world: World | None = None, compare: bool = True):
         self.world = world or World()
+        self.compare = compare
         self.path = Path(config.run.dir or default_name(config))
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
@@ -80,8 +83,9 @@ class RunDirectory:
         if resumed:
             if not saved.exists():
                 raise ValueError(f"{self.checkpoints} has checkpoints but {saved} is gone; give another run.dir")
-            self._compare(config)
-            self._compare_hashes(config)
+            if self.compare:
+                self._compare(config)
+                self._compare_hashes(config)
         elif (self.path / "summary.json").exists():
             raise ValueError(
                 f"{self.path} holds a finished run without its checkpoints; give another run.dir, or remove it to "

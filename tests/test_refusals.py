@@ -163,9 +163,7 @@ REFUSED = [
     (["recipe=best_of_n", "reward=[topic,brief]", "composer=fixed"], "composes what an online step learns from"),
     (["recipe=best_of_n", "trainer.heldout_n=2", "trainer.pass_component=x"], "trainer.pass_component=x: must be one"),
     # engines and launch
-    (["recipe=warm", "engine=zero2"], "trainer=warm runs in one process: use engine=local"),
-    (["recipe=online_dpo", "engine=zero2"], "trainer=iterate runs in one process: use engine=local"),
-    (["recipe=multiturn_dpo", "engine=zero2"], "collect runs in one process: use engine=local"),
+    (["recipe=online_dpo", "trainer.keep_best=heldout/total_greedy", "trainer.num_samples=0"], "needs evaluations"),
     (["recipe=dpo", "engine.offload_optimizer=true"], "needs ZeRO stage 1, 2 or 3: use engine=zero2"),
     (["recipe=dpo", "engine=zero2", "engine.deepspeed.fp16=x"], "engine.deepspeed.fp16 is set by align"),
     (["recipe=dpo", "launch.processes=2"], "launch.processes=2: engine=local is one process"),

@@ -1,6 +1,6 @@
 """The settings of a run: what there is, where it is found, how it is composed and what is refused. Torch-free."""
 
-from align.config.compose import compose, compose_run, differences
+from align.config.compose import compose, compose_run, derived, differences, saved_model
 from align.config.explain import keys_with_help, leaves
 from align.config.moved import saved_settings
 from align.config.schema import (
@@ -51,12 +51,14 @@ __all__ = [
     "cache_root",
     "compose",
     "compose_run",
+    "derived",
     "differences",
     "keys_with_help",
     "leaves",
     "options",
     "quoted",
     "recipes",
+    "saved_model",
     "saved_settings",
     "shipped_root",
 ]

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,16 @@ from omegaconf.errors import OmegaConfBaseException
 from align.config.explain import explain, leaves, nearest, one_line, written
 from align.config.moved import refuse_moved, saved_settings
 from align.config.plugs import absent, own_optimizer, plugged, put_in
-from align.config.schema import EVALUATION, KINDS, SECTIONS, Config, ConfigError, OwnOptimizerConfig, may_change
+from align.config.schema import (
+    EVALUATION,
+    KINDS,
+    SECTIONS,
+    Config,
+    ConfigError,
+    OwnOptimizerConfig,
+    TrainerConfig,
+    may_change,
+)
 from align.config.values import check_values
 from align.config.words import read
 from align.vocabulary import groups as all_groups
@@ -122,6 +131,26 @@ def compose_run(overrides: Sequence[str]) -> Config:
     tree.run.dir = str(path.parent)
     _unresolved(tree)
     return _typed(tree, {"objective": str(tree.objective.get("_target_", "")).rpartition(".")[2]})
+
+
+def derived(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The settings of a run of trainer=offline that is part of this one. changes: values by dotted key; a mapping takes
+    the place of a whole section. Raises ConfigError for an impossible value."""
+    tree = OmegaConf.create(OmegaConf.to_container(config.tree, resolve=False))
+    assert isinstance(tree, DictConfig)
+    tree.trainer = {f.name: getattr(config.trainer, f.name) for f in fields(TrainerConfig)} | {"kind": "offline"}
+    for key, value in changes.items():
+        OmegaConf.update(tree, key, value, merge=False)
+    return _typed(tree, config.choices)
+
+
+def saved_model(config: Config, path: str | Path) -> dict[str, Any]:
+    """The group model for a directory in Hugging Face form, trusted as far as the run's own model."""
+    trust = bool(config.model.get("trust_remote_code", False))
+    return {
+        **{"_target_": "align.models.pretrained.from_hub", "path": str(path), "revision": None},
+        **{"trust_remote_code": trust, "allow_pickle": False, "chat_template": None, "dtype": "auto"},
+    }
 
 
 def _unresolved(tree: DictConfig) -> None:

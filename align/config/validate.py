@@ -36,7 +36,6 @@ def validate(config: Config) -> None:
     _TRAINERS[config.trainer.kind](config, objective)
     _check_head(config, objective)
     build.check_margins(config, objective)
-    _check_processes(config)
     _check_launch(config)
     _check_observers(config)
 
@@ -141,19 +140,6 @@ def _check_launch(config: Config) -> None:
             raise ValueError("launch.port has no effect on one process; leave it out")
 
 
-def _check_processes(config: Config) -> None:
-    """Raises ValueError for what an engine of several processes cannot do."""
-    if config.engine.stage is None:
-        return
-    if config.trainer.kind not in ("offline", "online"):
-        raise ValueError(f"trainer={config.trainer.kind} runs in one process: use engine=local")
-    if config.collect is not None:
-        raise ValueError(
-            "collect runs in one process: use engine=local; with trainer.max_steps=1 it collects, and its pairs are "
-            "data.train of another run"
-        )
-
-
 def _check_observers(config: Config) -> None:
     """Raises ValueError for a best model that nothing tells, and callbacks that cannot be made."""
     t = config.trainer
@@ -162,14 +148,13 @@ def _check_observers(config: Config) -> None:
             f"trainer.stop_after={t.stop_after} has no effect without trainer.keep_best; use keep_best=loss/heldout"
         )
     if t.keep_best is not None:
-        if t.kind == "iterate":
+        heldout = config.data.heldout is not None or config.data.heldout_fraction > 0
+        # rounds are evaluated at their end, on prompts or on problems of the task
+        rounds = t.kind == "iterate"
+        key, enough = ("num_samples", t.num_samples > 0) if rounds else ("eval_every", t.eval_every > 0)
+        if not (heldout and enough) and not (rounds and config.collect is not None):
             raise ValueError(
-                f"trainer.keep_best={t.keep_best} has no effect with trainer=iterate: a round's training is evaluated "
-                "at its end; remove it"
-            )
-        if (config.data.heldout is None and config.data.heldout_fraction == 0) or t.eval_every == 0:
-            raise ValueError(
-                f"trainer.keep_best={t.keep_best} needs evaluations: set data.heldout, and trainer.eval_every above 0"
+                f"trainer.keep_best={t.keep_best} needs evaluations: set data.heldout, and trainer.{key} above 0"
             )
     if t.export_at is not None and any(step < 1 for step in t.export_at):
         raise ValueError(f"trainer.export_at={t.export_at}: must be steps from 1 on")

@@ -118,7 +118,7 @@ class ToolLoop:
                     f"a prompt of {len(state.token_ids)} tokens leaves no room for {sampling.max_new_tokens} more in "
                     f"max_tokens={self.max_tokens}: {prompt[-1]['content'][:80]!r}"
                 )
-        drawn = self.rollout.generate([s.token_ids for s in started], sampling.at(0), n)
+        drawn = self.generate([s.token_ids for s in started], sampling.at(0), n)
         groups = [[self._copy(state) for _ in range(n)] for state in started]
         self._turn([(s, c) for group, row in zip(groups, drawn, strict=True) for s, c in zip(group, row, strict=True)])
         everything = [state for group in groups for state in group]
@@ -129,9 +129,18 @@ class ToolLoop:
             going = [state for state in everything if state.end is None]
             if not going:
                 break
-            drawn = self.rollout.generate([s.token_ids for s in going], sampling.at(turn))
+            drawn = self.generate([s.token_ids for s in going], sampling.at(turn))
             self._turn([(state, row[0]) for state, row in zip(going, drawn, strict=True)])
         return [[_close(state) for state in group] for group in groups]
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int = 1) -> list[list[Completion]]:
+        """The rollout's draws of a turn."""
+        return self.rollout.generate(prompts, sampling, n)
+
+    def observe(self, calls: Sequence[str]) -> list[Observation]:
+        """What the tool says to each call, several at the same time."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(self.tool.run, calls))
 
     def _start(self, prompt: Sequence[Message]) -> _Open:
         state = _Open(list(prompt), [], [], num_prompt_messages=len(prompt))
@@ -171,8 +180,7 @@ class ToolLoop:
                 calls.append((state, completion, call))
         # A call that several conversations make in the same words is run once.
         unique = list(dict.fromkeys(call for _, _, call in calls))
-        with ThreadPoolExecutor(self.workers) as pool:
-            answers = dict(zip(unique, pool.map(self.tool.run, unique), strict=True))
+        answers = dict(zip(unique, self.observe(unique), strict=True))
         for state, completion, call in calls:
             self._observe(state, completion.stop == "end", answers[call])
 

@@ -13,32 +13,34 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from align.checkpoint import WriteFailed
+from align import build
 from align.data.reasoning import Problem, ProblemSet, final_answer, prompt_messages
 from align.data.reasoning import problems as problem_set
-from align.files import write_whole
+from align.engine.world import World, by_lead
+from align.evaluate.samples import paired_bootstrap
 from align.jsons import Fields, Json, Tokenizer
-from align.rollout.base import Rollout, Sampling
+from align.rollout.base import Completion, Rollout, Sampling
 from align.rollout.toolloop import ToolLoop, Trajectory, re_encodes
-from align.tools import Tool
+from align.tools import Observation, Tool
+from align.trainers.drawing import drawn
+from align.trainers.kept import Kept, Progress, read_rows, write
+from align.trainers.session import Session
 
 Row = Json
-Progress = Callable[[Iterable[int], int], Iterable[int]]
 
 
 @dataclass(frozen=True)
 class Collected:
     """What a round left behind."""
 
-    pairs: Path
-    labelled: Path
+    directory: Path
     report: Fields  # collect.json
 
     def file(self, kind: str) -> Path:
@@ -52,7 +54,7 @@ class Collected:
                 + ("harder" if r["accuracy"] > 0.5 else "easier")
                 + " in collect.task_settings"
             )
-        return self.pairs if kind == "pair" else self.labelled
+        return self.directory / ("pairs.jsonl" if kind == "pair" else "labelled.jsonl")
 
     def lines(self) -> list[str]:
         """The report for people."""
@@ -70,8 +72,8 @@ class Collected:
 class Collector:
     """Asks a policy; `settings` is the section collect of the configuration.
 
-    directory: the run's. key: what else the trajectories depend on, such as the hash of the weights; a round that
-    was begun under another key is begun anew. progress: wraps the loop over chunks, may raise.
+    directory: the run's. part: the places of the problems to learn from; None: all. progress: wraps the loop over
+    chunks, may raise. In a run of several processes all of them make the same calls.
     """
 
     def __init__(
@@ -84,21 +86,21 @@ class Collector:
         *,
         seed: int,
         max_tokens: int,
-        key: Fields,
-        bound: bool = False,
+        part: range | None = None,
+        world: World | None = None,
         progress: Progress = lambda items, _: items,
     ):
-        """bound: whether the run has learnt from what is in `directory`, so that other rows would be another run's.
-
-        Raises ValueError if it has and would now collect others.
-        """
         self.settings = settings
         self.tokenizer = tokenizer
-        self.run_directory = directory
+        self.world = world or World()
         self.directory = directory / "collect"
+        self.kept = Kept(self.directory, self.world)
+        self.answers = Kept(directory, self.world)  # those of held-out problems
         self.seed = seed
+        self.max_tokens = max_tokens
         self.progress = progress
-        self.loop = ToolLoop(
+        self.loop = _Loop(
+            self.world,
             rollout,
             tokenizer,
             tool,
@@ -108,76 +110,46 @@ class Collector:
             role=settings.observation_role,
         )
         self.problems: ProblemSet = problems_of(settings)
-        own = {"settings": _plain(settings), "questions": self.problems.fingerprint()}
-        self.key = json.loads(json.dumps({**key, "seed": seed, "max_tokens": max_tokens, **own}))
-        self._begin(bound)
+        self.train = self.problems.train if part is None else [self.problems.train[i] for i in part]
+
+    def begin(self, key: Fields, bound: bool = False) -> bool:
+        """Forget what was collected under other settings, from other weights or on other problems; see Kept.begin. key:
+        what else the trajectories depend on, such as the hash of the weights."""
+        own = {"settings": vars(self.settings), "questions": self.problems.fingerprint()}
+        key = {**key, "seed": self.seed, "max_tokens": self.max_tokens, **own}
+        answers = [self.answers.directory / f"problems-{phase}.jsonl" for phase in ("before", "after")]
+        return self.kept.begin(key, bound, answers)
 
     def collect(self) -> Collected:
-        """The round, from where an earlier start left it; a finished one is only read.
-
-        A chunk of problems is written when it is complete, so that a kill loses one chunk at most; a chunk's draws
-        depend on its number alone, so that what is done again comes out the same. Raises WriteFailed when the disk is
-        full.
-        """
-        rows: list[Row] = []
-        todo = self.problems.train
-        size = self.settings.chunk_problems
-        numbers = range(-(-len(todo) // size))
-        for number in self.progress(numbers, len(numbers)):
-            path = self.directory / f"trajectories-{number:03d}.jsonl"
-            if not path.exists():
-                _write_rows(path, self._chunk(number, todo[number * size : (number + 1) * size]))
-            rows += _read_rows(path)
-        pairs, labelled, account = select(rows, self.settings, self.seed)
-        report = {"task": self.settings.task, "repeated_problems": self.problems.num_repeated, **account}
-        files = Collected(self.directory / "pairs.jsonl", self.directory / "labelled.jsonl", report)
-        _write_rows(files.pairs, pairs)
-        _write_rows(files.labelled, labelled)
-        _write(self.directory / "collect.json", json.dumps(report, indent=1) + "\n")
-        return files
+        """The round, from where an earlier start left it; a finished one is only read."""
+        s = self.settings
+        rows = self.kept.drawn("trajectories", len(self.train), s.chunk_problems, self._chunk, self.progress)
+        pairs, labelled, account = select(rows, s, self.seed)
+        report = {"task": s.task, "repeated_problems": self.problems.num_repeated, **account}
+        self.kept.write("pairs.jsonl", pairs)
+        self.kept.write("labelled.jsonl", labelled)
+        by_lead(self.world, lambda: write(self.directory / "collect.json", json.dumps(report, indent=1) + "\n"))
+        return Collected(self.directory, report)
 
     def before(self) -> list[float]:
         """Of each held-out problem 1.0 if the untrained policy's greedy answer is right, else 0.0.
 
         Written to problems-before.jsonl, which a resumed run reads.
         """
-        path = self.run_directory / "problems-before.jsonl"
-        return _rewards(_read_rows(path)) if path.exists() else self._evaluate("before")
+        return _solved(self.answers.rows("problems-before.jsonl", lambda: self._evaluate("before")))
 
     def after(self) -> list[float]:
         """The same of the policy as it is now, in the same order; written to problems-after.jsonl."""
-        return self._evaluate("after")
+        return _solved(self.answers.write("problems-after.jsonl", self._evaluate("after")))
 
-    def _evaluate(self, phase: str) -> list[float]:
+    def _evaluate(self, phase: str) -> list[Row]:
         heldout = self.problems.heldout
         sampling = Sampling(self.settings.max_new_tokens, temperature=0.0)
         answers = self.loop.run([self._prompt(p) for p in heldout], sampling)
-        rows = [{"phase": phase, **self._row(p, t)} for p, (t,) in zip(heldout, answers, strict=True)]
-        _write_rows(self.run_directory / f"problems-{phase}.jsonl", rows)
-        return _rewards(rows)
+        return [{"phase": phase, **self._row(p, t)} for p, (t,) in zip(heldout, answers, strict=True)]
 
-    def _begin(self, bound: bool) -> None:
-        """Forget what was collected under other settings, from other weights or on other problems."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / "key.json"
-        was = json.loads(path.read_text()) if path.exists() else None
-        if was == self.key:
-            return
-        if bound and was is not None:
-            changed = ", ".join(sorted(k for k in self.key.keys() | was.keys() if was.get(k) != self.key.get(k)))
-            raise ValueError(
-                f"{self.directory} was collected with other {changed} than now, and {self.run_directory} has learnt "
-                "from it; give another run.dir"
-            )
-        path.unlink(missing_ok=True)
-        for old in self.directory.glob("*.jsonl"):
-            old.unlink()
-        for phase in ("before", "after"):
-            (self.run_directory / f"problems-{phase}.jsonl").unlink(missing_ok=True)
-        _write(path, json.dumps(self.key, indent=1) + "\n")
-
-    def _chunk(self, number: int, problems: Sequence[Problem]) -> list[Row]:
-        s = self.settings
+    def _chunk(self, number: int, places: range) -> list[Row]:
+        s, problems = self.settings, [self.train[i] for i in places]
         sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p, seed=self.seed).at(number)
         groups = self.loop.run([self._prompt(p) for p in problems], sampling, s.samples_per_problem)
         return [self._row(p, t) for p, group in zip(problems, groups, strict=True) for t in group]
@@ -206,6 +178,74 @@ class Collector:
             "last_call_failed": trajectory.last_call_failed,
             "re_encodes": re_encodes(self.tokenizer, trajectory),
         }
+
+
+class _Loop(ToolLoop):
+    """Of all processes of a run: the draws of each turn are divided among them, a call is run by the lead alone."""
+
+    def __init__(self, world: World, *arguments: Any, **keys: Any):
+        super().__init__(*arguments, **keys)
+        self.world = world
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int = 1) -> list[list[Completion]]:
+        """See ToolLoop."""
+        return drawn(self.world, self.rollout, prompts, sampling, n)
+
+    def observe(self, calls: Sequence[str]) -> list[Observation]:
+        """See ToolLoop."""
+        return self.world.share(by_lead(self.world, lambda: ToolLoop.observe(self, calls)))
+
+
+def collector_of(
+    session: Session, rollout: Rollout, directory: Path, seed: int, what: str, part: range | None = None
+) -> Collector:
+    """A collector as the settings of a run say; what: the name of its progress."""
+    config = session.config
+    return Collector(
+        config.collect,
+        rollout,
+        session.tokenizer,
+        build.tool(config),
+        directory,
+        seed=seed,
+        max_tokens=config.data.max_tokens,
+        part=part,
+        world=session.world,
+        progress=session.shown(what),
+    )
+
+
+def collected(
+    session: Session, collector: Collector, key: Fields, bound: bool = False, first: bool = True
+) -> Collected:
+    """What a policy writes before training, collected now or by an earlier start; see Collector.begin. first: whether
+    its answers to the held-out problems are wanted too."""
+    collector.begin(key, bound)
+    if first:
+        collector.before()
+    found = collector.collect()
+    for line in found.lines():
+        session.log.say(line)
+    return found
+
+
+def solved_summary(first: Path, last: Path) -> Json:
+    """Shares of held-out problems solved before and after, as two collectors left them in their directories, and their
+    difference with its interval."""
+    before, after = (
+        _solved(read_rows(where / f"problems-{phase}.jsonl")) for where, phase in ((first, "before"), (last, "after"))
+    )
+    change = paired_bootstrap(before, after)
+    return {
+        "count": len(before),
+        "before": sum(before) / len(before),
+        "after": sum(after) / len(after),
+        "change": {"mean": change.mean, "low": change.low, "high": change.high},
+    }
+
+
+def _solved(rows: Sequence[Row]) -> list[float]:
+    return [float(row["reward"]) for row in rows]
 
 
 def problems_of(settings: Any) -> ProblemSet:
@@ -301,26 +341,3 @@ def _conversation(row: Row) -> Row:
 def _generator(seed: int, problem: str) -> np.random.Generator:
     digest = hashlib.blake2b(f"{seed} {problem}".encode(), digest_size=8).digest()
     return np.random.default_rng(int.from_bytes(digest, "little"))
-
-
-def _rewards(rows: Sequence[Row]) -> list[float]:
-    return [float(row["reward"]) for row in rows]
-
-
-def _plain(settings: Any) -> Json:
-    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-
-
-def _read_rows(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _write_rows(path: Path, rows: Sequence[Row]) -> None:
-    _write(path, "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows))
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        write_whole(path, text)
-    except OSError as error:
-        raise WriteFailed(path, error, len(text)) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,6 +22,14 @@ from align.trainers.session import Session
 from align.trainers.trained import Whole
 
 Form = Callable[[], Json]
+
+
+class Written(Protocol):
+    """A model that can be written in Hugging Face form, as it is; see Whole.write."""
+
+    def write(self, target: Path, summary: Json, form: Json | None = None) -> None:
+        """All processes must ask."""
+        ...
 
 
 OBSERVERS = "observers"  # their key in a checkpoint's progress; other keys are the loop's and the task's
@@ -68,14 +77,13 @@ class Observer:
 class Retention(Observer):
     """Removes old checkpoints, see trainer.keep_checkpoints."""
 
-    def __init__(self, session: Session, keep: int | None = None):
+    def __init__(self, session: Session):
         self.session = session
-        self.keep = keep or session.config.trainer.keep_checkpoints
 
     def saved(self, number: int) -> None:  # noqa: ARG002
         """See Observer."""
         if self.session.world.lead:
-            checkpoint.retain(self.session.out.checkpoints, self.keep)
+            checkpoint.retain(self.session.out.checkpoints, self.session.config.trainer.keep_checkpoints)
 
 
 class Exports(Observer):
@@ -102,7 +110,7 @@ class Exports(Observer):
             export(self.whole, self.form, self.folder, number)
 
 
-def export(whole: Whole, form: Form | None, folder: Path, number: int) -> None:
+def export(whole: Written, form: Form | None, folder: Path, number: int) -> None:
     """The model as it is, in a directory of its step."""
     whole.write(folder / f"step-{number:06d}", _card(number), None if form is None else form())
 
@@ -116,7 +124,7 @@ class Best(Observer):
 
     name = "best"
 
-    def __init__(self, session: Session, whole: Whole, form: Form | None, metric: str):
+    def __init__(self, session: Session, whole: Written, form: Form | None, metric: str):
         self.session = session
         self.whole = whole
         self.form = form

@@ -14,17 +14,17 @@ from align.data.load import Data, fingerprint, load
 from align.data.wanted import Wanted
 from align.engine.build import make_engine
 from align.engine.local import learning_rate
-from align.engine.world import together
-from align.evaluate.samples import paired_bootstrap
+from align.engine.world import by_lead, together
 from align.jsons import Json
 from align.models.policy import Network, Policy, Scorer, base_model, choose_layout, weights_hash
 from align.models.pretrained import Pretrained
 from align.objectives.base import RewardObjective
 from align.rewards import network
+from align.rollout.base import Rollout
 from align.trainers import resume, selfcheck, trained
 from align.trainers.anchors import Anchors
 from align.trainers.answers import Answers
-from align.trainers.collect import Collector
+from align.trainers.collect import Collector, collected, collector_of, solved_summary
 from align.trainers.final import summarise
 from align.trainers.loop import Plan, Trainee, evaluate, reference_gap, score_rows, token_plan, train_step
 from align.trainers.observers import observers_of
@@ -34,6 +34,8 @@ from align.trainers.steploop import Metrics, StepLoop, Task, size_of
 from align.trainers.trained import Whole
 from align.types import Example, Layout
 
+# of the last step of a run that is part of another
+_TOLD = ("loss/", "accuracy/", "reward/margin", "wpo/", "nll/", "kl/")
 _NOUNS = {"pair": "pairs", "labelled": "labelled rows", "single": "rows", "ranked": "ranked lists"}
 
 
@@ -68,17 +70,16 @@ def run(session: Session, given: Given | None = None) -> int:
     config = session.config
     model = given.model if given is not None else None
     rollouts = Rollouts(session)
-    collection, settings = None, config.data
+    settings = config.data
     if config.collect is not None:
-        model = model or trained.load(session)
-        collection = _collection(session, model, rollouts)
-        settings = replace(settings, train=collection.file, heldout=None)
+        file, model = _collected(session, rollouts)
+        settings = replace(settings, train=file, heldout=None)
     data = load(settings, session.tokenizer, Wanted.by(session.objective), config.seed)
     session.account(data.audit)
     hashes = {"data.train": fingerprint(data.train), "data.heldout": fingerprint(data.heldout)}
     state = resume.restore_point(session, hashes)
     plan = resume.planned(session, state, len(data.train))
-    if resume.nothing_left(session, state, plan):
+    if resume.nothing_left(session, state, plan.num_steps):
         return 0
     parts = _parts(session, model or trained.load(session), data, plan, state, rollouts, given)
     trainee, engine = parts.trainee, parts.trainee.engine
@@ -90,14 +91,31 @@ def run(session: Session, given: Given | None = None) -> int:
     loop = StepLoop(session, plan.num_steps, state, fixed, observers, engine.write, size_of(engine))
     step = loop.run(Offline(session, trainee, plan, data.train, data.heldout))
     session.signals.agree_again()
-    _sync(session, parts, rollouts, collection)
+    rollout = _sync(session, parts, rollouts)
     summary = _summary(session, parts, data, step)
-    if collection is not None:
-        summary["problems"] = solved_summary(collection.before, collection.collector.after())
+    if config.collect is not None and rollout is not None:
+        _collector(session, rollout).after()
+        out = session.out.path
+        summary["problems"] = session.world.share(by_lead(session.world, lambda: solved_summary(out, out)))
     summary |= loop.summary()
     parts.whole.write(session.out.final, summary, None if parts.form is None else parts.form())
     loop.end(summary)
     return 0
+
+
+def train_part(session: Session, settings: Config, given: Given | None = None, compare: bool = True) -> Metrics:
+    """A run that is part of this one, in a directory of its own, from where it was; returns its steps and its last
+    metrics, train/ before their names. compare: see RunDirectory."""
+    part = session.part(settings, compare)
+    try:
+        run(part, given)
+        rows = part.out.read("metrics.jsonl")
+    finally:
+        part.close()
+    assert rows is not None
+    last = json.loads(rows.splitlines()[-1])
+    told = {name: value for name, value in last.items() if name.startswith(_TOLD) and value is not None}
+    return {"train/steps": last["step"]} | {f"train/{name.replace('/', '_')}": v for name, v in told.items()}
 
 
 # ---------------------------------------------------------------------- the loop
@@ -150,6 +168,25 @@ class Offline(Task):
 # ---------------------------------------------------------------------- building
 
 
+def _collected(session: Session, rollouts: Rollouts) -> tuple[str, Any]:
+    """The data file of what the untrained policy collects, now or in an earlier start; and its model, to be trained in
+    place, None where an engine reads its shards from the files again."""
+    model = trained.load_whole(session)
+    selfcheck.check_tokens_of(session, model, [])
+    key = {"model": weights_hash(model), "precision": str(session.precision)}
+    collector = _collector(session, rollouts.of(Policy(model, "padded")))
+    found = collected(session, collector, key, session.out.resumed)
+    file = str(found.file(session.objective.kind))
+    if session.config.engine.stage != 3:
+        return file, model
+    rollouts.close()
+    return file, None
+
+
+def _collector(session: Session, rollout: Rollout) -> Collector:
+    return collector_of(session, rollout, session.out.path, session.config.seed, "collect")
+
+
 def _parts(
     session: Session,
     model: object,
@@ -177,40 +214,7 @@ def _parts(
     return _Parts(whole, model_hash, anchors, trainee, answers, form)
 
 
-@dataclass(frozen=True)
-class _Collection:
-    """Trajectories of the untrained policy; the collector asks the trained one later."""
-
-    collector: Collector
-    before: list[float]  # of each held-out problem: solved by the untrained policy
-    file: str
-
-
-def _collection(session: Session, model: Any, rollouts: Rollouts) -> _Collection:
-    """Collect, or read what was collected."""
-    config = session.config
-    assert config.collect is not None
-    selfcheck.check_tokens_of(session, model, [])
-    collector = Collector(
-        config.collect,
-        rollouts.of(Policy(model, "padded")),
-        session.tokenizer,
-        build.tool(config),
-        session.out.path,
-        seed=config.seed,
-        max_tokens=config.data.max_tokens,
-        key={"model": weights_hash(model), "precision": str(session.precision)},
-        bound=bool(checkpoint.steps(session.out.checkpoints)),
-        progress=session.shown("collect"),
-    )
-    before = collector.before()
-    collected = collector.collect()
-    for line in collected.lines():
-        session.log.say(line)
-    return _Collection(collector, before, str(collected.file(session.objective.kind)))
-
-
-def _prepared(session: Session, model: object, data: Data, plan: Plan) -> trained.Trained:
+def _prepared(session: Session, model: Any, data: Data, plan: Plan) -> trained.Trained:
     config = session.config
     layout, _ = choose_layout(model, config.trainer.layout, config.lora.dropout)
     budget = config.trainer.micro_batch_tokens
@@ -290,15 +294,14 @@ def _loss_before(session: Session, trainee: Trainee, heldout: Sequence[Example])
 # ---------------------------------------------------------------------- the end
 
 
-def _sync(session: Session, parts: _Parts, rollouts: Rollouts, collection: _Collection | None) -> None:
-    """Give the trained weights to whatever answers."""
-    if not parts.answers.prompts and collection is None:
-        return
+def _sync(session: Session, parts: _Parts, rollouts: Rollouts) -> Rollout | None:
+    """Give the trained weights to whatever answers, which is returned."""
+    if not parts.answers.prompts and session.config.collect is None:
+        return None
     policy = parts.whole()
     rollout = rollouts.of(policy)
     together(session.world, lambda: rollout.sync(policy))
-    if collection is not None:
-        collection.collector.loop.rollout = rollout
+    return rollout
 
 
 def _summary(session: Session, parts: _Parts, data: Data, step: int) -> Json:
@@ -341,14 +344,3 @@ class Form:
         if scores is not None and len(scores) > 1:
             form |= {"mean": scores.mean(0).tolist(), "std": scores.std(0, ddof=1).tolist(), "count": len(scores)}
         return form
-
-
-def solved_summary(before: list[float], after: list[float]) -> Json:
-    """Shares of held-out problems solved before and after, and their difference with its interval."""
-    change = paired_bootstrap(before, after)
-    return {
-        "count": len(before),
-        "before": sum(before) / len(before),
-        "after": sum(after) / len(after),
-        "change": {"mean": change.mean, "low": change.low, "high": change.high},
-    }

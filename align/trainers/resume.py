@@ -50,12 +50,13 @@ def planned(session: Session, state: checkpoint.State | None, num_examples: int)
     return found
 
 
-def nothing_left(session: Session, state: checkpoint.State | None, steps: Plan) -> bool:
-    """Whether the run is complete, which is said."""
-    if state is None or state.step < steps.num_steps and not stopped(state) or not complete(session, state.step):
+def nothing_left(session: Session, state: checkpoint.State | None, num_steps: int, unit: str = "step") -> bool:
+    """Whether the run is complete, which is said. unit: what a step of its loop is to people."""
+    if state is None or state.step < num_steps and not stopped(state) or not complete(session, state.step):
         return False
-    why = "trainer.stop_after ended it" if state.step < steps.num_steps else "a larger trainer.max_steps goes on"
-    session.log.say(f"{session.out.path} is complete at step {state.step}; {why}")
+    why = "; a larger trainer.max_steps goes on" if unit == "step" else ""
+    why = "; trainer.stop_after ended it" if state.step < num_steps else why
+    session.log.say(f"{session.out.path} is complete at {unit} {state.step}{why}")
     return True
 
 

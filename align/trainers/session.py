@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -66,11 +66,11 @@ class Session:
         return time.perf_counter() - self.started
 
     def shown(self, what: str) -> Callable[[Iterable[int], int], Iterable[int]]:
-        """A progress that is seen under this name, and looks for signals."""
+        """A progress that is seen under this name, and looks for signals; all processes must ask."""
 
         def wrap(items: Iterable[int], total: int) -> Iterator[int]:
             for item in self.log.progress(what)(items, total):
-                self.signals.check()
+                self.signals.agree()
                 yield item
 
         return wrap
@@ -82,23 +82,15 @@ class Session:
         for line in audit.lines():
             self.log.say(line)
 
-    def part(self, config: Config) -> Session:
-        """The session of a run that is part of this one, in a directory of its own; to be closed before this one."""
+    def part(self, config: Config, compare: bool = True) -> Session:
+        """The session of a run that is part of this one, in a directory of its own; to be closed before this one.
+        compare: see RunDirectory."""
         closing = ExitStack()
         try:
-            out = RunDirectory(config, self.world)
-            closing.callback(out.close)
-            log = Log(out.path, config.log, {}, mute=not self.world.lead)
-            closing.callback(log.close)
-            source = build.pretrained(config)
-            precision, why = _precision(config, out)
+            return _session(config, self.command, self.objective, self.world, self.signals, closing, compare)
         except BaseException:
             closing.close()
             raise
-        return replace(
-            self, config=config, out=out, log=log, pretrained=source, tokenizer=source.tokenizer(), precision=precision,
-            precision_why=why, started=time.perf_counter(), closing=closing,
-        )  # fmt: skip
 
     def close(self) -> None:
         """End all that was begun in it; also after an error, and again."""
@@ -115,18 +107,30 @@ def open_session(config: Config, command: str, objective: Objective) -> Session:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         closing.callback(leave)
         world = join(config.engine.timeout_s)
-        out = RunDirectory(config, world)
-        closing.callback(out.close)
-        log = Log(out.path, config.log, {"recipe": config.choices.get("recipe")}, mute=not world.lead)
-        closing.callback(log.close)
         signals = closing.enter_context(Signals(world))
-        started = time.perf_counter()
-        source = build.pretrained(config)
-        tokenizer = source.tokenizer()
-        precision, why = _precision(config, out)
+        return _session(config, command, objective, world, signals, closing)
     except BaseException:
         closing.close()
         raise
+
+
+def _session(
+    config: Config,
+    command: str,
+    objective: Objective,
+    world: World,
+    signals: Signals,
+    closing: ExitStack,
+    compare: bool = True,
+) -> Session:
+    out = RunDirectory(config, world, compare)
+    closing.callback(out.close)
+    log = Log(out.path, config.log, {"recipe": config.choices.get("recipe")}, mute=not world.lead)
+    closing.callback(log.close)
+    started = time.perf_counter()
+    source = build.pretrained(config)
+    tokenizer = source.tokenizer()
+    precision, why = _precision(config, out)
     return Session(
         config, command, objective, world, out, log, signals, source, tokenizer, precision, why, started, closing
     )

@@ -14,6 +14,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rich.table import Table
+
 from align import checkpoint
 from align.engine.base import Engine, shape_of
 from align.jsons import Fields, Json
@@ -31,6 +33,9 @@ class Task(ABC):
 
     # besides a signal and a failed engine: after which a step is done again as a whole by the next start
     redone: tuple[type[Exception], ...] = ()
+    # whether a step is a training of its own: each has its checkpoint and its line for people, whatever
+    # trainer.save_every and log.console_every say
+    long: bool = False
 
     @abstractmethod
     def step(self, number: int) -> Metrics:
@@ -112,7 +117,7 @@ class StepLoop:
             except (Stopped, EngineFailed):
                 self._save(said, row)
                 raise
-            if self.over or self.number % self.session.config.trainer.save_every == 0:
+            if self.over or task.long or self.number % self.session.config.trainer.save_every == 0:
                 self._save(self._said(task), None)
         return self.number
 
@@ -123,13 +128,13 @@ class StepLoop:
             out |= observer.summary()
         return out
 
-    def end(self, summary: Fields) -> None:
-        """final/ is written: say that the run is complete, on disk and to people."""
+    def end(self, summary: Fields, table: Table | None = None) -> None:
+        """final/ is written: say that the run is complete, on disk and to people. table: in place of final_table's."""
         for observer in self.observers:
             observer.end(summary)
         out, log = self.session.out, self.session.log
         out.write_json("summary.json", summary)
-        table = final_table(dict(summary))
+        table = table or final_table(dict(summary))
         if table.row_count:  # nothing held out, nothing to tell
             log.console.print(table)
         log.say(f"model {out.final}, evidence {out.path}")
@@ -188,7 +193,7 @@ class StepLoop:
                 observer.evaluated(number, found)
             observer.closed(number, row)
         self.session.log.row({"step": number} | row)
-        if number % config.log.console_every == 0 or self.over:
+        if number % config.log.console_every == 0 or task.long or self.over:
             self.session.log.say(task.console(number, row))
 
     def _save(self, said: Fields, pending: Metrics | None) -> None:

@@ -34,6 +34,11 @@ def load(session: Session) -> Any:
     return load_model(session.pretrained, c.engine, c.optimizer, session.world, whole, session.log.say)
 
 
+def load_whole(session: Session) -> Any:
+    """The same with all its weights in this process, whatever the engine."""
+    return session.pretrained.model().to(pick_device())
+
+
 @dataclass(frozen=True)
 class Trained:
     """A network that is to be trained. make: it, of a model in a layout."""

@@ -54,10 +54,12 @@ def solve(prompt, k):
     return f"```python\nprint({question}{' + 1' * k})\n```{END}"
 
 
-def collector(directory, settings=None, say=solve, **more):
-    more = {"seed": 0, "max_tokens": 4000, "key": {"model": "a"}} | more
+def collector(directory, settings=None, say=solve, key=None, bound=False, **more):
+    more = {"seed": 0, "max_tokens": 4000} | more
     tool = PythonTool(10.0, 512, 1000)
-    return Collector(settings or Settings(), Scripted(say), TOKENIZER, tool, directory, **more)
+    it = Collector(settings or Settings(), Scripted(say), TOKENIZER, tool, directory, **more)
+    it.begin(key or {"model": "a"}, bound)
+    return it
 
 
 def files(directory):
@@ -77,20 +79,20 @@ def test_a_round(tmp_path):
     assert (r["problems_with_both"], r["pairs"], r["labelled"]) == (5, 5, 10)
     assert r["re_encoded_differently"] == 0
     assert r == made.report
-    for pair in rows(made.pairs):
+    for pair in rows(made.file("pair")):
         for side, plus in (("chosen", 0), ("rejected", 1)):
             answer = pair[side]["messages"][-1]["content"]
             question = re.search(r"problem: ([-+ \d]+) =", pair[side]["messages"][0]["content"])[1]
             assert answer == f"The answer is \\boxed{{{eval(question) + plus}}}."
-    assert [row["label"] for row in rows(made.labelled)] == [True, False] * 5
-    assert made.file("pair") == made.pairs
-    assert made.file("labelled") == made.labelled
+    assert [row["label"] for row in rows(made.file("labelled"))] == [True, False] * 5
+    assert made.file("pair") == tmp_path / "collect" / "pairs.jsonl"
+    assert made.file("labelled") == tmp_path / "collect" / "labelled.jsonl"
     assert "5 pairs" in made.lines()[1]
 
 
 def test_the_reader_takes_the_files_and_only_emissions_are_targets(tmp_path):
     made = collector(tmp_path, Settings(num_examples=1)).collect()
-    for row in rows(made.pairs):
+    for row in rows(made.file("pair")):
         record = parse(row)
         assert (record.kind, record.origin) == ("pair", "on_policy")
         for side in record.sides.values():
@@ -98,7 +100,7 @@ def test_the_reader_takes_the_files_and_only_emissions_are_targets(tmp_path):
             assert [s.startswith(("```python", "The answer")) for s in spoken] == [True, True]
             assert all(s.endswith(END) for s in spoken)
             assert side.question.startswith("State the final answer")
-    labels = [parse(row) for row in rows(made.labelled)]
+    labels = [parse(row) for row in rows(made.file("labelled"))]
     assert {(r.kind, r.label) for r in labels} == {("labelled", True), ("labelled", False)}
 
 
@@ -157,7 +159,8 @@ def test_other_problems_under_the_same_settings_begin_anew_unless_they_were_lear
         with pytest.raises(ValueError, match="with other questions than now.*give another run.dir"):
             collector(tmp_path, bound=True)
         assert files(tmp_path) == kept
-    assert collector(tmp_path).key == key
+    collector(tmp_path)
+    assert json.loads(path.read_text()) == key
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
@@ -269,7 +272,9 @@ def real(pretrained, directory, settings, **more):
     policy = Policy(lm, choose_layout(lm, "auto", 0.0)[0])
     rollout = HFRollout(Host(policy, tokenizer, directory, "float32"), batch_size=8)
     tool = PythonTool(10.0, 512, 1000)
-    return Collector(settings, rollout, tokenizer, tool, directory, seed=0, max_tokens=1024, key={}, **more), policy
+    it = Collector(settings, rollout, tokenizer, tool, directory, seed=0, max_tokens=1024, **more)
+    it.begin({})
+    return it, policy
 
 
 def test_a_resumed_round_of_a_random_network_has_the_same_bytes(tmp_path):

@@ -15,14 +15,17 @@ import torch
 from align import checkpoint
 from align.data.scored import read_scored
 from align.evaluate.passk import pass_at_k
-from align.trainers import rounds
+from align.trainers.iterate.samples import slices
+from align.trainers.iterate.select import best_of_n, labelled
 from tests.killer import Hook, evidence, leftovers, rows_file, shared
 from tests.trainers.toy_rewards import plain
 
 pytestmark = pytest.mark.xdist_group("iterate")  # all are compared with the same undisturbed runs
 
-ITERATE = "align.trainers.iterate:"
-ROUNDS = "align.trainers.rounds:"
+ITERATE = "align.trainers.iterate."
+ROUNDS = ITERATE + "run:Rounds."
+KEPT = "align.trainers.kept:"
+BIND = "align.trainers.steploop:StepLoop.bind"
 ENGINE = "align.engine.local:LocalEngine."
 HF = "align.rollout.hf:HFRollout."
 PROMPTS, HELDOUT, CHUNKS = 14, 4, 2  # 7 prompts a round in chunks of 4 and 3
@@ -340,13 +343,13 @@ def test_given_rows_are_learnt_from_beside_the_rounds_own(base, tmp_path):
 # Where a run of pairs dies. One call of HFRollout.generate: held-out, chunk, chunk, (training) held-out, chunk, ...
 DEATHS = {
     "in the first evaluation": Hook(HF + "_batch", 1),
-    "before the first answers have their name": Hook(ROUNDS + "write_rows", 1),
+    "before the first answers have their name": Hook(KEPT + "write_rows", 1),
     "in a chunk": Hook(HF + "generate", 3),
     "while scoring": Hook("align.trainers.experience:conversation", 40),
-    "between chunks": Hook(ROUNDS + "write_rows", 2, when="after"),
-    "before the data": Hook(ROUNDS + "write_rows", 4),
-    "after the data": Hook(ROUNDS + "write_rows", 4, when="after"),
-    "before the run is bound": Hook(ITERATE + "Iteration._save", 1),
+    "between chunks": Hook(KEPT + "write_rows", 2, when="after"),
+    "before the data": Hook(KEPT + "write_rows", 4),
+    "after the data": Hook(KEPT + "write_rows", 4, when="after"),
+    "before the run is bound": Hook(BIND, 1),
     "before training has a directory": Hook("align.trainers.session:RunDirectory", 2),
     "in the pass over the reference": Hook("align.models.reference:ReferenceCache._write", 1, when="after"),
     "before the first step": Hook(ENGINE + "step", 1),
@@ -354,15 +357,15 @@ DEATHS = {
     "in a save": Hook("align.engine.local:save_file", 4),
     "before the round's model": Hook("align.trainers.trained:write_final", 1),
     "after the round's model": Hook("align.trainers.trained:write_final", 1, when="after"),
-    "before the round's evaluation": Hook(ITERATE + "Iteration._evaluate", 2),
-    "after the round's evaluation": Hook(ITERATE + "Iteration._evaluate", 2, when="after"),
-    "after the round's line": Hook(ITERATE + "Iteration._row", 1, when="after"),
-    "between the rounds": Hook(ITERATE + "Iteration._save", 2, when="after"),
+    "before the round's evaluation": Hook(ROUNDS + "evaluate", 1),
+    "after the round's evaluation": Hook(ROUNDS + "evaluate", 1, when="after"),
+    "after the round's line": Hook(ROUNDS + "console", 1, when="after"),
+    "between the rounds": Hook(ROUNDS + "step", 2),
     "while the second round draws": Hook(HF + "generate", 6),
     "in the second training": Hook(ENGINE + "step", 10, when="after"),
-    "before final": Hook(ITERATE + "Iteration._finish", 1),
-    "while final is written": Hook(ITERATE + "Iteration._write_final", 1, when="after"),
-    "before the summary": Hook(ITERATE + "final_table", 1),
+    "before final": Hook(ITERATE + "policies:Policies.write", 1),
+    "while final is written": Hook(ITERATE + "policies:Policies._copy", 1, when="after"),
+    "before the summary": Hook(ITERATE + "run:final_table", 1),
 }
 # Each of these leaves other files behind; the rest is for the slow run.
 FAST = (
@@ -383,6 +386,7 @@ OF_COLLECT = {
     "in the evaluation after": Hook("align.trainers.collect:Collector.after", 1),
     "while the second round collects": Hook("align.trainers.collect:Collector._chunk", 4),
     "in the second evaluation": Hook("align.trainers.collect:Collector.after", 2, when="after"),
+    "before final": Hook(ITERATE + "policies:Policies.write", 1),
 }
 
 
@@ -449,7 +453,7 @@ def test_complete_run_does_nothing_again(base, straight):
     before = everything(run)
     again = shared().run(words(base, run, *KINDS["pairs"]), [Hook(HF + "generate", 1)])
     assert again.code == 0, again.said
-    assert "is complete after round 2" in again.said
+    assert "is complete at round 2" in again.said
     assert everything(run) == before
 
 
@@ -457,9 +461,7 @@ def test_what_binds_and_what_does_not(base, straight, tmp_path):
     """Until the first training nobody is bound: another rule learns from the same completions, other settings of
     drawing begin anew; afterwards other settings are refused."""
     run = tmp_path / "run"
-    killed = shared().run(
-        words(base, run, "trainer.greedy=true", "pairs=max_min"), [Hook(ITERATE + "Iteration._save", 1)]
-    )
+    killed = shared().run(words(base, run, "trainer.greedy=true", "pairs=max_min"), [Hook(BIND, 1)])
     assert killed.code == -9, killed.said
     chunks = {p: p.stat().st_mtime_ns for p in run.glob("rounds/01/samples-*")}
     assert len(chunks) == CHUNKS
@@ -475,7 +477,7 @@ def test_what_binds_and_what_does_not(base, straight, tmp_path):
     assert everything(run) == everything(straight("pairs"))
     first = tmp_path / "first"
     hot = words(base, first, *KINDS["pairs"], "sampling.temperature=0.5")
-    assert shared().run(hot, [Hook(ROUNDS + "write_rows", 3)]).code == -9
+    assert shared().run(hot, [Hook(KEPT + "write_rows", 3)]).code == -9
     anew = shared().run(words(base, first, *KINDS["pairs"]))
     assert anew.code == 0, anew.said
     assert "begun anew" in anew.said
@@ -485,7 +487,7 @@ def test_what_binds_and_what_does_not(base, straight, tmp_path):
 def test_a_damaged_model_of_a_round_is_refused(base, tmp_path):
     run = tmp_path / "run"
     command = words(base, run, *KINDS["pairs"])
-    assert shared().run(command, [Hook(ITERATE + "Iteration._save", 2, when="after")]).code == -9
+    assert shared().run(command, [Hook(ROUNDS + "step", 2)]).code == -9
     weights = run / "rounds/01/train/final/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     refused = shared().run(command)
@@ -497,7 +499,7 @@ def test_rounds_on_other_problems_are_refused(base, tmp_path):
     """The checkpoint of a version that drew other problems from the same settings names these, not the questions."""
     run = tmp_path / "run"
     command = words(base, run, *KINDS["collect"])
-    assert shared().run(command, [Hook(ITERATE + "Iteration._save", 2, when="after")]).code == -9
+    assert shared().run(command, [Hook(ROUNDS + "step", 2)]).code == -9
     state = checkpoint.load(checkpoint.steps(run / "checkpoints")[-1])
     settings = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     old = json.dumps(["chain_sum", settings, 2])
@@ -506,6 +508,30 @@ def test_rounds_on_other_problems_are_refused(base, tmp_path):
     refused = shared().run(command)
     assert refused.code == 2
     assert "collect has other rows than when" in refused.said
+
+
+def test_the_best_round_is_kept_and_no_further_one_done(base, tmp_path):
+    """At this rate no round changes the policy, so that the second is no better than the first."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    more = ("trainer.keep_best=heldout/total_greedy", "trainer.stop_after=1", "trainer.rounds=3", "optimizer.lr=1e-30")
+    assert shared().run(words(base, whole, *KINDS["pairs"], *more)).code == 0
+    told = rows(whole / "metrics.jsonl")
+    assert [row["round"] for row in told] == [1, 2]
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["best"] == {
+        "metric": "heldout/total_greedy", "value": told[0]["heldout/total_greedy"], "step": 1, "stopped_early": True,
+        "path": "best/step-000001",
+    }  # fmt: skip
+    for name, number in (("best/step-000001", 1), ("final", 2)):
+        left = whole / f"rounds/{number:02d}/train/final/model.safetensors"
+        assert (whole / name / "model.safetensors").read_bytes() == left.read_bytes()
+    command = words(base, run, *KINDS["pairs"], *more)
+    killed = shared().run(command, [Hook("align.trainers.observers:Best.evaluated", 2)])
+    assert killed.code == -9, killed.said
+    assert shared().run(command).code == 0
+    assert everything(run) == everything(whole)
+    again = shared().run(command, [Hook(HF + "generate", 1)])
+    assert "is complete at round 2; trainer.stop_after ended it" in again.said
 
 
 # ---------------------------------------------------------------------- rounds that cannot be
@@ -570,10 +596,10 @@ def test_refused_before_anything_is_drawn(base, tmp_path, more):
 
 
 def test_slices():
-    assert [list(s) for s in rounds.slices(7, 3, None, "x")] == [[0, 1], [2, 3], [4, 5, 6]]
-    assert [list(s) for s in rounds.slices(7, 3, 2, "x")] == [[0, 1], [2, 3], [4, 5]]
+    assert [list(s) for s in slices(7, 3, None, "x")] == [[0, 1], [2, 3], [4, 5, 6]]
+    assert [list(s) for s in slices(7, 3, 2, "x")] == [[0, 1], [2, 3], [4, 5]]
     with pytest.raises(ValueError, match="need 9 prompts, x has 7"):
-        rounds.slices(7, 3, 3, "x")
+        slices(7, 3, 3, "x")
 
 
 def test_least_score_of_what_is_imitated():
@@ -586,13 +612,13 @@ def test_least_score_of_what_is_imitated():
         return {"source": "f:1", "prompt": "p", "completions": made}
 
     lines = [line(0.5, 2.0, 2.0), line(None, 1.0), line(None, None), line(0.9, 0.2)]
-    chosen = rounds.BestOfN(1.0)(lines)
+    chosen = best_of_n(lines, 1.0)
     assert [row["token_ids"] for row in chosen.rows] == [[0, 2], [0, 2]]
     assert (chosen.used, chosen.dropped) == (2, {"missing_reward": 1, "below_min_score": 1})
-    assert len(rounds.BestOfN(None)(lines).rows) == 3
-    labelled = rounds.Labelled(1.0)(lines)
-    assert [row["label"] for row in labelled.rows] == [False, True, True, True, False, False]
-    assert labelled.dropped == {"missing_reward": 1}
+    assert len(best_of_n(lines, None).rows) == 3
+    desirable = labelled(lines, 1.0)
+    assert [row["label"] for row in desirable.rows] == [False, True, True, True, False, False]
+    assert desirable.dropped == {"missing_reward": 1}
 
 
 def test_the_reward_rises_over_rounds(base, tmp_path):

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.xdist_group("multiturn")  # all are compared with the s
 
 CHUNKS = 3
 COLLECT = "align.trainers.collect:"
+KEPT = "align.trainers.kept:"
 LOOP = "align.rollout.toolloop:ToolLoop."
 
 
@@ -130,7 +131,7 @@ DEATHS = {
     "inside a batch": Hook("align.rollout.hf:HFRollout._batch", 5),
     "before a chunk has its name": Hook("os:replace", 6),
     "before the pairs": Hook(COLLECT + "select", 1, when="after"),
-    "between pairs and labelled rows": Hook(COLLECT + "_write_rows", 1 + CHUNKS + 2),
+    "between pairs and labelled rows": Hook(KEPT + "write_rows", 1 + CHUNKS + 2),
     "before the first step": Hook("align.engine.local:LocalEngine.step", 1),
     "in training": Hook("align.engine.local:LocalEngine.step", 4, when="after"),
     "in a save": Hook("align.engine.local:save_file", 4),
@@ -161,7 +162,7 @@ def test_killed_anywhere(base, straight, tmp_path, name, where):
 STOPS = {
     "evaluation before": (Hook("align.rollout.hf:HFRollout._batch", 1), 0),
     "inside a chunk": (Hook("align.rollout.hf:HFRollout.generate", 6), None),
-    "between chunks": (Hook(COLLECT + "_write_rows", 1 + 2, when="after"), 2),
+    "between chunks": (Hook(KEPT + "write_rows", 1 + 2, when="after"), 2),
     "evaluation after": (Hook(LOOP + "run", 1 + CHUNKS + 1), CHUNKS),
 }
 

@@ -202,7 +202,7 @@ def test_an_online_run_that_learns_nothing_says_so(tmp_path, more, why):
 
 @pytest.mark.parametrize("word, said", [
     ("trainer.stop_after=2", "trainer.stop_after=2 has no effect without trainer.keep_best"),
-    ("trainer.keep_best=loss/heldout trainer.eval_every=0", "needs evaluations"),
+    ("trainer.keep_best=loss/heldout trainer.eval_every=0", "needs evaluations: set data.heldout, and trainer.eval_"),
     ("trainer.export_at=[0]", "must be steps from 1 on"),
     ("trainer.ema=1", "trainer.ema=1"),
     (f"callbacks.mine._target_={HERE}Misspelt", "callbacks.mine: Misspelt.on_eval_end is never called"),

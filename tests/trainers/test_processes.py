@@ -13,6 +13,11 @@ from safetensors.numpy import load_file
 from tests.killer import Ended, Hook, evidence, leftovers, rows_file, settings, shared
 from tests.trainers.online_runs import FAMILY, words_of
 from tests.trainers.test_composing import FAMILY as COMPOSED
+from tests.trainers.test_iterate import KINDS
+from tests.trainers.test_iterate import words as words_of_rounds
+from tests.trainers.test_multiturn import words as words_of_collecting
+from tests.trainers.test_reward_model import pairs, write
+from tests.trainers.test_warm import words as words_of_members
 from tests.variants import variant
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes")]
@@ -39,6 +44,10 @@ def base(tmp_path_factory) -> Path:
     (out / "online").mkdir()
     rows_file(out / "labelled.jsonl", 0, 30, "labelled")
     rows_file(out / "labelled_heldout.jsonl", 1, 6, "labelled")
+    for name in ("rounds", "members"):
+        (out / name).mkdir()
+    write(out / "members/train.jsonl", pairs(24))
+    write(out / "members/heldout.jsonl", pairs(8, 100))
     return out
 
 
@@ -47,6 +56,13 @@ def words(base: Path, run: Path, name: str, *more: str) -> list[str]:
     if name in online:
         changes = [*online[name], "trainer.save_every=2", "engine.timeout_s=60", "sampling.max_new_tokens=6"]
         return ["train", *words_of(base / "online", *changes, *more, f"run.dir={run}")]
+    if name == "members":  # dropout is another in each process
+        return words_of_members(base / name, run, "trainer.dropouts=[0.0]", *more)
+    if name == "collecting":
+        return words_of_collecting(base, "dpo", run, "lora.dropout=0", f"reference.cache_dir={run}-cache", *more)
+    if name.startswith("rounds"):
+        kind = KINDS[name.removeprefix("rounds of ")]
+        return words_of_rounds(base / "rounds", run, *kind, f"reference.cache_dir={run}-cache", *more)
     data = []
     if name == "kto":
         data = [f"data.train={base}/labelled.jsonl", f"data.heldout={base}/labelled_heldout.jsonl"]
@@ -111,7 +127,9 @@ def test_wpo_at_every_stage(base, tmp_path, stage):
         ("whole weights", "zero3"), ("frozen reference", "zero3"),
         ("kto", "zero2"), 
         ("reward model", "zero3"), ("remax", "zero3"), ("grpo", "zero3"), ("ppo", "zero2"),
-        ("dynamic", "zero2"), ("composed ppo", "zero3"), ("composed hypervolume", "zero2"),
+        ("dynamic", "zero2"), ("composed ppo", "zero3"), ("composed hypervolume", "zero2"), ("collecting", "zero3"),
+        ("members", "zero3"), ("rounds of pairs", "zero3"), ("rounds of pairs", "zero2"),
+        ("rounds of collect", "zero2"),
     ],
 )  # fmt: skip
 def test_every_trainer(base, tmp_path, name, stage):
@@ -154,6 +172,27 @@ def test_killed_processes(base, pair, tmp_path, hook):
     assert killed.seconds < 60  # the survivor does not wait for ever
     done(shared().run(command, processes=2))
     assert evidence(tmp_path / "run") == evidence(pair)
+    assert leftovers(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "hook"),
+    [
+        ("rounds of pairs", Hook("align.trainers.kept:Kept.write", 3, rank=1)),
+        ("rounds of pairs", Hook(STEP, 10, rank=1)),
+        ("rounds of pairs", Hook("align.trainers.iterate.run:Rounds.evaluate", 1, 15, rank=1)),
+        ("collecting", Hook("align.trainers.collect:Collector._chunk", 2, 10, rank=1)),
+        ("members", Hook(STEP, 4, rank=0)),
+    ],
+    ids=["drawing", "the second training", "stopped in an evaluation", "stopped while collecting", "a member"],
+)  # fmt: skip
+def test_killed_in_a_part(base, tmp_path, name, hook):
+    """What one process had drawn or trained is not lost to the others, and comes out as without the kill."""
+    command = words(base, tmp_path / "run", name, "engine=zero2", "engine.timeout_s=60")
+    ended = shared().run(command, [hook], processes=2)
+    assert (-9 in ended.codes) if hook.number == 9 else ended.codes == (85, 85), ended.said
+    done(shared().run(command, processes=2))
+    assert_same_run(tmp_path / "run", alone(base, name))
     assert leftovers(tmp_path / "run") == []
 
 
@@ -216,4 +255,3 @@ def test_refusals(base, tmp_path):
     assert "engine=local is one process" in said()
     assert "the example has" in said("engine=zero2", "trainer.micro_batch_tokens=20")
     assert "composer.measure=exact needs whole gradients" in said("engine=zero3", name="composed gradient")
-    assert "trainer=warm runs in one process" in said("engine=zero2", "trainer=warm", name="reward model")

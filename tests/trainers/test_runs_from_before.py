@@ -1,7 +1,8 @@
 """Run directories of commit 63cd4e7, from before the loop was one, go on as they would have then.
 
-runs_63cd4e7 has runs killed after step 4 of 8, or signalled in the evaluation of step 4, whose row is pending; and the
-rows of runs that nothing happened to.
+runs_63cd4e7 has runs killed after step 4 of 8, or signalled in the evaluation of step 4, whose row is pending; one in
+rounds, killed in the training of its second round, and a WARM one, killed in that of its second member; and the rows of
+runs that nothing happened to.
 """
 
 from __future__ import annotations
@@ -44,12 +45,31 @@ def test_it_goes_on(tmp_path, run):
     assert done.returncode == 0, done.stderr
     assert "at step 4" in done.stderr
     assert json.loads((directory / run / "summary.json").read_text())["step"] == 8
-    rows, before = rows_of(directory / run), [json.loads(x) for x in (BEFORE / f"{kind}-rows.jsonl").open()]
+    rows = rows_of(directory / run)
     assert [row["step"] for row in rows] == list(range(1, 9))
-    for row, was in zip(rows, before, strict=True):
+    assert_as_before(rows, kind)
+
+
+def assert_as_before(rows: list[dict[str, Any]], kind: str) -> None:
+    for row, line in zip(rows, (BEFORE / f"{kind}-rows.jsonl").open(), strict=True):
+        was = json.loads(line)
         assert known(row).keys() == was.keys()
         # another processor rounds otherwise, and these are small differences of sums over few tokens
         assert known(row) == {name: pytest.approx(value, rel=1e-3, abs=1e-4) for name, value in was.items()}
+
+
+@pytest.mark.parametrize(
+    ("run", "part", "rows"), [("iterate", "rounds/02/train", "."), ("warm", "member-2", "member-2")]
+)
+def test_a_run_of_parts_goes_on(tmp_path, run, part, rows):
+    directory = Path(shutil.copytree(BEFORE, tmp_path / "runs"))
+    drawn = {p: p.stat().st_mtime_ns for p in (directory / run).glob("rounds/*/*.jsonl") if p.name != "data.jsonl"}
+    done = align(directory, *WORDS[run], f"run.dir={run}")
+    assert done.returncode == 0, done.stderr
+    assert f"resumed {run}/{part} at step" in done.stderr
+    assert_as_before(rows_of(directory / run / rows), run)
+    assert {p: p.stat().st_mtime_ns for p in drawn} == drawn
+    assert json.loads((directory / run / "summary.json").read_text())["step"] == 2
 
 
 @pytest.mark.parametrize("run", ["offline", "online"])

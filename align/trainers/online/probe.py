@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from align.config import OnlineConfig
 from align.data.prompts import PromptRow
 from align.engine.world import together
 from align.rollout.base import Rollout
@@ -69,28 +68,25 @@ def self_check(session: Session, trainee: Trainee, probe: Sequence[Example], ref
 
 
 def prove(
-    session: Session, trainee: Trainee, probe: Sequence[Example], rollout: Rollout, step: int
+    session: Session,
+    probe: Sequence[Example],
+    rollout: Rollout,
+    here: list[list[np.ndarray]],
+    what: str,
+    tolerance: float | None = None,
 ) -> dict[str, float]:
-    """What the engine gives the probe's prompts against what the trainer gives them. Raises SelfCheckError."""
-    if not probe:
-        return {}
+    """What the engine gives the probe's prompts against what the trainer gives them. here: the trainer's log-probs.
+    what: the step or round, for the message. Raises SelfCheckError."""
     sequences = [e.prompt.token_ids for e in probe]
     there = together(session.world, lambda: rollout.logps(sequences, [1] * len(probe)))
-    here = values(session, trainee, own(trainee), probe)["token_logps"]
     differences = np.concatenate([np.abs(np.array(a) - b) for a, (b,) in zip(there, here, strict=True)])
     largest = max(session.world.gather(float(differences.max())))
-    t = session.config.trainer
-    assert isinstance(t, OnlineConfig)
-    tolerance = t.engine_tolerance or ENGINE_TOLERANCE[session.precision_name]
+    tolerance = tolerance or ENGINE_TOLERANCE[session.precision_name]
     if not largest <= tolerance:
-        cause = (
-            "the weights did not reach the engine whole, or it kept what it had computed with older ones"
-            if step
-            else "the engine has other weights, another precision or another attention than the trainer"
-        )
         raise SelfCheckError(
-            f"step {step}: the engine's log-probs differ from the trainer's by up to {largest:.2g} nats "
-            f"(trainer.engine_tolerance {tolerance:g}); likely {cause}"
+            f"{what}: the engine's log-probs differ from the trainer's by up to {largest:.2g} nats (tolerance "
+            f"{tolerance:g}); the weights did not reach the engine whole, it kept what it had computed with older "
+            "ones, or it has another precision or another attention than the trainer"
         )
     return {
         "rollout/engine_logp_diff_max": largest,

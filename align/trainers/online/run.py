@@ -76,7 +76,7 @@ def run(session: Session, advantage: Advantage) -> int:
     session.account(asked.audit)
     state = resume.restore_point(session, asked.hashes)
     plan = resume.planned(session, state, len(asked.train))
-    if resume.nothing_left(session, state, plan):
+    if resume.nothing_left(session, state, plan.num_steps):
         return 0
     parts = prepared(session, advantage, composer, asked, plan, state)
     fixed = {"schedule_steps": plan.schedule_steps, "data": asked.hashes, "model": parts.model_hash}

@@ -19,6 +19,7 @@ from align.trainers.online.draws import Draws, Tally
 from align.trainers.online.heldout import Heldout
 from align.trainers.online.learner import Learner
 from align.trainers.online.probe import prove
+from align.trainers.online.values import own, values
 from align.trainers.session import Session
 from align.trainers.steploop import Metrics, Task
 from align.trainers.trained import Whole
@@ -119,7 +120,11 @@ class Online(Task):
 
     def prove(self, step: int) -> dict[str, float]:
         """See probe.prove."""
-        return prove(self.session, self.learner.trainee, self.probe, self.experience.rollout, step)
+        if not self.probe:
+            return {}
+        here = values(self.session, self.learner.trainee, own(self.learner.trainee), self.probe)["token_logps"]
+        rollout, tolerance = self.experience.rollout, self.trainer.engine_tolerance
+        return prove(self.session, self.probe, rollout, here, f"step {step}", tolerance)
 
     @property
     def due(self) -> bool:
