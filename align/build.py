@@ -20,7 +20,7 @@ from align.data.pairs import PairRule
 from align.jsons import Json, Tokenizer
 from align.models.pretrained import Pretrained
 from align.objectives.base import Objective, as_objective
-from align.rollout.base import Host, Rollout
+from align.rollout.base import Host, Rollout, Sampling
 from align.tools import Tool
 from align.trainers.callbacks import Callback, as_callback
 
@@ -45,11 +45,30 @@ def check_optimizer(config: Config) -> None:
     """Raises ValueError for an optimiser of one's own that cannot be imported or does not take its keys."""
     if not isinstance(config.optimizer, OwnOptimizerConfig):
         return
-    made = function(config.optimizer.target, "optimizer._target_")
+    _check_call("optimizer", config.optimizer.target, [], lr=config.optimizer.lr, **config.optimizer.keys)
+
+
+def check_rollout(config: Config) -> None:
+    """Raises ValueError for a rollout of one's own that cannot be imported or does not take its keys. Ours do, and
+    import what only drawing needs."""
+    keys = {str(key): value for key, value in config.rollout.items() if key != "_partial_"}
+    target = str(keys.pop("_target_"))
+    if not target.startswith("align."):
+        _check_call("rollout", target, None, **keys)
+
+
+def _check_call(key: str, target: str, /, *given: object, **keys: object) -> None:
+    made = function(target, f"{key}._target_")
     try:
-        inspect.signature(made).bind([], lr=config.optimizer.lr, **config.optimizer.keys)
+        inspect.signature(made).bind(*given, **keys)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"optimizer ({config.optimizer.target}): {error}") from error
+        raise ValueError(f"{key} ({target}): {error}") from error
+
+
+def sampling(config: Config) -> Sampling:
+    """How completions are drawn. Raises ValueError for impossible values."""
+    s = config.sampling
+    return Sampling(s.max_new_tokens, s.temperature, s.top_p, s.top_k, tuple(s.stop), config.seed)
 
 
 def check_margins(config: Config, objective: Objective) -> None:

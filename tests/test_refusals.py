@@ -88,6 +88,10 @@ REFUSED = [
         (["recipe=grpo", "sampling.n=1", f"advantage={name}"], f"sampling.n=1: advantage={name} compares")
         for name in ("dr_grpo", "rloo", "reinforce_pp_baseline", "copo")
     ),
+    (["recipe=grpo", "sampling.stop=['']"], "stop: an empty text would end every completion at once"),
+    (["recipe=online_dpo", "sampling.stop=['']"], "stop: an empty text would end every completion at once"),
+    (["recipe=grpo", "rollout._target_=no.such"], "rollout._target_=no.such: cannot be imported"),
+    (["recipe=grpo", "rollout._target_=textwrap.dedent", "rollout.x=1"], "rollout (textwrap.dedent): got an"),
     (["recipe=grpo", "sampling.temperature=0"], "sampling.temperature=0: all completions of a prompt would be the"),
     (["recipe=grpo", "advantage=ppo"], "advantage=ppo needs a value head: set objective.value_coefficient"),
     (["recipe=ppo", "advantage=rloo"], "objective.value_coefficient has no effect: advantage=rloo uses no values"),
@@ -239,6 +243,8 @@ INPUTS = [
     (["reward=numeric"], ["generate"]),
     (["reward=remote", "reward.preference.url=x"], ["generate"]),
     (["reward=adapter", "reward.preference.path=x", "lora.rank=0"], ["generate"]),
+    (["sampling.stop=['']"], ["generate"]),
+    (["rollout._target_=no.such"], ["generate"]),
 ]  # fmt: skip
 
 

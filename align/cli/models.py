@@ -25,10 +25,11 @@ def generate(call: Call) -> int:
             raise ValueError("greedy=true is n=1 and sampling.temperature=0; remove the other")
         more = ["sampling.n=1", "sampling.temperature=0"]
     from align.config import compose
-    from align.config.validate import check_inputs
+    from align.config.validate import check_drawing, check_inputs
 
     config = compose([*call.settings, *more], call.config_dir)
     check_inputs(config)
+    check_drawing(config)
     from align.evaluate.generate import generate
 
     return generate(config, Path(out), show)

@@ -59,6 +59,7 @@ def _check_draws(config: Config, t: IterateConfig) -> None:
         raise ValueError(
             f"sampling.n={config.sampling.n}: trainer.select={t.select} compares completions; use at least 2"
         )
+    build.sampling(config)
     if config.pairs is not None:
         build.pair_rule(config)
     parts = examine(config, config.lora.rank > 0)

@@ -22,6 +22,7 @@ def check(config: Config, objective: Objective) -> None:
         raise ValueError("lora.dropout must be 0 with trainer=online: the policy that learns is the one that drew")
     if config.data.gold is not None and "everyday" not in config.choices["data"]:
         raise ValueError("data.gold has no effect with trainer=online: name it as a component of the reward")
+    build.sampling(config)
     advantage = build.advantage(config)
     _check_values(config, objective, advantage)
     _check_draws(config, advantage)

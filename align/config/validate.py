@@ -33,6 +33,7 @@ def validate(config: Config) -> None:
     _check_trained(config)
     _check_data(config)
     build.check_optimizer(config)
+    build.check_rollout(config)
     _TRAINERS[config.trainer.kind](config, objective)
     _check_head(config, objective)
     build.check_margins(config, objective)
@@ -50,6 +51,12 @@ def check_inputs(config: Config, heldout: bool = False) -> None:
     _check_functions(config)
     if config.reward:
         checks_rewards.examine(config, lora=False)
+
+
+def check_drawing(config: Config) -> None:
+    """The same of how a model that does not learn is to be asked."""
+    build.sampling(config)
+    build.check_rollout(config)
 
 
 def check_run(config: Config, given: Container[str]) -> None:

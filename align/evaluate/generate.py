@@ -52,7 +52,7 @@ def generate(config: Config, out: Path, say: Callable[[str], None]) -> int:
     prompts, and begun anew otherwise; the file comes out the same either way. Raises ValueError for what the user
     can cure.
     """
-    sampling, n = _sampling(config), config.sampling.n
+    sampling, n = build.sampling(config), config.sampling.n
     check_request([], sampling, n, False)
     if out.suffix != ".jsonl":
         raise ValueError(f"out={out}: must end in .jsonl")
@@ -84,11 +84,6 @@ def generate(config: Config, out: Path, say: Callable[[str], None]) -> int:
         say(line)
     say(f"written {out}")
     return 0
-
-
-def _sampling(config: Config) -> Sampling:
-    s = config.sampling
-    return Sampling(s.max_new_tokens, s.temperature, s.top_p, s.top_k, tuple(s.stop), config.seed)
 
 
 class _Work:

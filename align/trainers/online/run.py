@@ -22,7 +22,6 @@ from align.engine.world import together
 from align.jsons import Json
 from align.models.policy import Policy
 from align.rewards.build import RewardHost, Rewards, components
-from align.rollout.base import Sampling
 from align.trainers import composing, resume, selfcheck, trained
 from align.trainers.anchors import Anchors
 from align.trainers.composing import Composing
@@ -229,7 +228,7 @@ def _task(
 ) -> Online:
     config, t, s = session.config, session.config.trainer, session.config.sampling
     assert isinstance(t, OnlineConfig)
-    sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p, s.top_k, tuple(s.stop), config.seed)
+    sampling = build.sampling(config)
     transcripts = Transcripts(session.out, rewards.names, t.samples_every)
     rollouts, policy, needs = Rollouts(session), whole(), learner.advantage.needs
     rollout = together(session.world, lambda: rollouts.of(policy))
