@@ -1,28 +1,32 @@
-"""Settings to parts: the objective, the tokenizer, the pretrained model. A dotted _target_ is the registry."""
+"""Settings to parts: the objective, the tokenizer, the pretrained model. A dotted _target_ is the registry.
+
+The base of a kind is imported where a part of it is made: a run imports what it has.
+"""
 
 from __future__ import annotations
 
 import copy
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from align.advantages.base import Advantage
-from align.composers.base import Composer
 from align.config import Config, OwnOptimizerConfig
 from align.contracts import adopt, declared_by
-from align.data.margins import scoring
-from align.data.pairs import PairRule
 from align.jsons import Json, Tokenizer
 from align.models.pretrained import Pretrained
 from align.objectives.base import Objective, as_objective
-from align.rollout.base import Host, Rollout, Sampling
-from align.tools import Tool
-from align.trainers.callbacks import Callback, as_callback
+
+if TYPE_CHECKING:
+    from align.advantages.base import Advantage
+    from align.composers.base import Composer
+    from align.data.pairs import PairRule
+    from align.rollout.base import Host, Rollout, Sampling
+    from align.tools import Tool
+    from align.trainers.callbacks import Callback
 
 
 def objective(config: Config) -> Objective:
@@ -67,6 +71,8 @@ def _check_call(key: str, target: str, /, *given: object, **keys: object) -> Non
 
 def sampling(config: Config) -> Sampling:
     """How completions are drawn. Raises ValueError for impossible values."""
+    from align.rollout.base import Sampling
+
     s = config.sampling
     return Sampling(s.max_new_tokens, s.temperature, s.top_p, s.top_k, tuple(s.stop), config.seed)
 
@@ -81,6 +87,8 @@ def check_margins(config: Config, objective: Objective) -> None:
                 f"data.margins.{name} has no effect: objective={config.choices['objective']} {reads}; take it out, or "
                 "use data.margins=null"
             )
+        from align.data.margins import scoring
+
         scoring(path, f"data.margins.{name}")
 
 
@@ -88,17 +96,23 @@ def pair_rule(config: Config) -> PairRule:
     """The rule of the group `pairs`. Raises ValueError for impossible values."""
     if config.pairs is None:
         raise ValueError("pairs=... is missing: choose a rule, for example pairs=max_min")
+    from align.data.pairs import PairRule
+
     return adopt(_instantiate(config.pairs, "pairs"), PairRule, "pairs")  # type: ignore[type-abstract]
 
 
 def advantage(config: Config) -> Advantage:
     """How rewards become advantages. Raises ValueError for impossible values."""
+    from align.advantages.base import Advantage
+
     return adopt(_instantiate(config.advantage, "advantage"), Advantage, "advantage")  # type: ignore[type-abstract]
 
 
 def composer(node: DictConfig, names: Sequence[str]) -> Composer:
     """What makes one stream of rewards or advantages of those of several components. Raises ValueError for impossible
     values."""
+    from align.composers.base import Composer
+
     made = _instantiate(node, "composer", names=tuple(names))
     return adopt(made, Composer, "composer")  # type: ignore[type-abstract]
 
@@ -117,12 +131,18 @@ def trainer(config: Config) -> Any:
 
 def callbacks(config: Config) -> list[Callback]:
     """What is told of steps and evaluations. Raises ValueError for what cannot be made, or would be told nothing."""
-    nodes = {f"callbacks.{name}": node for name, node in (config.callbacks or {}).items()}
+    if not config.callbacks:
+        return []
+    from align.trainers.callbacks import as_callback
+
+    nodes = {f"callbacks.{name}": node for name, node in config.callbacks.items()}
     return [as_callback(_instantiate(node, key), key) for key, node in nodes.items()]
 
 
 def rollout(config: Config, host: Host) -> Rollout:
     """The backend of the group `rollout` for a policy. Raises ValueError for impossible values."""
+    from align.rollout.base import Rollout
+
     try:
         made = instantiate(config.rollout)(host)
     except InstantiationException as error:
@@ -133,11 +153,15 @@ def rollout(config: Config, host: Host) -> Rollout:
 
 def serves_all(config: Config) -> bool:
     """Whether one rollout of the group `rollout` is there for all processes of a run."""
+    from align.rollout.base import Rollout
+
     return declared_by(get_class(str(config.rollout.get("_target_"))), Rollout, "rollout").serves_all
 
 
 def tool(config: Config) -> Tool:
     """The tool that a policy may call while trajectories are collected. Raises ValueError for impossible values."""
+    from align.tools import Tool
+
     return adopt(_instantiate(config.tree.collect.tool, "collect.tool"), Tool, "collect.tool")  # type: ignore[type-abstract]
 
 

@@ -38,6 +38,18 @@ def test_checking_every_shipped_recipe_imports_nothing_that_only_training_needs(
     assert done.returncode == 0, done.stderr
 
 
+def test_checking_offline_training_imports_no_part_of_online_training():
+    parts = ("align.rewards.build", "align.advantages", "align.composers", "align.rollout", "align.tools", "numpy")
+    code = f"""
+import sys
+from align.cli import main
+assert main(["check", "recipe=dpo"]) == 0
+assert not [name for name in sys.modules if name.startswith({parts})]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_is_deferred_is_torchs_own():
     assert deferred.torch.Tensor is torch.Tensor
     assert nn.Module is torch.nn.Module

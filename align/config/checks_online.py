@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from align import build
 from align.advantages.base import Advantage
-from align.config import checks_composer, checks_rewards
+from align.config import checks_rewards
 from align.config.schema import Config, OnlineConfig
 from align.objectives.base import Objective
 from align.rewards.build import Part
@@ -29,6 +29,8 @@ def check(config: Config, objective: Objective) -> None:
     _check_kl(config, objective)
     parts = checks_rewards.examine(config, config.lora.rank > 0)
     if config.composer is not None:
+        from align.config import checks_composer
+
         checks_composer.check(config, advantage)
     _check_steps(config, advantage, parts)
 

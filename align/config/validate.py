@@ -6,25 +6,16 @@ leaves what a trainer or a group of settings forbids to checks_*.py. Nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Container
 from typing import Any
 
 from align import build
-from align.config import checks_iterate, checks_offline, checks_online, checks_rewards
 from align.config.schema import Config, WarmConfig
 from align.data import gym
 from align.data.sources import locate_all
-from align.launch import local, slurm
+from align.launch import local
 from align.models.pretrained import check_place
 from align.objectives.base import Objective
-
-# trainer.kind -> what it refuses, given the settings and the objective
-_TRAINERS: dict[str, Callable[[Config, Objective], None]] = {
-    "offline": checks_offline.check,
-    "online": checks_online.check,
-    "iterate": checks_iterate.check,
-    "warm": checks_offline.check_warm,
-}
 
 
 def validate(config: Config) -> None:
@@ -34,11 +25,24 @@ def validate(config: Config) -> None:
     _check_data(config)
     build.check_optimizer(config)
     build.check_rollout(config)
-    _TRAINERS[config.trainer.kind](config, objective)
+    _check_trainer(config, objective)
     _check_head(config, objective)
     build.check_margins(config, objective)
     _check_launch(config)
     _check_observers(config)
+
+
+def _check_trainer(config: Config, objective: Objective) -> None:
+    """Of each kind alone: the others' parts are not imported."""
+    if config.trainer.kind == "online":
+        from align.config.checks_online import check
+    elif config.trainer.kind == "iterate":
+        from align.config.checks_iterate import check
+    elif config.trainer.kind == "warm":
+        from align.config.checks_offline import check_warm as check
+    else:
+        from align.config.checks_offline import check
+    check(config, objective)
 
 
 def check_inputs(config: Config, heldout: bool = False) -> None:
@@ -50,7 +54,9 @@ def check_inputs(config: Config, heldout: bool = False) -> None:
         _check_sources("data.heldout", config.data.heldout, config.data.loader)
     _check_functions(config)
     if config.reward:
-        checks_rewards.examine(config, lora=False)
+        from align.config.checks_rewards import examine
+
+        examine(config, lora=False)
 
 
 def check_drawing(config: Config) -> None:
@@ -139,6 +145,8 @@ def _check_four_bit(config: Config) -> None:
 def _check_launch(config: Config) -> None:
     """Raises ValueError for a launch that its scheduler or the engine would not take."""
     if config.launch.kind == "slurm":
+        from align.launch import slurm
+
         slurm.check(config)
     elif not local.in_job():
         local.check_engine(config, config.launch.processes or 1, 1)

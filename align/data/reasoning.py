@@ -11,8 +11,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from align.jsons import Fields, Json
 
 Message = Json
@@ -174,4 +172,6 @@ def unfit(key: str, settings: Fields | None, error: Exception) -> str:
 
 def _mixed(seed: int) -> int:
     """31 bits of a seed: reasoning-gym draws problem k from seed + k, so that neighbours would share problems."""
+    import numpy as np
+
     return int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0] >> np.uint32(1))
