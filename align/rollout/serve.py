@@ -76,6 +76,8 @@ def main(words: Sequence[str]) -> None:
 
 # vLLM's workers import this module again, under the second name, and look for the backend too.
 if __name__ in ("__main__", "__mp_main__"):
-    transfer.register()
+    from align.rollout.file_transfer import register
+
+    register()
 if __name__ == "__main__":
     main(sys.argv[1:])

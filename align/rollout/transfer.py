@@ -1,7 +1,4 @@
-"""A policy's weights as files that vLLM takes: the trainer's writer, and the weight-transfer backend of the engine.
-
-vllm is imported by `register` only, so that the trainer can import the writer without it.
-"""
+"""A policy's weights as files that vLLM takes, and where they lie. file_transfer is the reader's end."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,13 +16,10 @@ from torch import Tensor
 
 from align.models.policy import Policy, is_peft, own_attention
 
-BACKEND = "align_file"
+BACKEND = "align_file"  # its name in vLLM
 
 _SHM = Path("/dev/shm")
 _PREFIX = "align-weights-"
-
-
-# ---- the trainer's side ----
 
 
 def write_model(policy: Policy, directory: Path, dtype: torch.dtype) -> list[str]:
@@ -57,6 +50,12 @@ def write_adapter(policy: Policy, directory: Path) -> None:
     with own_attention(policy.causal_lm):
         # PEFT would ask the hub whether the vocabulary was resized; the adapter holds no embedding
         policy.model.save_pretrained(str(directory), save_embedding_layers=False, selected_adapters=["default"])
+
+
+def lora_rank(policy: Policy) -> int:
+    """The largest rank of a policy's adapter; 0 without one."""
+    configs: list[Any] = list(policy.model.peft_config.values()) if is_peft(policy.model) else []
+    return max((config.r for config in configs), default=0)
 
 
 def named_tensors(policy: Policy, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -119,89 +118,3 @@ def remove_stale(parent: Path) -> None:
             with (path / "lock").open("ab") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
-
-
-# ---- the engine's side ----
-
-
-def register() -> None:
-    """Make the backend known to vLLM under the name BACKEND, in this process; a second call does nothing.
-
-    An update is one or more {"path": FILE.safetensors} between start and finish. Linear weights are packed after
-    loading on a CPU, so that tensors cannot be copied into them: vLLM's layerwise reload unpacks and packs again.
-    """
-    from dataclasses import dataclass
-
-    from vllm.distributed.weight_transfer.base import (
-        WeightTransferEngine,
-        WeightTransferInitInfo,
-        WeightTransferUpdateInfo,
-    )
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
-    @dataclass
-    class Init(WeightTransferInitInfo):
-        """Nothing to agree on beforehand."""
-
-    @dataclass
-    class Update(WeightTransferUpdateInfo):
-        """One file of weights that the engine's process can read."""
-
-        path: str
-
-    class FileTransfer(WeightTransferEngine[Init, Update]):
-        """Loads files of weights into a live engine."""
-
-        init_info_cls = Init
-        update_info_cls = Update
-
-        def init_transfer_engine(self, init_info: Init) -> None:
-            """Nothing to do."""
-
-        def start_weight_update(self) -> None:
-            """See the base class."""
-            self.loaded: set[str] = set()
-            if not hasattr(self, "wanted"):  # tied ones stand under one name until an update fails
-                self.wanted = _plain(name for name, _ in self.model.named_parameters())
-            elif self.open:  # what an update that failed half-way had loaded would be counted into this one
-                finalize_layerwise_reload(self.model, self.model_config)
-            self.open = True
-            initialize_layerwise_reload(self.model)
-
-        def receive_weights(self, update_info: Update) -> None:
-            """Load one file, a tensor at a time."""
-            load: Any = self.model.load_weights  # of vLLM's models, not of every module
-            self.loaded |= load(_tensors(update_info.path)) or set()
-
-        def finish_weight_update(self) -> None:
-            """Raises RuntimeError if a weight got no new values: vLLM would keep the old ones with a warning."""
-            finalize_layerwise_reload(self.model, self.model_config)
-            for module in self.model.modules():
-                # A head that shares the embedding's weight keeps a packed copy of it on a CPU; the reload overlooks it.
-                if isinstance(module, ParallelLMHead) and isinstance(module.quant_method, UnquantizedEmbeddingMethod):
-                    module.quant_method.process_weights_after_loading(module)
-            self.open = False
-            missing = sorted(self.wanted - _plain(self.loaded))
-            if missing:
-                raise RuntimeError(f"{len(missing)} weights were not in the update, the first is {missing[0]}")
-
-        def shutdown(self) -> None:
-            """Nothing is held."""
-
-    with contextlib.suppress(ValueError):  # registered already
-        WeightTransferEngineFactory.register_engine(BACKEND, FileTransfer)
-
-
-def _tensors(path: str) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (not a dict)
-            yield name, file.get_tensor(name)
-
-
-def _plain(names: Iterable[str]) -> set[str]:
-    """Names without what a LoRA engine adds to them."""
-    return {name.replace(".base_layer", "") for name in names}

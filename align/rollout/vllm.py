@@ -1,25 +1,14 @@
-"""Completions by a vLLM engine beside the trainer, in a process of its own: this is the trainer's end.
-
-Messages are JSON behind their length in 8 bytes. To the engine: {"do": "start" | "generate" | "logps" | "update" |
-"adapt" | "sleep" | "wake", ...}; from it: {"beat": steps} while it works, then {"done": result} or {"error": text}.
-"""
+"""Completions by a vLLM engine beside the trainer, in a process of its own: this is the trainer's end, see process."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import os
 import pickle
-import select
 import shutil
-import socket
-import subprocess
 import sys
-import time
 from base64 import b64encode
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -28,15 +17,12 @@ from align.jsons import Json
 from align.models.policy import Policy, is_peft
 from align.rollout import transfer as files
 from align.rollout.base import GREEDY, Completion, EngineFailed, Host, Rollout, Sampling, check_request
+from align.rollout.process import EngineProcess, environment
 
 TESTED = "0.32"  # the releases that align was tested with: this one and its patches
 
 _INSTALL = 'pip install "align[rollout]"'
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for max_lora_rank
-_TAIL_LINES = 15
-_TICK_SECONDS = 0.5  # between two calls of Host.check while waiting
-# A launcher's words to the trainer's processes; an engine that read them would wait for others to join it.
-_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def check_draws(prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, greedy: bool) -> None:
@@ -74,19 +60,8 @@ class VLLMRollout(Rollout):
         allow_untested_version: bool,
     ):
         on_gpu = host.policy.device.type == "cuda"
-        _choice("dtype", dtype, ("auto", "float32", "bfloat16"))
-        _choice("transfer", transfer, ("auto", "file", "ipc"))
-        _choice("sleep", sleep, ("auto", True, False))
-        _choice("enforce_eager", enforce_eager, ("auto", True, False))
-        for name, seconds in dict(start=start_seconds, request=request_seconds, sync=sync_seconds).items():
-            if not seconds > 0:
-                raise ValueError(f"rollout.{name}_seconds={seconds}: must be greater than 0")
-        if max_restarts < 0:
-            raise ValueError(f"rollout.max_restarts={max_restarts}: must be at least 0")
-        if transfer == "ipc" and not on_gpu:
-            raise ValueError("rollout.transfer=ipc hands over GPU memory and the policy is on the CPU; use file")
-        if sleep is True and not on_gpu:
-            raise ValueError("rollout.sleep=true frees GPU memory and the policy is on the CPU; use auto or false")
+        seconds = {"start": start_seconds, "request": request_seconds, "sync": sync_seconds}
+        _check(on_gpu, dtype, transfer, sleep, enforce_eager, seconds, max_restarts)
         check_version(allow_untested_version)
         self.host = host
         self.policy: Policy = host.policy
@@ -103,23 +78,33 @@ class VLLMRollout(Rollout):
             raise ValueError("neither the tokenizer nor the model names a token that ends a turn; set its eos_token")
         self.vocab_size = self.policy.causal_lm.get_input_embeddings().weight.shape[0]
         self.max_model_len = 0  # told by the engine
-        self._process: subprocess.Popen[bytes] | None = None
+        self._engine: EngineProcess | None = None
         self._asleep = False
         self._open = True
         self._scratch: files.Scratch | None = None
-        self._log_start = 0
         self._model = host.directory / "model"
         self._weights = self._model  # what an engine is started with
         self._adapter: Json | None = None  # and the adapter of the last sync
         self._write_model()
-        self._settings = {
-            "tokenizer": str(self._model),
-            "dtype": str(self.dtype).removeprefix("torch."),
+        eager = not on_gpu if enforce_eager == "auto" else enforce_eager
+        self._settings = self._engine_settings(on_gpu, cpu_kv_cache_gib) | {
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,
             "max_num_batched_tokens": max_num_batched_tokens,
             "gpu_memory_utilization": gpu_memory_utilization,
-            "enforce_eager": not on_gpu if enforce_eager == "auto" else enforce_eager,
+            "enforce_eager": eager,
+        }
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _engine_settings(self, on_gpu: bool, cpu_kv_cache_gib: float) -> Json:
+        """Those of vLLM's LLM that are not the user's."""
+        settings = {
+            "tokenizer": str(self._model),
+            "dtype": str(self.dtype).removeprefix("torch."),
             "enable_prefix_caching": True,
             "enable_sleep_mode": self.sleeps,
             "generation_config": "vllm",  # none of the model's own settings
@@ -129,12 +114,8 @@ class VLLMRollout(Rollout):
         }
         if not on_gpu:
             # A prompt in parts takes back a draw from its generator, which generators of the CPU cannot do.
-            self._settings |= {"enable_chunked_prefill": False, "kv_cache_memory_bytes": int(cpu_kv_cache_gib * 2**30)}
-        try:
-            self._start()
-        except BaseException:
-            self.close()
-            raise
+            settings |= {"enable_chunked_prefill": False, "kv_cache_memory_bytes": int(cpu_kv_cache_gib * 2**30)}
+        return settings
 
     # ---- what Rollout promises ----
 
@@ -195,7 +176,7 @@ class VLLMRollout(Rollout):
         """Give the engine's GPU memory to the trainer until the next call of any other kind. Untested on a GPU."""
         if self.sleeps and not self._asleep:
             self._ask({"do": "sleep"}, self.sync_seconds, 0)
-            self._asleep = self._process is not None
+            self._asleep = self._engine is not None
 
     def wake(self) -> None:
         """Undo sleep; other calls do it too."""
@@ -224,7 +205,7 @@ class VLLMRollout(Rollout):
     def _lora_settings(self) -> Json:
         if not self.lora:
             return {}
-        rank = max(config.r for config in self.policy.model.peft_config.values())  # type: ignore[union-attr]
+        rank = files.lora_rank(self.policy)
         if rank > _RANKS[-1]:
             raise ValueError(f"lora.rank={rank}: vLLM takes ranks up to {_RANKS[-1]}")
         # by name, without the head: vLLM 0.32 dies in its LoRA head on prompt log-probs of two prompts on a CPU
@@ -275,22 +256,8 @@ class VLLMRollout(Rollout):
 
     def _start(self) -> None:
         """Start an engine with the weights of the last sync and wait until it can work. Raises EngineFailed."""
-        self.host.directory.mkdir(parents=True, exist_ok=True)
-        ours, theirs = socket.socketpair()
-        with self._log.open("ab") as log:
-            self._log_start = log.tell()
-            self._process = subprocess.Popen(
-                [*self._program(), str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self._environment(),
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # a Ctrl-C at the terminal is for the trainer, which decides
-            )
-        theirs.close()
-        ours.setblocking(False)
-        self._socket, self._messages = ours, Messages()
+        env = environment(self.host.policy.device, self.ipc, self.threads)
+        self._engine = EngineProcess(self._program(), env, self.host.directory / "engine.log", self.host.check)
         self._asleep = False
         message = {"do": "start", "settings": self._settings | {"model": str(self._weights)}, "adapter": self._adapter}
         self.max_model_len = self._exchange(message, self.start_seconds, "start_seconds")["max_model_len"]
@@ -303,25 +270,6 @@ class VLLMRollout(Rollout):
     def _program(self) -> list[str]:
         return [sys.executable, "-m", "align.rollout.vllm_engine"]
 
-    def _environment(self) -> dict[str, str]:
-        env = {k: v for k, v in os.environ.items() if k not in _LAUNCHER and not k.startswith("TORCHELASTIC_")}
-        # the engine's steps are taken in the process itself, so that a step that hangs is seen and ends with it
-        env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        device = self.host.policy.device
-        if device.type == "cuda":
-            # the engine sees the trainer's own GPU only
-            visible = env.get("CUDA_VISIBLE_DEVICES")
-            names = visible.split(",") if visible else [str(k) for k in range(torch.cuda.device_count())]
-            env["CUDA_VISIBLE_DEVICES"] = names[device.index or 0]
-        else:
-            # torch.compile would build a few of vLLM's helpers with g++ at the first request
-            env |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        if self.ipc:
-            env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles of GPU memory travel pickled, from us to our child
-        if self.threads is not None:
-            env["OMP_NUM_THREADS"] = str(self.threads)
-        return env
-
     def _ask(self, message: Json, seconds: float, num_requests: int) -> Any:
         """The engine's answer; an engine that fails is replaced and asked again. Raises EngineFailed at last."""
         key = "request_seconds" if num_requests else "sync_seconds"
@@ -330,7 +278,7 @@ class VLLMRollout(Rollout):
         sent = False
         while True:
             try:
-                if self._process is None:
+                if self._engine is None:
                     self._start()
                 sent = True
                 return self._exchange(message, seconds, key)
@@ -343,73 +291,20 @@ class VLLMRollout(Rollout):
                 sent = False
 
     def _exchange(self, message: Json, seconds: float, key: str) -> Any:
-        """Send a message and wait for its answer, at most `seconds` from one sign of life to the next.
-
-        Whatever ends the wait early ends the engine: an answer that nobody waits for would be taken for the next one.
-        """
+        """See EngineProcess. Whatever ends the wait early ends the engine."""
+        assert self._engine is not None
         if self._scratch is not None:
             message = {**message, "scratch": str(self._scratch.path)}  # removed by the engine if this process is killed
         try:
-            return self._wait(encode(message), seconds, f"{message['do']} (rollout.{key}={seconds:g})")
+            return self._engine.exchange(message, seconds, key)
         except BaseException:
             self._end()
             raise
 
-    def _wait(self, data: bytes, seconds: float, what: str) -> Any:
-        assert self._process is not None
-        left = memoryview(data)
-        deadline = time.monotonic() + seconds
-        while True:
-            self.host.check()
-            now = time.monotonic()
-            if now > deadline:
-                self._fail(f"no sign of life for {seconds:g} s during {what}")
-            tick = min(_TICK_SECONDS, deadline - now)
-            readable, writable, _ = select.select([self._socket], [self._socket] if left else [], [], tick)
-            try:
-                if writable:
-                    left = left[self._socket.send(left) :]
-                    deadline = time.monotonic() + seconds
-                received = self._socket.recv(1 << 20) if readable else None
-            except OSError:
-                received = b""
-            if received == b"":
-                self._fail(f"it {self._how_it_ended()} during {what}")
-            for answer in self._messages.feed(received or b""):
-                deadline = time.monotonic() + seconds
-                if "done" in answer:
-                    return answer["done"]
-                if "error" in answer:
-                    self._fail(f"{answer['error']} during {what}")
-
-    def _how_it_ended(self) -> str:
-        """Asked when the engine's end of the socket is closed."""
-        assert self._process is not None
-        try:
-            return f"ended with exit code {self._process.wait(_TICK_SECONDS)}"
-        except subprocess.TimeoutExpired:
-            return "closed its socket"
-
-    def _fail(self, text: str) -> NoReturn:
-        raise EngineFailed(f"{text}; the last lines of {self._log}:\n{self._log_tail()}")
-
-    @property
-    def _log(self) -> Path:
-        return self.host.directory / "engine.log"
-
-    def _log_tail(self) -> str:
-        with self._log.open("rb") as log:
-            end = log.seek(0, os.SEEK_END)
-            log.seek(max(self._log_start, end - (1 << 16)))
-            lines = log.read().decode(errors="replace").splitlines()
-        return "\n".join(lines[-_TAIL_LINES:])
-
     def _end(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-            self._socket.close()
+        if self._engine is not None:
+            self._engine.end()
+            self._engine = None
 
     def _check_tokens(self, rows: Sequence[Sequence[int]], new: int, name: str) -> None:
         for i, ids in enumerate(rows):
@@ -421,35 +316,6 @@ class VLLMRollout(Rollout):
             if not 0 <= min(ids) <= max(ids) < self.vocab_size:
                 wrong = next(int(t) for t in ids if not 0 <= t < self.vocab_size)
                 raise ValueError(f"{name} {i} has token {wrong}; the model's tokens are 0 to {self.vocab_size - 1}")
-
-
-class Messages:
-    """Messages out of a stream of bytes."""
-
-    def __init__(self) -> None:
-        self._data = bytearray()
-
-    def feed(self, data: bytes) -> Iterator[Json]:
-        """Those that these bytes complete. Raises EngineFailed for bytes that are no message."""
-        self._data += data
-        while len(self._data) >= 8:
-            end = 8 + int.from_bytes(self._data[:8], "big")
-            if end > 1 << 40:
-                raise EngineFailed("what came over the engine's socket is no message")
-            if len(self._data) < end:
-                return
-            try:
-                message = json.loads(self._data[8:end])
-            except ValueError as error:
-                raise EngineFailed("what came over the engine's socket is no message") from error
-            del self._data[:end]
-            yield message
-
-
-def encode(message: Json) -> bytes:
-    """A message as it travels."""
-    body = json.dumps(message, separators=(",", ":")).encode()
-    return len(body).to_bytes(8, "big") + body
 
 
 def check_version(allow_untested: bool) -> None:
@@ -470,7 +336,32 @@ def check_version(allow_untested: bool) -> None:
         )
 
 
-def _choice(name: str, value: object, allowed: tuple[Any, ...]) -> None:
+def _check(
+    on_gpu: bool,
+    dtype: str,
+    transfer: str,
+    sleep: bool | str,
+    enforce_eager: bool | str,
+    seconds: Mapping[str, float],
+    max_restarts: int,
+) -> None:
+    """Raises ValueError for settings that no engine beside a policy on such a device can have."""
+    _choice("dtype", dtype, ("auto", "float32", "bfloat16"))
+    _choice("transfer", transfer, ("auto", "file", "ipc"))
+    _choice("sleep", sleep, ("auto", True, False))
+    _choice("enforce_eager", enforce_eager, ("auto", True, False))
+    for name, limit in seconds.items():
+        if not limit > 0:
+            raise ValueError(f"rollout.{name}_seconds={limit}: must be greater than 0")
+    if max_restarts < 0:
+        raise ValueError(f"rollout.max_restarts={max_restarts}: must be at least 0")
+    if transfer == "ipc" and not on_gpu:
+        raise ValueError("rollout.transfer=ipc hands over GPU memory and the policy is on the CPU; use file")
+    if sleep is True and not on_gpu:
+        raise ValueError("rollout.sleep=true frees GPU memory and the policy is on the CPU; use auto or false")
+
+
+def _choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if not any(value == a and type(value) is type(a) for a in allowed):
         options = ", ".join(str(a).lower() if isinstance(a, bool) else a for a in allowed)
         raise ValueError(f"rollout.{name}={value}: must be one of {options}")

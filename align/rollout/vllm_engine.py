@@ -1,6 +1,6 @@
 """The process of a colocated vLLM engine: settings, then requests, over a socket; vLLM's own output goes to a log.
 
-Started by align.rollout.vllm; see there for the messages. Ends itself when the other end of the socket is gone.
+Started by align.rollout.vllm; see process for the messages. Ends itself when the other end of the socket is gone.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from align.jsons import Json
-from align.rollout import transfer
-from align.rollout.vllm import Messages, encode
+from align.rollout.process import Messages, encode
 
 _BEAT_SECONDS = 0.5
 
@@ -82,7 +81,9 @@ class Engine:
     def __init__(self, settings: Json, adapter: Json | None):
         from vllm import LLM
 
-        transfer.register()
+        from align.rollout.file_transfer import register
+
+        register()
         self.llm = LLM(**settings)
         self.core = self.llm.llm_engine
         self.max_model_len: int = self.core.model_config.max_model_len

@@ -19,6 +19,7 @@ from align.models.policy import Policy, lora
 from align.models.pretrained import byte_tokenizer
 from align.rollout.base import EngineFailed, Host, Sampling
 from align.rollout.hf import HFRollout
+from align.rollout.http import Calls
 from align.rollout.server import VLLMServerRollout
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm_server")]
@@ -167,14 +168,14 @@ def test_without_reset_old_prefixes_would_stay(rollout, tmp_path, monkeypatch):
     """What the reset is for; a test of syncs with the long prompt could not fail otherwise."""
     r = rollout(policy(1))
     r.generate([LONG], Sampling(4, temperature=0.0))
-    ask = VLLMServerRollout._ask
+    ask = Calls.ask
 
     def forgetful(self, server, path, body=None, key=""):
         if path == "/reset_prefix_cache":
             return {"success": True}
         return ask(self, server, path.replace("mode=wait", "mode=wait&clear_cache=false"), body, key)
 
-    monkeypatch.setattr(VLLMServerRollout, "_ask", forgetful)
+    monkeypatch.setattr(Calls, "ask", forgetful)
     network = policy(2)
     r.sync(network)
     (c,) = r.generate([LONG], Sampling(4, temperature=0.0))[0]
@@ -240,9 +241,9 @@ def test_broken_file_is_told_in_the_servers_words(rollout, tmp_path, monkeypatch
 def test_update_left_open_by_a_killed_trainer(rollout, tmp_path):
     r = rollout(policy(1))
     some = {"model.layers.0.self_attn.q_proj.weight": torch.ones(64, 64), "model.norm.weight": torch.ones(64)}
-    save_file(some, r.directory / "some.safetensors")
+    save_file(some, r.weights.directory / "some.safetensors")
     steps = {"/pause?mode=wait": {}, "/start_weight_update": {}}
-    steps["/update_weights"] = {"update_info": {"path": str(r.directory / "some.safetensors")}}
+    steps["/update_weights"] = {"update_info": {"path": str(r.weights.directory / "some.safetensors")}}
     for path, body in steps.items():
         r._ask(r.servers[0], path, body, "sync_seconds")
     network = policy(2)

@@ -233,11 +233,11 @@ def test_sync_gives_files_to_every_server_and_removes_the_old(tmp_path, fakes):
             "/pause?mode=wait", "/start_weight_update", "/update_weights", "/finish_weight_update",
             "/reset_prefix_cache", "/resume",
         ]  # fmt: skip
-    assert [str(p) for p in r.directory.glob("*/*.safetensors")] == servers[0].files
+    assert [str(p) for p in r.weights.directory.glob("*/*.safetensors")] == servers[0].files
     assert r.counts == {"resent": 0, "lost": 0, "resynced": 0, "syncs": 1}
     for _ in range(2):  # a second time there is nothing left to do
         r.close()
-        assert not r.directory.exists()
+        assert not r.weights.directory.exists()
 
 
 def test_adapters_have_a_name_of_their_own_each(tmp_path, fakes):

@@ -199,7 +199,7 @@ def test_a_killed_engine_is_replaced_by_one_that_draws_the_same(full, rng):
     asked = [LONG, *prompts(rng, 7)]
     sampling = Sampling(300, temperature=1.0, seed=4)
     before = full.vllm.generate(asked, sampling, 2)
-    process = full.vllm._process
+    process = full.vllm._engine.process
     train(full.policy, seed=20)  # the policy goes on; the engine has not been told
     waits = 0
 
@@ -270,7 +270,7 @@ def test_adapters_are_swapped_and_a_hung_engine_is_replaced(tmp_path, rng):
             seen.append(tokens(told))
         assert all(a != b for a, b in zip(seen, seen[1:], strict=False))
 
-        process = side.vllm._process
+        process = side.vllm._engine.process
         side.vllm.request_seconds = 5.0
         os.kill(process.pid, signal.SIGSTOP)
         told = side.vllm.generate(asked, sampling)
@@ -290,7 +290,7 @@ TRAINER = textwrap.dedent("""
 
     side = Side(tiny_policy(), Path(sys.argv[1]))
     side.vllm.sync(side.policy)
-    print("engine", side.vllm._process.pid, side.vllm._scratch.path, flush=True)
+    print("engine", side.vllm._engine.process.pid, side.vllm._scratch.path, flush=True)
     side.hook = lambda: print("engine works", flush=True)
     while True:
         side.vllm.generate([LONG] * 64, Sampling(500))

@@ -20,8 +20,9 @@ from align.config import shipped_root
 from align.models.policy import Policy, lora
 from align.models.pretrained import byte_tokenizer, tiny
 from align.rollout import transfer
-from align.rollout.base import Host, Sampling, seed_of
-from align.rollout.vllm import EngineFailed, Messages, VLLMRollout, check_version, encode
+from align.rollout.base import EngineFailed, Host, Sampling, seed_of
+from align.rollout.process import Messages, encode
+from align.rollout.vllm import VLLMRollout, check_version
 
 TOKENIZER = byte_tokenizer()
 
@@ -143,7 +144,7 @@ def test_draws_have_their_own_seeds_and_come_back_in_order(make):
 @pytest.mark.parametrize("fault", ["die", "hang", "rubbish", "raise"])
 def test_an_engine_that_fails_is_replaced_and_asked_again(make, fault, tmp_path):
     r = make(f"{fault},serve", request_seconds=1.0)
-    before = r._process
+    before = r._engine.process
     told = r.generate([[1, 2], [3]], Sampling(4, seed=11), 2)
     assert [[c.token_ids[0] for c in row] for row in told] == [
         [seed_of(11, i, k) % 7 for k in range(2)] for i in (0, 1)
@@ -176,7 +177,7 @@ def test_the_deadline_is_named_and_kept(make):
     ):
         r.generate([[1]], Sampling(4))
     assert 0.6 <= time.monotonic() - begin < 5
-    assert r._process is None
+    assert r._engine is None
 
 
 def test_an_engine_that_gives_signs_of_life_may_take_longer_than_the_deadline(make):
@@ -203,7 +204,7 @@ def test_a_signal_while_waiting_ends_the_engine(make):
 
     waiting = False
     r = make("hang", check=check)
-    process = r._process
+    process = r._engine.process
     waiting = True
     calls.clear()
     with pytest.raises(KeyboardInterrupt):
@@ -216,7 +217,7 @@ def test_a_large_request_does_not_block_before_an_engine_that_reads_nothing(make
     """More than the socket holds: a plain sendall would wait for ever."""
     r = make("serve", request_seconds=1.0, max_restarts=0)
     r.max_model_len = 10**7
-    os.kill(r._process.pid, signal.SIGSTOP)
+    os.kill(r._engine.process.pid, signal.SIGSTOP)
     with pytest.raises(EngineFailed, match="no sign of life"):
         r.generate([[7] * 10**6], Sampling(4))
 
@@ -229,7 +230,7 @@ def test_a_new_engine_starts_with_the_weights_of_the_last_sync(make, tmp_path):
     r.sync(policy)
     with torch.no_grad():
         policy.causal_lm.model.norm.weight.fill_(3.0)  # trained on, not synced
-    r._process.kill()
+    r._engine.process.kill()
     r.generate([[1]], Sampling(4))
     assert r.counts == {"restarts": 1, "resent": 1, "syncs": 1}
     first, second = (start["model"] for start in starts(tmp_path))
@@ -251,7 +252,7 @@ def test_adapters_get_a_new_number_and_path_and_old_ones_go(make, tmp_path):
     r = make("serve,serve", policy=policy)
     r.sync(policy)
     r.sync(policy)
-    r._process.kill()
+    r._engine.process.kill()
     r.generate([[1]], Sampling(4))
     first, second = starts(tmp_path)
     assert (first["adapter"]["version"], second["adapter"]["version"]) == (1, 3)
@@ -339,7 +340,7 @@ def test_messages_come_whole_whatever_the_pieces():
 
 
 def test_the_trainer_imports_no_vllm():
-    code = "import sys, align.rollout.vllm, align.rollout.vllm_engine; assert 'vllm' not in sys.modules"
+    code = "import sys, align.rollout.vllm_engine, align.rollout.server; assert 'vllm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -29,9 +29,9 @@ class Watched(VLLMRollout):
     def _exchange(self, message: dict[str, Any], seconds: float, key: str) -> Any:
         self._doing, self._checks = message["do"], 0
         if self._doing == "start":
-            assert self._process is not None
+            assert self._engine is not None
             with (self.host.directory / "engines").open("a") as file:
-                file.write(f"{self._process.pid}\n")
+                file.write(f"{self._engine.process.pid}\n")
         return super()._exchange(message, seconds, key)
 
     def _write_weights(self, policy: Any) -> list[str]:
@@ -66,14 +66,15 @@ class Mortal(Watched):
     def _die(self, what: str) -> None:
         self.left[what] -= 1
         if self.left[what] == 0:
-            assert self._process is not None
-            self._process.kill()
-            self._process.wait()
-            self._socket.setblocking(True)
+            assert self._engine is not None
+            process, link = self._engine.process, self._engine.socket
+            process.kill()
+            process.wait()
+            link.setblocking(True)
             with contextlib.suppress(ConnectionResetError):
-                while self._socket.recv(1 << 16):  # a fast engine may have answered while this process did not run
+                while link.recv(1 << 16):  # a fast engine may have answered while this process did not run
                     pass
-            self._socket.setblocking(False)
+            link.setblocking(False)
 
     def waiting_for_generate(self) -> None:
         """See Watched."""
