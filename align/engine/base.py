@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -113,3 +113,24 @@ def shape_of(p: nn.Parameter) -> torch.Size:
 def seed_generators(seed: int, step: int, rank: int) -> None:
     """Seed torch's generators for a process that finds no state of its own in a checkpoint."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
+
+
+def generator_states(device: torch.device, end: str = "") -> dict[str, Tensor]:
+    """States of torch's generators by their names in a checkpoint, which end so for one process of many."""
+    out = {f"rng|cpu{end}": torch.get_rng_state()}
+    if device.type == "cuda":
+        out[f"rng|cuda{end}"] = torch.cuda.get_rng_state(device)
+    return out
+
+
+def check_fit(saved: Mapping[str, Sequence[int]], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises ValueError when saved weights, shapes by name, are not those of this model."""
+    odd = sorted(saved.keys() ^ parameters.keys())
+    if odd:
+        raise ValueError(f"the checkpoint belongs to another model: it differs in {odd[0]}; use another run.dir")
+    for name, p in parameters.items():
+        if tuple(saved[name]) != tuple(shape_of(p)):
+            raise ValueError(
+                f"the checkpoint belongs to another model: {name} is {list(saved[name])} there and "
+                f"{list(shape_of(p))} here; use another run.dir"
+            )

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from align.config import OptimizerConfig
-from align.engine.base import parameter_groups, seed_generators
+from align.engine.base import check_fit, generator_states, parameter_groups, seed_generators
 from align.engine.files import TensorFiles, file_name, saved_files
 from align.engine.measuring import WholeGradients, moving
 from align.engine.optimizer import OptimizerState, make_optimizer
@@ -116,23 +116,11 @@ class LocalEngine:
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Moments and counts of each weight, and the generators' states, as flat names."""
-        out = self._state.tensors()
-        out["rng|cpu"] = torch.get_rng_state()
-        if self.policy.device.type == "cuda":
-            out["rng|cuda"] = torch.cuda.get_rng_state(self.policy.device)
-        return out
+        return self._state.tensors() | generator_states(self.policy.device)
 
     def restore(self, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
         """Set weights, moments and generators. Raises ValueError when the checkpoint is of another model."""
-        if model.keys() != self.parameters.keys():
-            odd = sorted(model.keys() ^ self.parameters.keys())[0]
-            raise ValueError(f"the checkpoint belongs to another model: it differs in {odd}; use another run.dir")
-        for name, p in self.parameters.items():
-            if model[name].shape != p.shape:
-                raise ValueError(
-                    f"the checkpoint belongs to another model: {name} is {list(model[name].shape)} there and "
-                    f"{list(p.shape)} here; use another run.dir"
-                )
+        check_fit({name: tensor.shape for name, tensor in model.items()}, self.parameters)
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(model[name])

@@ -6,9 +6,11 @@ same code on the same examples; only forwards and backwards are divided. Nothing
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -154,3 +156,21 @@ class _named:
         if error is not None and isinstance(error, (RuntimeError, dist.DistError)) and not isinstance(error, PeerLost):
             said = " ".join(str(error).split())[:300]
             raise PeerLost(f"at {self.where}: another process of the run died or did not come ({said})") from error
+
+
+@contextlib.contextmanager
+def peer_lost(where: str) -> Iterator[None]:
+    """Inside, what torch says of a lost connection becomes a PeerLost that says where."""
+    try:
+        yield
+    except PeerLost:
+        raise
+    except (RuntimeError, dist.DistError) as error:
+        if isinstance(error, dist.DistError) or _LOST.search(str(error)):
+            said = " ".join(str(error).split())[:300]
+            raise PeerLost(f"at {where}: another process of the run died or did not come ({said})") from error
+        raise
+
+
+# gloo's and NCCL's words; an error of the model itself keeps its own
+_LOST = re.compile(r"gloo|NCCL|ProcessGroup|[Cc]onnection (closed|reset|refused)|Timed out waiting|Broken pipe")

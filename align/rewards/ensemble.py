@@ -152,44 +152,23 @@ class _Shared(RewardModel):
         max_tokens: int,
         output: str | None,
     ):
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
-
         from align.models.policy import ScoreHead, Scorer, choose_layout, with_adapters
 
-        logging.disable_progress_bar()
         self.host = host
         self.max_tokens = max_tokens
         self.counts: dict[str, int] = Counter()
         directories = [Path(m) for m in members]
         forms = [_form_of(d) for d in directories]
         path = base or _base(directories)
-        wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-        try:
-            lm = load_model(
-                AutoModelForCausalLM, path, path, dtype=wanted, use_safetensors=True, trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"the model {path} that the members belong to cannot be loaded ({' '.join(str(error).split())[:200]}); "
-                "give base=DIR"
-            ) from error
+        lm = _trunk(path, dtype)
         tokenizer = _tokenizer(directories, path)
-        width = lm.config.get_text_config().hidden_size
         layout, why = choose_layout(lm, "auto", 0.0)
         if "not causal" in why:
             raise ValueError(f"{path}: {why}; reward models that read in both directions are not supported")
-        head = ScoreHead(width, len(members))
+        head = ScoreHead(lm.config.get_text_config().hidden_size, len(members))
         self.forms: list[tuple[Json, int]] = []
         for m, (directory, stored) in enumerate(zip(directories, forms, strict=True)):
-            weight = stored_head(directory)["score.weight"]
-            if tuple(weight.shape) != (len(stored["outputs"]), width):
-                raise ValueError(
-                    f"{directory}: its head is {tuple(weight.shape)}; with {path} and its outputs it must be "
-                    f"{(len(stored['outputs']), width)}"
-                )
-            if stored["kind"] in ("general_preference", "pal"):
-                raise ValueError(f"{directory}: a {stored['kind']} model gives no single score; give whole models")
+            weight = _head_weight(directory, stored, path, head.score.in_features)
             self.forms.append((stored, output_index(stored, output)))
             with torch.no_grad():
                 head.score.weight[m] = weight[self.forms[m][1]]
@@ -284,6 +263,35 @@ def _base(directories: Sequence[Path]) -> str:
             "base, or base=DIR if these are the same model"
         )
     return named[0]
+
+
+def _trunk(path: str, dtype: str) -> Any:
+    """The language model that the members share. Raises ValueError."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        return load_model(AutoModelForCausalLM, path, path, dtype=wanted, use_safetensors=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the model {path} that the members belong to cannot be loaded ({' '.join(str(error).split())[:200]}); "
+            "give base=DIR"
+        ) from error
+
+
+def _head_weight(directory: Path, form: Json, path: str, width: int) -> torch.Tensor:
+    """A member's head [its outputs, width]. Raises ValueError for one that does not fit the trunk at `path`."""
+    weight = stored_head(directory)["score.weight"]
+    if tuple(weight.shape) != (len(form["outputs"]), width):
+        raise ValueError(
+            f"{directory}: its head is {tuple(weight.shape)}; with {path} and its outputs it must be "
+            f"{(len(form['outputs']), width)}"
+        )
+    if form["kind"] in ("general_preference", "pal"):
+        raise ValueError(f"{directory}: a {form['kind']} model gives no single score; give whole models")
+    return weight
 
 
 def _tokenizer(directories: Sequence[Path], base: str) -> Tokenizer:

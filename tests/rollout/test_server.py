@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from align.models.policy import Policy, lora
 from align.models.pretrained import byte_tokenizer
 from align.rollout.base import EngineFailed, Host, Sampling
+from align.rollout.fleet import WeightFiles
 from align.rollout.hf import HFRollout
 from align.rollout.http import Calls
 from align.rollout.server import VLLMServerRollout
@@ -221,17 +222,17 @@ def test_weights_of_another_are_found_and_replaced(rollout, tmp_path):
 def test_broken_file_is_told_in_the_servers_words(rollout, tmp_path, monkeypatch):
     network = policy(1)
     r = rollout(network)
-    write = VLLMServerRollout._write
+    write = WeightFiles.write
 
     def half(self, policy):
         write(self, policy)
         for file in self.directory.glob("model-*/*.safetensors"):
             file.write_bytes(file.read_bytes()[:1000])
 
-    monkeypatch.setattr(VLLMServerRollout, "_write", half)
+    monkeypatch.setattr(WeightFiles, "write", half)
     with pytest.raises(EngineFailed, match=r"HTTP 500: .*deserializing"):
         r.sync(network)
-    monkeypatch.setattr(VLLMServerRollout, "_write", write)
+    monkeypatch.setattr(WeightFiles, "write", write)
     r.sync(network)
     gap, same = difference(r, network, tmp_path)
     assert gap < TOLERANCE
@@ -245,7 +246,7 @@ def test_update_left_open_by_a_killed_trainer(rollout, tmp_path):
     steps = {"/pause?mode=wait": {}, "/start_weight_update": {}}
     steps["/update_weights"] = {"update_info": {"path": str(r.weights.directory / "some.safetensors")}}
     for path, body in steps.items():
-        r._ask(r.servers[0], path, body, "sync_seconds")
+        r.calls.ask(r.fleet.servers[0], path, body, "sync_seconds")
     network = policy(2)
     gap, same = difference(rollout(network), network, tmp_path)
     assert gap < TOLERANCE
@@ -262,7 +263,10 @@ def test_adapters(rollout, tmp_path):
         gap, same = difference(r, network, tmp_path)
         assert gap < TOLERANCE
         assert same
-    assert len([c for c in r._ask(r.servers[0], "/v1/models", None, "sync_seconds")["data"] if c["parent"]]) == 1
+    assert (
+        len([c for c in r.calls.ask(r.fleet.servers[0], "/v1/models", None, "sync_seconds")["data"] if c["parent"]])
+        == 1
+    )
     r.sync(network)
     plain = policy(3)
     assert difference(rollout(plain), plain, tmp_path)[0] < TOLERANCE  # the adapter is not in the way

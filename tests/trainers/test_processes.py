@@ -157,7 +157,7 @@ def pair(base) -> Path:
     [
         Hook(STEP, 3, rank=1),
         Hook(STEP, 1, rank=0),
-        Hook("align.engine.deepspeed:TensorWriter.write", 9, rank=1),
+        Hook("align.engine.shards:TensorWriter.write", 9, rank=1),
         Hook("align.checkpoint:_put", 2, rank=0),
         Hook("os:rename", 2, when="after", rank=0),
         Hook(STEP, 4),
