@@ -12,7 +12,6 @@ import yaml
 from hydra import compose as hydra_compose
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from align.config.foreign import hint
 from align.config.schema import limits
 from align.vocabulary import groups, options, recipes, settings_of, shipped_root
 
@@ -56,6 +55,8 @@ def explain(words: Sequence[str], error: Exception, config_dir: Path | None) -> 
     for word in words:
         key = word.lstrip("+~").partition("=")[0]
         if word not in with_groups and key not in allowed | sections:
+            from align.config.foreign import hint  # a table of words that only a wrong one needs
+
             tip = _elsewhere(key, config_dir) or hint(key) or nearest(key, allowed | set(found))
             return f"{key} is not a setting{tip}"
     return text

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -14,11 +15,13 @@ from torch import Tensor
 from align.config import OptimizerConfig
 from align.engine.base import check_fit, generator_states, parameter_groups, seed_generators
 from align.engine.files import TensorFiles, file_name, saved_files
-from align.engine.measuring import WholeGradients, moving
 from align.engine.optimizer import OptimizerState, make_optimizer
 from align.engine.world import World
 from align.models.policy import Network
 from align.types import PackedBatch, Stats
+
+if TYPE_CHECKING:
+    from align.engine.measuring import WholeGradients
 
 
 class LocalEngine:
@@ -79,10 +82,14 @@ class LocalEngine:
 
     def gradients(self, names: Sequence[str], count: int) -> WholeGradients:
         """See MeasuringEngine."""
+        from align.engine.measuring import WholeGradients
+
         return WholeGradients({name: self.parameters[name] for name in names}, count, self.world)
 
     def moving(self, along: Mapping[str, Tensor]) -> AbstractContextManager[Callable[[float], None]]:
         """See MeasuringEngine."""
+        from align.engine.measuring import moving
+
         return moving(self.parameters, along)
 
     def frozen(self, network: Network) -> Network:

