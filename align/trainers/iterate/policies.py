@@ -105,7 +105,7 @@ class Policies:
 
         budget = max(self.session.config.trainer.micro_batch_tokens, *(len(e.rows[0].token_ids) for e in self.probe))
         here = token_values(network, self.probe, "padded", budget, held.policy.device, world=self.session.world)
-        prove(self.session, self.probe, held.rollout, here["token_logps"], f"round {held.number + 1}")
+        prove(self.session, self.probe, held.rollout, here["token_logps"], "round", held.number)
 
     def to_train(self) -> Any:
         """The model in memory, to be trained in place; None where an engine reads its shards from the files: then

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from align.config import OnlineConfig
 from align.data.prompts import PromptRow
 from align.engine.world import together
 from align.rollout.base import Rollout
@@ -68,25 +69,30 @@ def self_check(session: Session, trainee: Trainee, probe: Sequence[Example], ref
 
 
 def prove(
-    session: Session,
-    probe: Sequence[Example],
-    rollout: Rollout,
-    here: list[list[np.ndarray]],
-    what: str,
-    tolerance: float | None = None,
+    session: Session, probe: Sequence[Example], rollout: Rollout, here: list[list[np.ndarray]], unit: str, number: int
 ) -> dict[str, float]:
-    """What the engine gives the probe's prompts against what the trainer gives them. here: the trainer's log-probs.
-    what: the step or round, for the message. Raises SelfCheckError."""
+    """What the engine gives the probe's prompts against what the trainer gives them.
+
+    here: the trainer's log-probs after this step or round, as unit says, of which 0 is the untrained policy. Raises
+    SelfCheckError.
+    """
     sequences = [e.prompt.token_ids for e in probe]
     there = together(session.world, lambda: rollout.logps(sequences, [1] * len(probe)))
     differences = np.concatenate([np.abs(np.array(a) - b) for a, (b,) in zip(there, here, strict=True)])
     largest = max(session.world.gather(float(differences.max())))
-    tolerance = tolerance or ENGINE_TOLERANCE[session.precision_name]
+    t, tolerance = session.config.trainer, ENGINE_TOLERANCE[session.precision_name]
+    if isinstance(t, OnlineConfig):
+        tolerance = t.engine_tolerance or tolerance
     if not largest <= tolerance:
+        name = "trainer.engine_tolerance" if isinstance(t, OnlineConfig) else "tolerance"
+        cause = (
+            "the weights did not reach the engine whole, or it kept what it had computed with older ones"
+            if number
+            else "the engine has other weights, another precision or another attention than the trainer"
+        )
         raise SelfCheckError(
-            f"{what}: the engine's log-probs differ from the trainer's by up to {largest:.2g} nats (tolerance "
-            f"{tolerance:g}); the weights did not reach the engine whole, it kept what it had computed with older "
-            "ones, or it has another precision or another attention than the trainer"
+            f"{unit} {number}: the engine's log-probs differ from the trainer's by up to {largest:.2g} nats "
+            f"({name} {tolerance:g}); likely {cause}"
         )
     return {
         "rollout/engine_logp_diff_max": largest,

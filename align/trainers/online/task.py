@@ -123,8 +123,7 @@ class Online(Task):
         if not self.probe:
             return {}
         here = values(self.session, self.learner.trainee, own(self.learner.trainee), self.probe)["token_logps"]
-        rollout, tolerance = self.experience.rollout, self.trainer.engine_tolerance
-        return prove(self.session, self.probe, rollout, here, f"step {step}", tolerance)
+        return prove(self.session, self.probe, self.experience.rollout, here, "step", step)
 
     @property
     def due(self) -> bool:
