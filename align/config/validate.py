@@ -11,7 +11,6 @@ from typing import Any
 
 from align import build
 from align.config.schema import Config, WarmConfig
-from align.data import gym
 from align.data.sources import locate_all
 from align.launch import local
 from align.models.pretrained import check_place
@@ -98,6 +97,8 @@ def _check_data(config: Config) -> None:
     if data.heldout is not None:
         _check_sources("data.heldout", data.heldout, data.loader)
     if collect is not None:
+        from align.data import gym
+
         gym.check_task(collect.task, collect.task_settings, f"collect.task={collect.task}")
         build.tool(config)
         if data.format or data.loader:
@@ -111,6 +112,8 @@ def _check_data(config: Config) -> None:
 def _check_sources(key: str, names: Any, loader: str | None) -> None:
     for source in locate_all(names, key, loader):
         if source.kind == "gym":
+            from align.data import gym
+
             asked = gym.parse_name(source.name)
             gym.check_task(asked.task, asked.settings, source.name)
 

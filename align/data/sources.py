@@ -17,7 +17,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from align.data import gym
 from align.jsons import Json
 
 Kind = Literal["jsonl", "json", "parquet", "saved", "directory", "hub", "gym", "loader"]
@@ -57,7 +56,9 @@ def locate_all(names: Any, key: str, loader: str | None = None) -> list[Source]:
 
 def locate(name: str) -> Source:
     """The source a name means. Raises ValueError when there is none; reads nothing."""
-    if name.startswith(gym.PREFIX):
+    if name.startswith("gym:"):
+        from align.data import gym
+
         gym.parse_name(name)
         return Source(name, "gym", None)
     if name.startswith("align:"):
@@ -93,6 +94,8 @@ def read(source: Source) -> Iterator[tuple[str, Json | BadRow]]:
     elif source.kind == "loader":
         yield from _loaded(source)
     elif source.kind == "gym":
+        from align.data import gym
+
         for number, row in enumerate(gym.rows(gym.parse_name(source.name)), 1):
             yield f"{source.name}:{number}", row
     else:
@@ -109,6 +112,8 @@ def columns(source: Source) -> Iterator[set[str]] | None:
     if source.kind in ("jsonl", "json"):
         return (set(row) for _, row in read(source) if isinstance(row, dict))
     if source.kind == "gym":
+        from align.data import gym
+
         return iter([set(gym.COLUMNS)])
     if source.path is None:
         return None
@@ -161,6 +166,8 @@ def content_hash(source: Source) -> str:
     what a loader reads, whose rows are hashed when read."""
     digest = hashlib.sha256()
     if source.kind == "gym":
+        from align.data import gym
+
         digest.update("\n".join(gym.lines(gym.parse_name(source.name))).encode())
     elif source.path is None:
         digest.update("".join(filter(None, (source.loader, source.name))).encode())

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align import build, checkpoint
 from align.config import Config
@@ -19,12 +19,10 @@ from align.jsons import Json
 from align.models.policy import Network, Policy, Scorer, base_model, choose_layout, weights_hash
 from align.models.pretrained import Pretrained
 from align.objectives.base import RewardObjective
-from align.rewards import network
 from align.rollout.base import Rollout
 from align.trainers import resume, selfcheck, trained
 from align.trainers.anchors import Anchors
 from align.trainers.answers import Answers
-from align.trainers.collect import Collector, collected, collector_of, solved_summary
 from align.trainers.final import summarise
 from align.trainers.loop import Plan, Trainee, evaluate, reference_gap, score_rows, token_plan, train_step
 from align.trainers.observers import observers_of
@@ -33,6 +31,9 @@ from align.trainers.session import SelfCheckError, Session, start
 from align.trainers.steploop import Metrics, StepLoop, Task, size_of
 from align.trainers.trained import Whole
 from align.types import Example, Layout
+
+if TYPE_CHECKING:
+    from align.trainers.collect import Collector
 
 # of the last step of a run that is part of another
 _TOLD = ("loss/", "accuracy/", "reward/margin", "wpo/", "nll/", "kl/")
@@ -94,6 +95,8 @@ def run(session: Session, given: Given | None = None) -> int:
     rollout = _sync(session, parts, rollouts)
     summary = _summary(session, parts, data, step)
     if config.collect is not None and rollout is not None:
+        from align.trainers.collect import solved_summary
+
         _collector(session, rollout).after()
         out = session.out.path
         summary["problems"] = session.world.share(by_lead(session.world, lambda: solved_summary(out, out)))
@@ -171,6 +174,8 @@ class Offline(Task):
 def _collected(session: Session, rollouts: Rollouts) -> tuple[str, Any]:
     """The data file of what the untrained policy collects, now or in an earlier start; and its model, to be trained in
     place, None where an engine reads its shards from the files again."""
+    from align.trainers.collect import collected
+
     model = trained.load_whole(session)
     selfcheck.check_tokens_of(session, model, [])
     key = {"model": weights_hash(model), "precision": str(session.precision)}
@@ -184,6 +189,8 @@ def _collected(session: Session, rollouts: Rollouts) -> tuple[str, Any]:
 
 
 def _collector(session: Session, rollout: Rollout) -> Collector:
+    from align.trainers.collect import collector_of
+
     return collector_of(session, rollout, session.out.path, session.config.seed, "collect")
 
 
@@ -239,6 +246,8 @@ def _network(session: Session, model: Any, layout: Layout) -> Network:
     objective, config = session.objective, session.config
     if "scores" not in objective.needs:
         return Policy(model, layout, "values" in objective.needs)
+    from align.rewards import network
+
     causal_lm = base_model(model)
     network.check_classes(causal_lm.config, session.pretrained.name)
     if config.head.only:
