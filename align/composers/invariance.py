@@ -27,7 +27,7 @@ def columns_of(advantage: Any) -> set[str]:
     return set(advantage(probe(1.0, False)).columns if said is None else said)
 
 
-def _speaks_for_itself(advantage: Any, name: str) -> bool:
+def _speaks_for_itself(advantage: object, name: str) -> bool:
     """Whether no class below the one that says it has a __call__ of its own, of which it may be untrue."""
     own = (kind for kind in type(advantage).__mro__ if {name, "__call__"} & vars(kind).keys())
     return name in vars(next(own))

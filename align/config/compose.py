@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +37,7 @@ from align.config.schema import (
 )
 from align.config.values import check_values
 from align.config.words import read
+from align.jsons import Fields, Json
 from align.vocabulary import groups as all_groups
 from align.vocabulary import recipes, shipped_root
 
@@ -133,7 +134,7 @@ def compose_run(overrides: Sequence[str]) -> Config:
     return _typed(tree, {"objective": str(tree.objective.get("_target_", "")).rpartition(".")[2]})
 
 
-def derived(config: Config, changes: Mapping[str, Any]) -> Config:
+def derived(config: Config, changes: Fields) -> Config:
     """The settings of a run of trainer=offline that is part of this one. changes: values by dotted key; a mapping takes
     the place of a whole section. Raises ConfigError for an impossible value."""
     tree = OmegaConf.create(OmegaConf.to_container(config.tree, resolve=False))
@@ -144,7 +145,7 @@ def derived(config: Config, changes: Mapping[str, Any]) -> Config:
     return _typed(tree, config.choices)
 
 
-def saved_model(config: Config, path: str | Path) -> dict[str, Any]:
+def saved_model(config: Config, path: str | Path) -> Json:
     """The group model for a directory in Hugging Face form, trusted as far as the run's own model."""
     trust = bool(config.model.get("trust_remote_code", False))
     return {

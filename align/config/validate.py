@@ -7,7 +7,6 @@ leaves what a trainer or a group of settings forbids to checks_*.py. Nothing is 
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import Any
 
 from align import build
 from align.config.schema import Config, WarmConfig
@@ -109,7 +108,7 @@ def _check_data(config: Config) -> None:
     _check_functions(config)
 
 
-def _check_sources(key: str, names: Any, loader: str | None) -> None:
+def _check_sources(key: str, names: object, loader: str | None) -> None:
     for source in locate_all(names, key, loader):
         if source.kind == "gym":
             from align.data import gym

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ Result = TypeVar("Result")
 
 class PeerLost(RuntimeError):
     """Another process of the run died, or did not come to where this one waits for it."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class World:
             self.gather(None)
 
 
-def together(world: World, work: Callable[[], object]) -> Any:
+def together(world: World, work: Callable[[], T]) -> T:
     """Let every process do its work; when one of them fails, all of them raise the error of the first that did."""
     if world.size == 1:
         return work()
@@ -85,7 +88,7 @@ def together(world: World, work: Callable[[], object]) -> Any:
     found = next((e for e in world.gather(_sendable(error)) if e is not None), None)
     if found is not None:
         raise error if error is not None else found
-    return out
+    return cast("T", out)
 
 
 def by_lead(world: World, work: Callable[[], object]) -> Any:

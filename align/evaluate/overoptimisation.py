@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from align.evaluate.passk import bootstrap
 from align.evaluate.samples import Interval
 from align.files import write_whole
 from align.jsons import Fields, Json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Law = Literal["bon", "rl"]
 Estimator = Literal["k1", "k2", "k3"]
@@ -346,7 +349,7 @@ def write(data: Fields, out: str | Path, title: str = "Best-of-n") -> tuple[Path
     return text, picture
 
 
-def _figure(data: Fields, title: str) -> Any:
+def _figure(data: Fields, title: str) -> Figure:
     """Gold (solid, with its interval), proxy (dashed) and the fitted law (dotted) against sqrt KL; a point at the
     measured peak of gold, a cross at the fitted one where the curves reach it."""
     try:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,6 +29,10 @@ from align.evaluate.calibration import (
     over_prompts,
 )
 from align.jsons import Fields, Json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 KINDS = ("adversarial", "objective", "subjective")  # Wang et al. 2025, WorldPM; arXiv 2505.10527
 _NUM_BINS = 10
@@ -433,7 +437,7 @@ def _reliability_plot(path: Path, numbers: Fields) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _figure(height: float) -> tuple[Any, Any]:
+def _figure(height: float) -> tuple[Figure, Axes]:
     # the figure alone draws with Agg whatever the user's backend is; pyplot would keep state
     from matplotlib.figure import Figure
 

@@ -7,11 +7,11 @@ the numbers mean is the objectives'.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from align.jsons import Json
 from align.sums import target_sums
 from align.types import PackedBatch, Stats
 
@@ -42,7 +42,7 @@ def stats(hidden: Tensor, head: Head, batch: PackedBatch, needs: frozenset[str] 
     extras = tuple(name for name in EXTRAS if name in needs)
     values = token_stats(hidden.index_select(0, batch.target_index), head, batch.target_ids, extras)
     token_logps = values[0]
-    optional: dict[str, Any] = dict(zip(extras, values[1:], strict=True))
+    optional: Json = dict(zip(extras, values[1:], strict=True))
     return Stats(
         token_logps=token_logps,
         logps=target_sums(token_logps, batch),

@@ -8,9 +8,12 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.composers.hypervolume import front
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -53,7 +56,7 @@ def non_dominated(points: Sequence[tuple[float, ...]]) -> list[bool]:
     return out
 
 
-def _figure(rows: int, columns: int) -> tuple[Any, Any]:
+def _figure(rows: int, columns: int) -> tuple[Figure, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -67,7 +70,7 @@ def _curve(rows: Rows, key: str) -> tuple[list[float], list[float]]:
     return [step for step, _ in known], [value for _, value in known]
 
 
-def _over_steps(rows: Rows) -> Any:
+def _over_steps(rows: Rows) -> Figure | None:
     """One panel for each group of metrics that is there."""
     groups = {
         "weight": "weights",
@@ -91,7 +94,7 @@ def _over_steps(rows: Rows) -> Any:
     return figure
 
 
-def _front(rows: Rows, names: Sequence[str]) -> Any:
+def _front(rows: Rows, names: Sequence[str]) -> Figure | None:
     """A panel for each pair of components: held-out means of every evaluation, those on the front of all filled."""
     found = [(row["step"], [_heldout(row, name) for name in names]) for row in rows]
     known = [(step, tuple(v for v in p if v is not None)) for step, p in found if None not in p]
@@ -113,7 +116,7 @@ def _front(rows: Rows, names: Sequence[str]) -> Any:
     return figure
 
 
-def _gold(rows: Rows, names: Sequence[str], gold: str) -> Any:
+def _gold(rows: Rows, names: Sequence[str], gold: str) -> Figure | None:
     """Gold over each proxy along the run, with the proxy's threshold as a line."""
     known = [
         (row, _heldout(row, gold))

@@ -64,7 +64,7 @@ class RewardTarget(ABC):  # noqa: B024
     needs_lora: bool = False  # it stands on the weights of the policy, a LoRA model
 
     @classmethod  # noqa: B027
-    def check_keys(cls, **keys: Any) -> None:
+    def check_keys(cls, **keys: object) -> None:
         """Raises ValueError for keys of which none can be made, as far as that is known without a model. Of a class of
         ours that inherits this one none is made to check settings."""
 

@@ -53,7 +53,7 @@ class RewardModel(Reward):
         self.counts: dict[str, int] = Counter()
 
     @classmethod
-    def check_keys(cls, *, path: str, dtype: str, max_tokens: int, output: str | None = None, **others: Any) -> None:  # noqa: ARG003
+    def check_keys(cls, *, path: str, dtype: str, max_tokens: int, output: str | None = None, **others: object) -> None:  # noqa: ARG003
         """See RewardTarget."""
         positive_limit(max_tokens)
         form = check_stored(path, dtype)
@@ -188,7 +188,7 @@ class AdapterReward(Reward):
             add_adapter(self._peft, path, self.adapter)
 
     @classmethod
-    def check_keys(cls, *, path: str, max_tokens: int, **others: Any) -> None:  # noqa: ARG003
+    def check_keys(cls, *, path: str, max_tokens: int, **others: object) -> None:  # noqa: ARG003
         """See RewardTarget."""
         positive_limit(max_tokens)
         for name in ("adapter_config.json", "adapter_model.safetensors", "score.safetensors"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,7 +201,7 @@ class RewardNetwork:
         groups: Sequence[Sequence[Row]],
         max_tokens: int,
         check: Callable[[], None] = lambda: None,
-        autocast: Callable[[], Any] = nullcontext,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
         """Outputs [R, D] float64 of the rows of each group, which begin alike, and their gates if it has some.
 

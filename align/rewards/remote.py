@@ -76,7 +76,7 @@ class RemoteReward:
         retries: int,
         backoff_s: float,
         token_variable: str | None,
-        **others: Any,  # noqa: ARG003
+        **others: object,  # noqa: ARG003
     ) -> None:
         """See RewardTarget."""
         parts = urlsplit(url)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any
 
 from align.data.reasoning import final_answer
 from align.jsons import Fields
@@ -42,7 +41,7 @@ class ReasoningGym(RewardTarget):
         self.partial = partial
 
     @classmethod
-    def check_keys(cls, **keys: Any) -> None:  # noqa: ARG003
+    def check_keys(cls, **keys: object) -> None:  # noqa: ARG003
         """See RewardTarget."""
         if find_spec("reasoning_gym") is None:
             raise ValueError("needs the package reasoning-gym; type: pip install reasoning-gym")

@@ -28,7 +28,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,7 +220,7 @@ def call_all(
     return [number(value) for value in out]
 
 
-def _columns(signature: Signature, conversations: Sequence[Conversation]) -> dict[str, list[Any]]:
+def _columns(signature: Signature, conversations: Sequence[Conversation]) -> Mapping[str, Sequence[object]]:
     given = {name: [getattr(c, attribute) for c in conversations] for name, attribute in signature.offered}
     present = dict.fromkeys(name for c in conversations for name in c.fields)
     names = [*signature.required, *(name for name in signature.optional if name in present)]

@@ -361,7 +361,7 @@ def _check(
         raise ValueError("rollout.sleep=true frees GPU memory and the policy is on the CPU; use auto or false")
 
 
-def _choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+def _choice(name: str, value: object, allowed: tuple[Any, ...]) -> None:
     if not any(value == a and type(value) is type(a) for a in allowed):
         options = ", ".join(str(a).lower() if isinstance(a, bool) else a for a in allowed)
         raise ValueError(f"rollout.{name}={value}: must be one of {options}")

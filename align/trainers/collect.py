@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from align import build
+from align.config import CollectConfig
 from align.data.reasoning import Problem, ProblemSet, final_answer, prompt_messages
 from align.data.reasoning import problems as problem_set
 from align.engine.world import World, by_lead
@@ -78,7 +79,7 @@ class Collector:
 
     def __init__(
         self,
-        settings: Any,
+        settings: CollectConfig,
         rollout: Rollout,
         tokenizer: Tokenizer,
         tool: Tool,
@@ -201,6 +202,7 @@ def collector_of(
 ) -> Collector:
     """A collector as the settings of a run say; what: the name of its progress."""
     config = session.config
+    assert config.collect is not None
     return Collector(
         config.collect,
         rollout,
@@ -248,13 +250,13 @@ def _solved(rows: Sequence[Row]) -> list[float]:
     return [float(row["reward"]) for row in rows]
 
 
-def problems_of(settings: Any) -> ProblemSet:
+def problems_of(settings: CollectConfig) -> ProblemSet:
     """The problems that the settings of `collect` name. Raises ValueError for impossible ones."""
     s = settings
     return problem_set(s.task, s.task_settings or {}, s.num_problems, s.num_heldout, s.problem_seed)
 
 
-def select(rows: Sequence[Row], settings: Any, seed: int) -> tuple[list[Row], list[Row], Json]:
+def select(rows: Sequence[Row], settings: CollectConfig, seed: int) -> tuple[list[Row], list[Row], Json]:
     """Pairs, labelled rows and the account of them. Every trajectory is used or counted under one reason.
 
     Left out: unfinished ones; repeated ones (same tokens, same problem); right ones that called no tool, or whose last

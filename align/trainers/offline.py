@@ -221,7 +221,7 @@ def _parts(
     return _Parts(whole, model_hash, anchors, trainee, answers, form)
 
 
-def _prepared(session: Session, model: Any, data: Data, plan: Plan) -> trained.Trained:
+def _prepared(session: Session, model: object, data: Data, plan: Plan) -> trained.Trained:
     config = session.config
     layout, _ = choose_layout(model, config.trainer.layout, config.lora.dropout)
     budget = config.trainer.micro_batch_tokens

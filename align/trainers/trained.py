@@ -154,7 +154,7 @@ class Whole:
             fill(network, self.engine.weights())
         by_lead(self.session.world, lambda: self._write(target, network, summary, form))
 
-    def write_of(self, weights: dict[str, Tensor], target: Path, summary: Json, form: Any = None) -> None:
+    def write_of(self, weights: dict[str, Tensor], target: Path, summary: Json, form: Json | None = None) -> None:
         """The same of other weights, by name, of those that are trained; the lead's are taken."""
 
         def write() -> None:

@@ -99,7 +99,7 @@ class Policies:
         if not self.probe:
             return
 
-        def network(batch: Any) -> Any:
+        def network(batch: object) -> Any:
             with self.session.autocast():
                 return held.policy(batch)
 
