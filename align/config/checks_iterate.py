@@ -5,6 +5,7 @@ from __future__ import annotations
 from align import build
 from align.config.checks_rewards import examine
 from align.config.schema import Config, IterateConfig
+from align.config.values import check_enough
 from align.data.sources import locate_all
 from align.objectives.base import Objective
 from align.rewards.build import counted
@@ -45,11 +46,8 @@ def check(config: Config, objective: Objective) -> None:
         raise ValueError("composer has no effect with trainer.select=collect: there are no rewards; remove it")
     if config.collect is None:
         _check_draws(config, t)
-    elif config.collect.num_problems < (needed := t.rounds * (t.prompts_per_round or 1)):
-        raise ValueError(
-            f"trainer.rounds={t.rounds} with trainer.prompts_per_round={t.prompts_per_round or 'null'} need {needed} "
-            f"prompts, collect.num_problems has {config.collect.num_problems}; lower one of them or give more"
-        )
+    else:
+        check_enough(config.collect.num_problems, t.rounds, t.prompts_per_round, "collect.num_problems")
 
 
 def _check_draws(config: Config, t: IterateConfig) -> None:

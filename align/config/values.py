@@ -88,3 +88,14 @@ def _check_together(config: Config) -> None:
         )
     if config.merge and lora.rank == 0:
         raise ConfigError("merge=true has no effect with lora.rank=0; remove it or set lora.rank")
+
+
+def check_enough(count: int, rounds: int, per_round: int | None, setting: str, more: str = "") -> None:
+    """Raises ValueError if `count` prompts are too few for the rounds. setting: where they come from; more: a further
+    cure, for the message."""
+    needed = rounds * (per_round or 1)
+    if needed > count:
+        raise ValueError(
+            f"trainer.rounds={rounds} with trainer.prompts_per_round={per_round or 'null'} need {needed} prompts, "
+            f"{setting} has {count}; lower one of them or give more{more}"
+        )

@@ -20,9 +20,9 @@ from types import MappingProxyType
 from typing import Any
 
 from align.data.reasoning import TooFew, draw, unfit
+from align.data.sources import GYM
 from align.jsons import Fields, Json
 
-PREFIX = "gym:"
 COLUMNS: tuple[str, ...] = ("prompt", "completion", "answer", "task", "entry")
 _TASK = re.compile(r'(?:DATASET_NAME\s*=|register_dataset\()\s*"(\w+)"')
 _CURE = "write gym:TASK/size:256/seed:0, and settings of the task in the same way"
@@ -46,7 +46,7 @@ def parse_name(name: str) -> Gym:
     gym:TASK/KEY:VALUE/..., without characters that a shell or Hydra would want quoted. size is needed; seed and skip
     are 0 unless given; other keys go to the task. A value is JSON (12, 0.5, true, [1,2]) or else a text.
     """
-    task, *words = name.removeprefix(PREFIX).split("/")
+    task, *words = name.removeprefix(GYM).split("/")
     given: Json = {}
     for word in words:
         key, colon, value = word.partition(":")

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from align.jsons import Json
 
 Kind = Literal["jsonl", "json", "parquet", "saved", "directory", "hub", "gym", "loader"]
+GYM = "gym:"  # before the name of a task, see align.data.gym
 _SUFFIXES: dict[str, Kind] = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"}
 
 
@@ -56,7 +57,7 @@ def locate_all(names: Any, key: str, loader: str | None = None) -> list[Source]:
 
 def locate(name: str) -> Source:
     """The source a name means. Raises ValueError when there is none; reads nothing."""
-    if name.startswith("gym:"):
+    if name.startswith(GYM):
         from align.data import gym
 
         gym.parse_name(name)

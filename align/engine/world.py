@@ -55,7 +55,7 @@ class World:
         if self.size == 1:
             return [value]
         out: list[object] = [None] * self.size
-        with _named("gather"):
+        with peer_lost("gather", every=True):
             dist.all_gather_object(out, value, group=self.group)
         return out
 
@@ -64,7 +64,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        with _named("share"):
+        with peer_lost("share", every=True):
             dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
@@ -134,7 +134,7 @@ def join(timeout_s: float) -> World:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     timeout = timedelta(seconds=timeout_s)
-    with _named("rendezvous"):
+    with peer_lost("rendezvous", every=True):
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
         group = dist.new_group(backend="gloo", timeout=timeout)
     return World(rank, size, local_rank, group)
@@ -146,30 +146,16 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-class _named:
-    """Inside, what torch says of a lost connection becomes a PeerLost that says where."""
-
-    def __init__(self, where: str):
-        self.where = where
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        if error is not None and isinstance(error, (RuntimeError, dist.DistError)) and not isinstance(error, PeerLost):
-            said = " ".join(str(error).split())[:300]
-            raise PeerLost(f"at {self.where}: another process of the run died or did not come ({said})") from error
-
-
 @contextlib.contextmanager
-def peer_lost(where: str) -> Iterator[None]:
-    """Inside, what torch says of a lost connection becomes a PeerLost that says where."""
+def peer_lost(where: str, every: bool = False) -> Iterator[None]:
+    """Inside, what torch says of a lost connection becomes a PeerLost that says where. every: whatever it says, where
+    nothing but the connection can fail."""
     try:
         yield
     except PeerLost:
         raise
     except (RuntimeError, dist.DistError) as error:
-        if isinstance(error, dist.DistError) or _LOST.search(str(error)):
+        if every or isinstance(error, dist.DistError) or _LOST.search(str(error)):
             said = " ".join(str(error).split())[:300]
             raise PeerLost(f"at {where}: another process of the run died or did not come ({said})") from error
         raise

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 FILE = "reward_model.json"
 HEAD = "score.safetensors"  # beside a LoRA adapter: the head's weight [D, H]
 REST = "head.safetensors"  # what a head has beyond that
-_SINGLE = ("bradley_terry", "ranked_list", "cost")  # kinds whose one output is the reward
 
 
 # ---------------------------------------------------------------------- heads

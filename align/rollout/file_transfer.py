@@ -44,14 +44,17 @@ class FileTransfer(WeightTransferEngine[Init, Update]):
 
     init_info_cls = Init
     update_info_cls = Update
+    wanted: frozenset[str] = frozenset()  # names of all weights, known from the first update on
+    loaded: frozenset[str] = frozenset()  # of those that have come since the update began
+    open = False  # an update has begun and has not ended
 
     def init_transfer_engine(self, init_info: Init) -> None:
         """Nothing to do."""
 
     def start_weight_update(self) -> None:
         """See the base class."""
-        self.loaded: set[str] = set()
-        if not hasattr(self, "wanted"):  # tied ones stand under one name until an update fails
+        self.loaded = frozenset()
+        if not self.wanted:  # tied ones stand under one name until an update fails
             self.wanted = _plain(name for name, _ in self.model.named_parameters())
         elif self.open:  # what an update that failed half-way had loaded would be counted into this one
             finalize_layerwise_reload(self.model, self.model_config)
@@ -61,7 +64,7 @@ class FileTransfer(WeightTransferEngine[Init, Update]):
     def receive_weights(self, update_info: Update) -> None:
         """Load one file, a tensor at a time."""
         load: Any = self.model.load_weights  # of vLLM's models, not of every module
-        self.loaded |= load(_tensors(update_info.path)) or set()
+        self.loaded |= frozenset(load(_tensors(update_info.path)) or ())
 
     def finish_weight_update(self) -> None:
         """Raises RuntimeError if a weight got no new values: vLLM would keep the old ones with a warning."""
@@ -85,6 +88,6 @@ def _tensors(path: str) -> Iterator[tuple[str, Tensor]]:
             yield name, file.get_tensor(name)
 
 
-def _plain(names: Iterable[str]) -> set[str]:
+def _plain(names: Iterable[str]) -> frozenset[str]:
     """Names without what a LoRA engine adds to them."""
-    return {name.replace(".base_layer", "") for name in names}
+    return frozenset(name.replace(".base_layer", "") for name in names)

@@ -202,12 +202,7 @@ class Fleet:
     def with_our_weights(self, servers: Sequence[Server]) -> list[Server]:
         """Those that hold what they are to hold; one that does not answer is lost, which is told."""
         versions = self.calls.each([(server, partial(self._version, server)) for server in servers])
-        for server, version in zip(servers, versions, strict=True):
-            if isinstance(version, Failed):
-                self.lose(server, version)
-            else:
-                server.lost = False
-        self.calls.tell()
+        self._heard(servers, versions)
         return [s for s, version in zip(servers, versions, strict=True) if version == self.weights.versions]
 
     def ready(self) -> list[Server]:
@@ -232,6 +227,15 @@ class Fleet:
                 )
             self.calls.pause()
 
+    def _heard(self, servers: Sequence[Server], results: Sequence[object]) -> None:
+        """What servers answered says which of them are lost."""
+        for server, result in zip(servers, results, strict=True):
+            if isinstance(result, Failed):
+                self.lose(server, result)
+            else:
+                server.lost = False
+        self.calls.tell()
+
     def lose(self, server: Server, failure: Failed) -> None:
         """It is not asked again before it has answered; told once."""
         with self._lock:
@@ -249,12 +253,7 @@ class Fleet:
         results = self.calls.each([(server, partial(self._update, server)) for server in servers])
         failures = [result for result in results if isinstance(result, Failed)]
         given = [server for server, result in zip(servers, results, strict=True) if not isinstance(result, Failed)]
-        for server, result in zip(servers, results, strict=True):
-            if isinstance(result, Failed):
-                self.lose(server, result)
-            else:
-                server.lost = False
-        self.calls.tell()
+        self._heard(servers, results)
         if needed and not given:
             raise EngineFailed(
                 f"no vLLM server took {what}: {failures[0]} (each must see {self.weights.directory} under this name; "

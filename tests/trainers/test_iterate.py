@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from align import checkpoint
+from align.config.values import check_enough
 from align.data.scored import read_scored
 from align.evaluate.passk import pass_at_k
 from align.trainers.iterate.samples import slices
@@ -596,10 +597,10 @@ def test_refused_before_anything_is_drawn(base, tmp_path, more):
 
 
 def test_slices():
-    assert [list(s) for s in slices(7, 3, None, "x")] == [[0, 1], [2, 3], [4, 5, 6]]
-    assert [list(s) for s in slices(7, 3, 2, "x")] == [[0, 1], [2, 3], [4, 5]]
+    assert [list(s) for s in slices(7, 3, None)] == [[0, 1], [2, 3], [4, 5, 6]]
+    assert [list(s) for s in slices(7, 3, 2)] == [[0, 1], [2, 3], [4, 5]]
     with pytest.raises(ValueError, match="need 9 prompts, x has 7"):
-        slices(7, 3, 3, "x")
+        check_enough(7, 3, 3, "x")
 
 
 def test_least_score_of_what_is_imitated():

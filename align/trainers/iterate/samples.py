@@ -19,17 +19,8 @@ ORIGIN = "on_policy"
 DRAW, TRAIN, HELDOUT = range(3)  # the first key of the seeds of each phase
 
 
-def slices(count: int, rounds: int, per_round: int | None, setting: str) -> list[range]:
-    """The places of each round's prompts among `count`: consecutive, none in two rounds.
-
-    setting: where the prompts come from, for the message. Raises ValueError if there are too few.
-    """
-    needed = rounds * (per_round or 1)
-    if needed > count:
-        raise ValueError(
-            f"trainer.rounds={rounds} with trainer.prompts_per_round={per_round or 'null'} need {needed} prompts, "
-            f"{setting} has {count}; lower one of them or give more (data.repeat=[2] sees each prompt twice)"
-        )
+def slices(count: int, rounds: int, per_round: int | None) -> list[range]:
+    """The places of each round's prompts among `count`, which are enough: consecutive, none in two rounds."""
     if per_round is not None:
         return [range(r * per_round, (r + 1) * per_round) for r in range(rounds)]
     return [range(r * count // rounds, (r + 1) * count // rounds) for r in range(rounds)]

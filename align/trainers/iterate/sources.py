@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from align import build
 from align.config import IterateConfig
+from align.config.values import check_enough
 from align.data.chat import prompt_ids
 from align.data.prompts import PromptRow, load_prompts, prompts_fingerprint
 from align.engine.world import by_lead, together
@@ -20,7 +21,7 @@ from align.evaluate.heldout import changes, heldout_metrics
 from align.jsons import Json
 from align.models.device import pick_device
 from align.rewards.build import RewardHost, components
-from align.rollout.base import Sampling, seed_of
+from align.rollout.base import seed_of
 from align.trainers.collect import Collector, collected, collector_of, problems_of, solved_summary
 from align.trainers.directions import directed, directed_rounds, directional, scorer
 from align.trainers.experience import Experience, Group
@@ -45,11 +46,13 @@ class Prompts:
         self.session = session
         self.config = config
         self.trainer = t
-        self.sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p, s.top_k, tuple(s.stop), config.seed)
+        self.sampling = build.sampling(config)
         self.composer = directional(config)
         found = load_prompts(config.data, session.tokenizer, s.max_new_tokens, config.seed)
         session.account(found.audit)
-        self.slices = slices(len(found.train), t.rounds, t.prompts_per_round, f"data.train={config.data.train}")
+        more = " (data.repeat=[2] sees each prompt twice)"
+        check_enough(len(found.train), t.rounds, t.prompts_per_round, f"data.train={config.data.train}", more)
+        self.slices = slices(len(found.train), t.rounds, t.prompts_per_round)
         self.train, heldout = self._directed(found.train, found.heldout)
         distinct: dict[tuple[int, ...], PromptRow] = {}
         for prompt in heldout:
@@ -193,7 +196,7 @@ class Problems:
         assert isinstance(config.trainer, IterateConfig)
         self.session = session
         rounds, count = config.trainer.rounds, config.trainer.prompts_per_round
-        self.slices = slices(config.collect.num_problems, rounds, count, "collect.num_problems")
+        self.slices = slices(config.collect.num_problems, rounds, count)
         self.hashes = {"collect": problems_of(config.collect).fingerprint()}
         self.rows: list[tuple[int, ...]] = []
         text = "What is 2 + 3?"  # the prompts of problems are made by the loop with the tool
