@@ -278,9 +278,9 @@ def _anchors(session: Session, engine: Any, data: Data, plan: Plan, model_hash: 
 
 def _self_check(session: Session, trainee: Trainee, first: Sequence[Example], own_reference: bool) -> None:
     """The policy must be its own reference before training, and its layout the model's own attention."""
-    gap = selfcheck.check_layout(session, trainee.engine.policy, first)
+    own = selfcheck.check_layout(session, trainee.engine.policy, first)
     if trainee.reference is None or not own_reference:
-        session.log.say(f"self-check passed: log-probs are the model's own to {gap:.1e} nats")
+        session.log.say(f"self-check passed: {own}")
         return
     ratio = reference_gap(trainee, first)
     if not ratio <= selfcheck.TOLERANCE[session.precision]:
@@ -288,9 +288,7 @@ def _self_check(session: Session, trainee: Trainee, first: Sequence[Example], ow
             f"self-check: policy and reference differ by {ratio:.2g} nats per token before training; "
             "the reference is miswired (stale cache? remove reference.cache_dir, or use reference.mode=model)"
         )
-    session.log.say(
-        f"self-check passed: log-probs are the model's own to {gap:.1e} nats, policy = reference to {ratio:.1e}"
-    )
+    session.log.say(f"self-check passed: {own}; policy = reference to {ratio:.1e}")
 
 
 def _loss_before(session: Session, trainee: Trainee, heldout: Sequence[Example]) -> None:

@@ -52,8 +52,7 @@ def self_check(session: Session, trainee: Trainee, probe: Sequence[Example], ref
     if not probe:
         session.log.say("self-check left out: no prompt has two tokens")
         return
-    gap = selfcheck.check_layout(session, trainee.engine.policy, branching(probe))
-    said = f"self-check passed: log-probs are the model's own to {gap:.1e} nats"
+    said = f"self-check passed: {selfcheck.check_layout(session, trainee.engine.policy, branching(probe))}"
     if reference is not None and session.config.reference.path is None:
         ours, theirs = (
             values(session, trainee, network, probe)["token_logps"] for network in (own(trainee), reference)
@@ -64,7 +63,7 @@ def self_check(session: Session, trainee: Trainee, probe: Sequence[Example], ref
                 f"self-check: policy and reference differ by {ratio:.2g} nats per token before training; the "
                 "reference is miswired"
             )
-        said += f", policy = reference to {ratio:.1e}"
+        said += f"; policy = reference to {ratio:.1e}"
     session.log.say(said)
 
 
