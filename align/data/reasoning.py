@@ -26,6 +26,8 @@ _EXAMPLES = (
 MAX_EXAMPLES = len(_EXAMPLES)
 
 _LINE = re.compile(r"^\W*(?:final\s+)?answer\W*[:=]\s*(.+?)\s*$", re.IGNORECASE | re.MULTILINE)
+_HASHED = re.compile(r"^[ \t]*####[ \t]*\$?([-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?)\.?[ \t]*$", re.MULTILINE)
+_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{|\s+(?P<bare>[-+]?[\w./]+)(?=[\s$]|$))")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?(?![\w/])")
 
 
@@ -119,30 +121,40 @@ def prompt_messages(problem: Problem, num_examples: int) -> list[Message]:
 
 
 def final_answer(text: str) -> str | None:
-    r"""The final answer in a text: the last non-empty \boxed{...}; else the last line `Answer: ...`; else the last
-    number; None without any. Without surrounding white space, dollar signs, full stop and thousands commas.
+    r"""The final answer in a text: the last non-empty \boxed{...}; else the last line `#### NUMBER`; else the last line
+    `Answer: ...`; else the last number; None without any. Without surrounding white space, dollar signs, full stop and
+    thousands commas.
     """
-    boxed = [b for b in _boxed(text) if b.strip()]
-    if boxed:
-        return _tidy(boxed[-1])
-    for pattern in (_LINE, _NUMBER):
+    found = boxed(text)
+    if found:
+        return _tidy(found[-1])
+    for pattern in (_HASHED, _LINE, _NUMBER):
         found = pattern.findall(text)
         if found and _tidy(found[-1]):
             return _tidy(found[-1])
     return None
 
 
-def _boxed(text: str) -> list[str]:
-    r"""The insides of every closed \boxed{...}, braces in them balanced."""
+def boxed(text: str) -> list[str]:
+    r"""The insides of every closed \boxed{...} or \fbox{...}, braces in them balanced, and of \boxed 5; none empty."""
     out = []
-    for match in re.finditer(r"\\boxed\s*\{", text):
+    for match in _BOX.finditer(text):
+        if match["bare"]:
+            out.append(match["bare"])
+            continue
         depth, end = 1, match.end()
         while end < len(text) and depth:
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             end += 1
         if depth == 0:
             out.append(text[match.end() : end - 1])
-    return out
+    return [inside for inside in out if inside.strip()]
+
+
+def hashed(text: str) -> str | None:
+    """The number of the last line `#### NUMBER`, as solutions of GSM8K end; without thousands commas. None without."""
+    found = _HASHED.findall(text)
+    return _tidy(found[-1]) if found else None
 
 
 def _tidy(answer: str) -> str:

@@ -86,6 +86,11 @@ def test_the_verifier_wants_its_full_score():
         ("-7", "-7"),
         ("from 5-3", "3"),  # a difference, not a negative number
         ("1/2", "1/2"),
+        ("3 cod and 2 eels: 3 + 2 = <<3+2=5>>5\n#### 5", "5"),  # GSM8K
+        ("#### 1,250\nthat is all 7 of them", "1250"),
+        ("#### Step 2\n\nAnswer: 8", "8"),  # a heading of markdown
+        (r"#### 4, so \boxed{5}", "5"),
+        (r"\fbox{6} and \boxed 7.", "7"),
         ("version v2", None),
         ("none", None),
         ("", None),
