@@ -42,9 +42,9 @@ from align.vocabulary import groups as all_groups
 from align.vocabulary import recipes, shipped_root
 
 # New keys: a composer's numbers and an objective's weights by component, also those of a part of another, functions of
-# data.margins, components of the reward and DeepSpeed's settings.
+# data.margins, columns of data.columns, components of the reward and DeepSpeed's settings.
 _OPEN = re.compile(
-    r"composer\.|reward\.|callbacks\.|engine\.deepspeed\.|data\.margins\.|objective\.([^=]+\.)?weights\."
+    r"composer\.|reward\.|callbacks\.|engine\.deepspeed\.|data\.(margins|columns)\.|objective\.([^=]+\.)?weights\."
 )
 # Settings that name a file or a directory, by their last part; a shell leaves the ~ of key=~/x as it is.
 _PLACES = ("path", "dir", "directory", "cache_dir", "log_dir", "train", "heldout", "offline_data", "starts", "venv")
@@ -167,6 +167,8 @@ def _unresolved(tree: DictConfig) -> None:
 def differences(old: DictConfig, new: DictConfig) -> dict[str, tuple[Any, Any]]:
     """Settings that differ between a run's config.yaml and now and that may not: key -> (there, now)."""
     a, b = dict(leaves(old)), dict(leaves(new))
+    if b.get("data.text") == "auto":  # what it came out as holds for the whole run
+        a["data.text"] = "auto"
     changed = {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
     return {k: v for k, v in changed.items() if not may_change(k)}
 

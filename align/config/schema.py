@@ -93,6 +93,11 @@ class DataConfig:
     max_bad_fraction: Annotated[float, at_least(0, at_most=1)]
     gold: str | None
     margins: Any  # name of a component -> dotted path of a function
+    columns: Any  # name of a field -> a column or a list of them
+    form: str | None
+    ignore: Annotated[list[str], resumable]
+    text: Annotated[str, one_of("auto", "chat", "plain")]
+    empty_prompts: Annotated[bool, resumable]
     format: str | None = None
     loader: str | None = None
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Container
 
 from align import build
+from align.config.limits import Choices
 from align.config.schema import Config, WarmConfig
+from align.data.mapping import check_names
 from align.data.sources import locate_all
 from align.launch import local
 from align.models.pretrained import check_place
@@ -66,6 +68,7 @@ def check_drawing(config: Config) -> None:
 def check_run(config: Config, given: Container[str]) -> None:
     """The same of a finished run that is evaluated. given: settings that are not the run's own."""
     _check_model(config)
+    _check_reading(config)
     for key, names in (("data.train", config.data.train), ("data.heldout", config.data.heldout)):
         if key in given:
             _check_sources(key, names, config.data.loader)
@@ -118,9 +121,22 @@ def _check_sources(key: str, names: object, loader: str | None) -> None:
 
 
 def _check_functions(config: Config) -> None:
+    _check_reading(config)
     for key, path in (("data.format", config.data.format), ("data.loader", config.data.loader)):
         if path is not None:
             build.function(path, key)
+
+
+def _check_reading(config: Config) -> None:
+    """Raises ValueError for columns and forms that are none."""
+    data = config.data
+    check_names(data.columns)
+    if data.form is not None:
+        from align.data.forms import FORMS
+
+        wrong = Choices(tuple(FORMS)).refusal(data.form)
+        if wrong is not None:
+            raise ValueError(f"data.form={data.form}: {wrong}; `align data forms` shows an example of each")
 
 
 def _check_head(config: Config, objective: Objective) -> None:

@@ -18,15 +18,11 @@ from align.data.audit import NOT_USED
 from align.data.chat import Rendering, Span, prompt_ids, render, render_text
 from align.data.formats import Dialogue, Message, Record, Tokenised
 from align.data.margins import margin_numbers
-from align.data.sources import BadRow
+from align.data.sources import BadRow, NotUsed
 from align.data.wanted import Wanted
 from align.jsons import Json, Tokenizer
 from align.packing import common_prefix_length
 from align.types import Example, Kind, Prompt, Row
-
-
-class NotUsed(BadRow):
-    """A good row that this objective has no use for."""
 
 
 @dataclass(frozen=True)

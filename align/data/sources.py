@@ -32,6 +32,10 @@ class BadRow(ValueError):
         self.reason = reason
 
 
+class NotUsed(BadRow):
+    """A good row that the objective, or data.form or data.format, has no use for."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A place to read rows from."""

@@ -12,8 +12,8 @@ import numpy as np
 
 from align.config import DataConfig
 from align.data.audit import IN_TRAIN, LEFT_OUT, NO_FAULT, OVERLONG, Audit, SplitAudit
-from align.data.examples import NotUsed
-from align.data.sources import BadRow, Source, content_hash, imported, locate_all, read
+from align.data.forms import FORMS, Placed
+from align.data.sources import BadRow, NotUsed, Source, content_hash, imported, locate_all, read
 from align.jsons import Json
 
 
@@ -72,18 +72,30 @@ class Reader(Generic[R]):
             audit.sources.append(source.name)
             audit.sha256.append(content_hash(source))
             part = []
-            for where, record in read(source):
+            for where, record in self._joined(read(source)):
                 audit.rows_in += 1
                 try:
                     if isinstance(record, BadRow):
                         raise record
-                    part.append(self.understand(self._formatted(record), where))
+                    part.append(self.understand(self._formed(self._formatted(record)), where))
                 except BadRow as bad:
                     self._drop(audit, where, bad)
             parts.append(part)
         if not self.to_the_end:
             self._judge(audit, setting, any(parts))
         return parts
+
+    def _joined(self, rows: Iterable[Placed]) -> Iterable[Placed]:
+        """Rows of which data.form makes one."""
+        join = FORMS[self.config.form].join if self.config.form else None
+        return join(rows) if join else rows
+
+    def _formed(self, record: Json) -> Json:
+        """What data.form makes of a record, beside the columns that it does not read. Raises BadRow."""
+        if self.config.form is None:
+            return record
+        form = FORMS[self.config.form]
+        return {name: value for name, value in record.items() if name not in form.columns} | form.convert(record)
 
     def _formatted(self, record: Json) -> Json:
         """What data.format makes of a record. Raises BadRow if it fails, and for one that it leaves out."""
