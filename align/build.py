@@ -53,12 +53,26 @@ def check_optimizer(config: Config) -> None:
 
 
 def check_rollout(config: Config) -> None:
-    """Raises ValueError for a rollout of one's own that cannot be imported or does not take its keys. Ours do, and
-    import what only drawing needs."""
-    keys = {str(key): value for key, value in config.rollout.items() if key != "_partial_"}
+    """Raises ValueError for a rollout with keys that it does not take, and one of the user's own that cannot be
+    imported. Ours are not: they import what only drawing needs."""
+    from align.config.rollouts import ROLLOUTS, ServerSettings, VLLMSettings, settings
+
+    given = OmegaConf.to_container(config.rollout, resolve=True)
+    assert isinstance(given, dict)
+    keys = {str(key): value for key, value in given.items() if key != "_partial_"}
     target = str(keys.pop("_target_"))
-    if not target.startswith("align."):
+    if target not in ROLLOUTS:
         _check_call("rollout", target, None, **keys)
+        return
+    made = settings(ROLLOUTS[target], keys)
+    if isinstance(made, ServerSettings):
+        from align.rollout.http import servers
+
+        servers(made.urls)
+    elif isinstance(made, VLLMSettings) and config.launch.kind == "local":  # else other machines are to have it
+        from align.rollout.version import check_version
+
+        check_version(made.allow_untested_version)
 
 
 def _check_call(key: str, target: str, /, *given: object, **keys: object) -> None:

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from align import build, config
 from align.config import ConfigError, compose, compose_run, differences, keys_with_help, leaves, options, recipes
+from align.config.rollouts import ROLLOUTS
 from align.config.schema import may_change
 from align.rundir import RunDirectory
 
@@ -105,6 +106,10 @@ def test_root_holds_nothing_without_a_type():
 )
 def test_target_takes_the_option_keys(path):
     keys = own_keys(path)
+    if keys["_target_"] in ROLLOUTS:
+        fields = dataclasses.fields(ROLLOUTS[keys["_target_"]])
+        assert [f.name for f in fields] == [key for key in keys if key not in ("_target_", "_partial_")]
+        return
     module, _, name = keys.pop("_target_").rpartition(".")
     target = getattr(import_module(module), name)
     groups = set()  # the option of objective/loss is the key loss of an objective

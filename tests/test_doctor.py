@@ -200,7 +200,7 @@ def test_the_tested_matrix_is_that_of_pyproject_and_the_lock():
 
 
 def test_the_rollouts_agree_on_the_tested_vllm():
-    from align.rollout.vllm import TESTED
+    from align.rollout.version import TESTED
 
     assert versions.VLLM_PACKAGE.tested.startswith(f"{TESTED}.")
 

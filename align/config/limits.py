@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import lru_cache
 from typing import Any, get_type_hints
 
@@ -48,6 +48,20 @@ class Choices:
 
 
 @dataclass(frozen=True)
+class Switch:
+    """true, false, or one word."""
+
+    word: str
+
+    def __str__(self) -> str:
+        return f"one of {self.word}, true, false"
+
+    def refusal(self, value: object) -> str | None:
+        """What is wrong with a value, None if nothing is."""
+        return None if isinstance(value, bool) or value == self.word else f"must be {self}"
+
+
+@dataclass(frozen=True)
 class Resumable:
     """A resumed run may have another value. keys: of an open section these alone; none: all of it."""
 
@@ -74,6 +88,11 @@ def one_of(*names: str) -> Choices:
     return Choices(names)
 
 
+def switch(word: str) -> Switch:
+    """x is true, false or this word."""
+    return Switch(word)
+
+
 resumable = Resumable()
 
 
@@ -82,3 +101,15 @@ def marks(cls: type) -> tuple[tuple[str, tuple[Any, ...]], ...]:
     """Each field of a dataclass of settings, with what stands beside its type."""
     hints = get_type_hints(cls, include_extras=True)
     return tuple((name, getattr(hint, "__metadata__", ())) for name, hint in hints.items())
+
+
+def refuse(section: object, prefix: str = "") -> None:
+    """Raises ValueError for the first field of a dataclass of settings that its range or choices forbid."""
+    for name, beside in marks(type(section)):
+        value = getattr(section, name)
+        if is_dataclass(value):
+            refuse(value, f"{name}.")
+        for mark in beside if value is not None else ():
+            wrong = None if isinstance(mark, Resumable) else mark.refusal(value)
+            if wrong is not None:
+                raise ValueError(f"{prefix}{name}={value}: {wrong}")

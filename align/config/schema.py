@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from omegaconf import DictConfig
 
 from align.config.limits import Resumable, above, at_least, between, marks, one_of, resumable
+from align.config.rollouts import ROLLOUTS
 from align.jsons import Json
 
 
@@ -352,6 +353,8 @@ def _covers(name: str, keys: tuple[str, ...], key: str) -> bool:
 
 def _classes() -> Iterator[tuple[str, type]]:
     yield "", Config
+    for cls in ROLLOUTS.values():
+        yield "rollout.", cls
     for name, cls in SECTIONS.items():
         for kind in KINDS.get(name, {"": cls}).values():
             yield f"{name}.", kind

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass
-
 from align.config.explain import written
-from align.config.limits import Resumable, marks
+from align.config.limits import refuse
 from align.config.schema import Config, ConfigError, OwnOptimizerConfig
 from align.engine.settings import check_engine
 
@@ -16,20 +14,12 @@ def _number(value: object) -> bool:
 
 def check_values(config: Config) -> None:
     """Raises ConfigError for the first value that is not possible, or that does not go with another one."""
-    _check_limits(config, "")
+    try:
+        refuse(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     _check_shapes(config)
     _check_together(config)
-
-
-def _check_limits(section: object, prefix: str) -> None:
-    for name, beside in marks(type(section)):
-        value = getattr(section, name)
-        if is_dataclass(value):
-            _check_limits(value, f"{name}.")
-        for mark in beside if value is not None else ():
-            wrong = None if isinstance(mark, Resumable) else mark.refusal(value)
-            if wrong is not None:
-                raise ConfigError(f"{prefix}{name}={value}: {wrong}")
 
 
 def _check_shapes(config: Config) -> None:

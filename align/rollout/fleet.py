@@ -22,7 +22,7 @@ from align.models.policy import Policy, is_peft
 from align.rollout.base import EngineFailed, Host
 from align.rollout.http import Calls, Failed, Server
 from align.rollout.transfer import lora_rank, write_adapter, write_model
-from align.rollout.vllm import TESTED
+from align.rollout.version import TESTED
 
 _START = "python -m align.rollout.serve --model DIRECTORY --port"
 _PREFIX = "align-"  # of the names of adapters on a server

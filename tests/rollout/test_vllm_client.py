@@ -22,7 +22,8 @@ from align.models.pretrained import byte_tokenizer, tiny
 from align.rollout import transfer
 from align.rollout.base import EngineFailed, Host, Sampling, seed_of
 from align.rollout.process import Messages, encode
-from align.rollout.vllm import VLLMRollout, check_version
+from align.rollout.version import check_version
+from align.rollout.vllm import VLLMRollout
 
 TOKENIZER = byte_tokenizer()
 
@@ -294,7 +295,7 @@ def test_refusals_come_before_anything_is_sent(make, tmp_path):
         (dict(transfer="ipc"), "policy is on the CPU; use file"),
         (dict(sleep="maybe"), "rollout.sleep=maybe: must be one of auto, true, false"),
         (dict(sleep=True), "rollout.sleep=true frees GPU memory"),
-        (dict(request_seconds=0), "rollout.request_seconds=0: must be greater than 0"),
+        (dict(request_seconds=0), "rollout.request_seconds=0.0: must be greater than 0"),
         (dict(max_restarts=-1), "rollout.max_restarts=-1: must be at least 0"),
     ],
 )
