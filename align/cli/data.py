@@ -1,7 +1,8 @@
-"""align data check, align data pairs, align data judgements."""
+"""align data check, align data forms, align data pairs, align data judgements."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from align.cli.parse import Call
@@ -38,6 +39,28 @@ def check(call: Call) -> int:
             write(call.options[option], data, findings, tokens)
             show(f"written {call.options[option]}")
     return 1 if failed(findings) else 0
+
+
+def forms(call: Call) -> int:
+    """Each form, or those that are named: what it reads and rows that it would read."""
+    from align.data.forms import FORMS, named
+
+    chosen = [named(word, word) for word in call.words] or list(FORMS.values())
+    for form in chosen:
+        show(f"data.form={form.name}: {form.line}")
+        for row in form.example:
+            show(f"  {json.dumps(row, ensure_ascii=False)}")
+    if "--json" in call.options:
+        told = [
+            {"name": form.name, "line": form.line, "columns": form.columns, "example": form.example} for form in chosen
+        ]
+        from align.prepare.report import write_whole
+
+        write_whole(
+            call.options["--json"], "--json", lambda stream: json.dump(told, stream, ensure_ascii=False, indent=1)
+        )
+        show(f"written {call.options['--json']}")
+    return 0
 
 
 def pairs(call: Call) -> int:

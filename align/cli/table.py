@@ -153,6 +153,16 @@ COMMANDS: tuple[Command, ...] = (
         exits="0 good, 1 rows with errors, 2 wrong settings or data",
     ),
     Command(
+        "data forms",
+        "[NAME ...]",
+        "shapes of rows that data.form=NAME reads, with an example of each",
+        "align.cli.data:forms",
+        options=(_JSON,),
+        settings=False,
+        examples=("align data forms", "align data forms scored arena"),
+        exits="0 done, 2 no such form",
+    ),
+    Command(
         "data pairs",
         "scored=FILE out=FILE pairs=RULE [max_per_prompt=N] [seed=N]",
         "preference pairs from scored samples, or from the steps of search trees",

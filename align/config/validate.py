@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Container
 
 from align import build
-from align.config.limits import Choices
 from align.config.schema import Config, WarmConfig
+from align.data.forms import named
 from align.data.mapping import check_names
 from align.data.sources import locate_all
 from align.launch import local
@@ -132,11 +132,7 @@ def _check_reading(config: Config) -> None:
     data = config.data
     check_names(data.columns)
     if data.form is not None:
-        from align.data.forms import FORMS
-
-        wrong = Choices(tuple(FORMS)).refusal(data.form)
-        if wrong is not None:
-            raise ValueError(f"data.form={data.form}: {wrong}; `align data forms` shows an example of each")
+        named(data.form, f"data.form={data.form}")
 
 
 def _check_head(config: Config, objective: Objective) -> None:

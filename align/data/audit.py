@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from align.jsons import Json
 
 # Reasons for which a row is left out that are no fault of it: too long for data.max_tokens (data.overlong rules these),
-# of no use to the objective, generated for both splits, or left out by data.format.
+# of no use to the objective, generated for both splits, left out by data.format or data.form, or without a winner.
 OVERLONG = ("too_long", "prompt_too_long", "dead_pair")
 NOT_USED = "undesirable"
 IN_TRAIN = "also_in_train"
 LEFT_OUT = "left_out"
-NO_FAULT = (NOT_USED, IN_TRAIN, LEFT_OUT)
+TIE = "tie"  # of answers that are to be compared
+NO_FAULT = (NOT_USED, IN_TRAIN, LEFT_OUT, TIE)
 
 
 @dataclass

@@ -72,12 +72,12 @@ class Reader(Generic[R]):
             audit.sources.append(source.name)
             audit.sha256.append(content_hash(source))
             part = []
-            for where, record in self._joined(read(source)):
+            for where, record in self._formed(read(source)):
                 audit.rows_in += 1
                 try:
                     if isinstance(record, BadRow):
                         raise record
-                    part.append(self.understand(self._formed(self._formatted(record)), where))
+                    part.append(self.understand(record, where))
                 except BadRow as bad:
                     self._drop(audit, where, bad)
             parts.append(part)
@@ -85,17 +85,16 @@ class Reader(Generic[R]):
             self._judge(audit, setting, any(parts))
         return parts
 
-    def _joined(self, rows: Iterable[Placed]) -> Iterable[Placed]:
-        """Rows of which data.form makes one."""
-        join = FORMS[self.config.form].join if self.config.form else None
-        return join(rows) if join else rows
+    def _formed(self, rows: Iterable[Placed]) -> Iterable[Placed]:
+        """Rows as data.format and then data.form make them; the form may make one of several, or several of one."""
+        formatted = ((where, self._tried(row)) for where, row in rows)
+        return FORMS[self.config.form].rows(formatted) if self.config.form else formatted
 
-    def _formed(self, record: Json) -> Json:
-        """What data.form makes of a record, beside the columns that it does not read. Raises BadRow."""
-        if self.config.form is None:
-            return record
-        form = FORMS[self.config.form]
-        return {name: value for name, value in record.items() if name not in form.columns} | form.convert(record)
+    def _tried(self, row: Json | BadRow) -> Json | BadRow:
+        try:
+            return row if isinstance(row, BadRow) else self._formatted(row)
+        except BadRow as bad:
+            return bad
 
     def _formatted(self, record: Json) -> Json:
         """What data.format makes of a record. Raises BadRow if it fails, and for one that it leaves out."""

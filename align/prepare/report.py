@@ -69,9 +69,9 @@ def write_json(path: str | Path, data: Data, findings: Sequence[Finding], tokeni
 
     rows_in, rows_kept, dropped {reason: n}, train and heldout (their audits), failed, figures {split: {kind: ...}},
     findings [{kind, severity, split, row, file, line, detail}], rows. A row holds split, row, file, line, kind,
-    label when it has one, and either chosen and rejected or, flat, its one sequence: token_ids, prompt_length,
-    boundary_proved, finished, spans [{start, end, role, message, target, text}] and targets, the decoded text of each
-    unbroken run of targets; weights where tokens weigh otherwise than 1.
+    label when it has one, and chosen and rejected, or rank_1, rank_2 and so on, or, flat, its one sequence: token_ids,
+    prompt_length, boundary_proved, finished, spans [{start, end, role, message, target, text}] and targets, the decoded
+    text of each unbroken run of targets; weights where tokens weigh otherwise than 1.
     """
     figures: dict[str, Json] = {"train": {}, "heldout": {}}
     for finding in findings:
@@ -90,7 +90,7 @@ def write_json(path: str | Path, data: Data, findings: Sequence[Finding], tokeni
         _write_list(stream, "rows", (_row(split, loaded, texts) for split, loaded in _in_order(data)))
         stream.write("\n}\n")
 
-    _write(path, "--json", write)
+    write_whole(path, "--json", write)
 
 
 def write_html(path: str | Path, data: Data, findings: Sequence[Finding], tokenizer: Tokenizer, rows: int = 50) -> None:
@@ -124,7 +124,7 @@ def write_html(path: str | Path, data: Data, findings: Sequence[Finding], tokeni
             stream.writelines(_section(f"row-{i}", split, loaded, by_row.get((split, loaded.source), []), texts))
         stream.write("</main></body></html>\n")
 
-    _write(path, "--html", write)
+    write_whole(path, "--html", write)
 
 
 def _in_order(data: Data) -> list[tuple[str, Loaded]]:
@@ -142,7 +142,7 @@ def _row(split: str, loaded: Loaded, texts: Texts) -> Json:
     if loaded.truncated:
         out["truncated_turns"] = loaded.truncated
     sequences = {name: _sequence(loaded, name, texts) for name in loaded.renderings}
-    return out | (sequences if loaded.kind == "pair" else sequences["row"])
+    return out | sequences.get("row", sequences)
 
 
 def _sequence(loaded: Loaded, name: str, texts: Texts) -> Json:
@@ -190,8 +190,8 @@ def _write_list(stream: TextIO, name: str, items: Any) -> None:
     stream.write("\n]")
 
 
-def _write(path: str | Path, setting: str, write: Callable[[TextIO], None]) -> None:
-    """Under another name until it is whole: no reader meets half a report."""
+def write_whole(path: str | Path, setting: str, write: Callable[[TextIO], None]) -> None:
+    """Under another name until it is whole: no reader meets half a report. Raises ValueError where none can be."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

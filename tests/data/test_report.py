@@ -131,6 +131,19 @@ def test_json_holds_tokens_spans_and_targets_of_a_pair(tmp_path):
     assert chosen["token_ids"][: chosen["prompt_length"]] == list(GOOD.examples[0].prompt.token_ids)
 
 
+def test_both_reports_hold_a_ranked_list(tmp_path):
+    answers = {f"rank_{i}": chat("Name a fish.", text) for i, text in enumerate(("Cod.", "Fish.", "Oak."), 1)}
+    one = pair(1, *list(answers.values())[:2])
+    prompts = {name: prompt_of(shown) for name, shown in answers.items()}
+    ranked = replace(one, kind="ranked", renderings=answers, prompts=prompts, finished=dict.fromkeys(answers, True))
+    loaded = data([ranked])
+    write_json(tmp_path / "r.json", loaded, check(loaded, TOKENIZER), TOKENIZER)
+    (row,) = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [row[name]["targets"] for name in answers] == [["Cod." + END], ["Fish." + END], ["Oak." + END]]
+    write_html(tmp_path / "r.html", loaded, [], TOKENIZER)
+    assert "rank_3" in (tmp_path / "r.html").read_text()
+
+
 def test_json_has_one_string_for_each_run_of_targets(tmp_path):
     r = rendering(
         ("<|im_start|>", "template", None, False),

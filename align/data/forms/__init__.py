@@ -1,44 +1,38 @@
-"""Shapes of rows that need a rule, by name: data.form=NAME. A form makes of a row one in the fields of formats.py.
+"""Shapes of rows that need a rule, by name: data.form=NAME. A form makes of rows others in the fields of formats.py.
 
 What needs no rule is shapes.py's, which columns are meant is mapping.py's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 
-from align.data.sources import BadRow
-from align.jsons import Json
+from align.config.limits import Choices
+from align.data.forms import answers, blocks, compared, tasks
+from align.data.forms.base import Form, Placed
 
-Placed = tuple[str, Json | BadRow]  # "file:line" and its row, or why it cannot be read
+__all__ = ["FORMS", "Form", "Placed", "named", "nearest"]
 
-
-@dataclass(frozen=True)
-class Form:
-    """One shape.
-
-    convert: from a row to one in our fields, prompt, chosen, rejected, ranked, completion, label, messages, system,
-    tools, numbers and so on. Columns that it does not read stand beside them as they came. Raises BadRow, naming the
-    field, for a row of another shape, NotUsed for one that says nothing, such as a tie.
-    join: for shapes of which several rows make one: the rows of a source to fewer, before convert sees them.
-    """
-
-    name: str
-    line: str  # what it reads, in a sentence
-    example: Json  # a row
-    columns: tuple[str, ...]  # that it reads
-    convert: Callable[[Json], Json]
-    join: Callable[[Iterable[Placed]], Iterator[Placed]] | None = None
+FORMS: dict[str, Form] = {form.name: form for form in (*tasks.FORMS, *answers.FORMS, *compared.FORMS, *blocks.FORMS)}
 
 
-FORMS: dict[str, Form] = {}
+def named(name: str, key: str) -> Form:
+    """The form of that name. Raises ValueError, naming the key and the nearest form, if there is none."""
+    wrong = Choices(tuple(FORMS)).refusal(name)
+    if wrong is not None:
+        raise ValueError(f"{key}: {wrong}; `align data forms` shows an example of each")
+    return FORMS[name]
 
 
 def nearest(columns: Iterable[str]) -> str:
-    """The words to type for rows that hold these columns and none of ours; "" if no form has two of them."""
+    """The words to type for rows that hold these columns and none of ours; "" if none would read them.
+
+    A form is known by the columns of its example: it is one whose columns are all there, the most of them, else the
+    one that reads most, two at least.
+    """
     held = set(columns)
-    best = max(FORMS.values(), key=lambda form: len(held & set(form.columns)), default=None)
-    if best is None or len(held & set(best.columns)) < min(2, len(best.columns)):
-        return ""
-    return f"data.form={best.name}"
+    whole = [form for form in FORMS.values() if set(form.example[0]) <= held]
+    if whole:
+        return f"data.form={max(whole, key=lambda form: len(form.example[0])).name}"
+    best = max(FORMS.values(), key=lambda form: len(held & set(form.columns)))
+    return f"data.form={best.name}" if len(held & set(best.columns)) >= 2 else ""
