@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 import align
+from align.build import tokenizer
+from align.config import compose
+from align.data.load import load
 from align.prepare import everyday as make
 from align.prepare.everyday import (
     HELDOUT_PROMPTS,
@@ -83,6 +86,15 @@ def test_ids_are_distinct_and_name_the_line_of_the_prompt():
         assert word == "everyday"
         assert letter in "ab"
         assert prompts[int(number) - 1] == text(row, "prompt")
+
+
+@pytest.mark.parametrize("model", ["tiny", "smollm2_135m"])
+def test_every_pair_fits_every_shipped_model(model):
+    """Tiny's tokens are bytes: no tokenizer of the others makes more of a text."""
+    config = compose(["recipe=dpo", f"model={model}"])
+    audit = load(config.data, tokenizer(config)).audit
+    assert (audit.train.rows_kept, audit.heldout.rows_kept) == (522, 72)
+    assert audit.as_dict()["dropped"] == {}
 
 
 def test_no_prompt_is_in_both_splits():
