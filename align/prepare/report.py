@@ -219,20 +219,20 @@ def visible(text: str) -> str:
 
 
 def _account(data: Data) -> Iterator[str]:
-    yield "<table><tr><th>split<th>sources<th>rows in<th>kept<th>dropped<th>by reason<th>target tokens</tr>\n"
+    yield '<div class="wide"><table>'
+    yield "<tr><th>split<th>sources<th>rows in<th>kept<th>dropped<th>by reason<th>target tokens</tr>\n"
     for name, split in (("train", data.audit.train), ("heldout", data.audit.heldout)):
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(split.dropped.items())) or "none"
         cells = (
-            name,
-            ", ".join(split.sources),
             split.rows_in,
             split.rows_kept,
             sum(split.dropped.values()),
             reasons,
             split.target_tokens,
         )
-        yield "<tr>" + "".join(f"<td>{html.escape(str(cell))}" for cell in cells) + "</tr>\n"
-    yield "</table>\n"
+        yield f'<tr><td>{name}<td class="long">{html.escape(", ".join(split.sources))}'
+        yield "".join(f"<td>{html.escape(str(cell))}" for cell in cells) + "</tr>\n"
+    yield "</table></div>\n"
 
 
 def _figures(findings: Sequence[Finding]) -> Iterator[str]:
@@ -249,16 +249,17 @@ def _table(findings: Sequence[Finding], anchors: dict[tuple[str, str], str]) -> 
     yield f" The first {_FINDINGS} are listed; the JSON report has all.</p>\n" if len(rest) > _FINDINGS else "</p>\n"
     if not rest:
         return
-    yield "<table><tr><th>severity<th>kind<th>split<th>row<th>detail</tr>\n"
+    yield '<div class="wide"><table>'
+    yield "<tr><th>severity<th>kind<th>split<th>row<th>detail</tr>\n"
     for finding in rest[:_FINDINGS]:
         where = "all" if finding.file is None else html.escape(finding.where)
         anchor = anchors.get((finding.split, finding.where))
         link = f'<a href="#{anchor}">{where}</a>' if anchor else where
         yield (
             f'<tr><td class="{finding.severity}">{finding.severity}<td>{html.escape(finding.kind)}<td>{finding.split}'
-            f"<td>{link}<td>{html.escape(finding.detail)}</tr>\n"
+            f'<td class="long">{link}<td class="long">{html.escape(finding.detail)}</tr>\n'
         )
-    yield "</table>\n"
+    yield "</table></div>\n"
 
 
 def _section(anchor: str, split: str, loaded: Loaded, findings: Sequence[Finding], texts: Texts) -> Iterator[str]:
@@ -317,8 +318,9 @@ _HEAD = """<!DOCTYPE html>
 body { background: var(--back); color: var(--fore); font: 15px/1.5 system-ui, sans-serif; margin: 0; }
 main { max-width: 75rem; margin: auto; padding: 1rem; }
 table { border-collapse: collapse; width: 100%; }
-th, td { border-bottom: 1px solid var(--line); padding: .25rem .5rem; text-align: left; vertical-align: top;
-  overflow-wrap: anywhere; }
+th, td { border-bottom: 1px solid var(--line); padding: .25rem .5rem; text-align: left; vertical-align: top; }
+.wide { overflow-x: auto; }
+.long { overflow-wrap: anywhere; min-width: 12rem; }
 a { color: inherit; }
 small { color: var(--faint); font-weight: 400; }
 section { border-top: 1px solid var(--line); margin-top: 1.5rem; }

@@ -315,6 +315,25 @@ def test_html_is_one_page_without_scripts_or_links_outwards(tmp_path):
     assert "url(" not in (tmp_path / "out.html").read_text()
 
 
+def test_html_breaks_words_of_long_cells_only(tmp_path):
+    """Where a cell may break anywhere its column can shrink to a letter: severity and kind are one word a line."""
+    loaded = data([GOOD, pair(2, chat("Name a fish.", "Cod."), chat("Name a fish.", "Cod."))])
+    write_html(tmp_path / "r.html", loaded, check(loaded, TOKENIZER), TOKENIZER)
+    page = (tmp_path / "r.html").read_text()
+    rules = dict(re.findall(r"^([^{}\n]+) \{([^}]*)\}", page.partition("<style>")[2], re.MULTILINE))
+    assert [rule for rule, body in rules.items() if "overflow-wrap" in body] == [".long", ".sequence"]
+    table = page.partition("<h2>Findings</h2>")[2].partition("</table>")[0]
+    cells = re.findall(r"<td( class=\"[a-z]+\")?>(?:<a[^>]*>)?([^<]+)", table)
+    assert [text for given, text in cells if given == ' class="long"'][0] == "pairs.jsonl:2"
+    assert {text for given, text in cells if "long" not in given} <= {
+        "error",
+        "warning",
+        "dead_pair",
+        "duplicate",
+        "train",
+    }
+
+
 def test_html_has_both_colour_schemes(tmp_path):
     html(tmp_path, data([GOOD]))
     text = (tmp_path / "out.html").read_text()
