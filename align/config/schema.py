@@ -101,6 +101,12 @@ class DataConfig:
     empty_prompts: Annotated[bool, resumable]
     format: str | None = None
     loader: str | None = None
+    mixture: Annotated[str | None, one_of("temperature", "schedule", "gradient")] = None
+    mixture_temperature: Annotated[float, above(0)] = 1.0
+    mixture_shares: Any = None  # points [progress, shares]
+    mixture_target: Any = None  # one source or a list of them
+    mixture_every: Annotated[int, at_least(1)] = 20
+    mixture_rate: Annotated[float, above(0)] = 1.0
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ def validate(config: Config) -> None:
     build.check_optimizer(config)
     build.check_rollout(config)
     _check_trainer(config, objective)
+    _check_mixture(config, objective)
     _check_head(config, objective)
     build.check_margins(config, objective)
     _check_launch(config)
@@ -43,6 +44,17 @@ def _check_trainer(config: Config, objective: Objective) -> None:
     else:
         from align.config.checks_offline import check
     check(config, objective)
+
+
+def _check_mixture(config: Config, objective: Objective) -> None:
+    """Raises ValueError for sources that cannot be mixed so; the target set is a source as the others are."""
+    data = config.data
+    if data.mixture is not None or data.mixture_shares is not None or data.mixture_target is not None:
+        from align.config.checks_mixture import check
+
+        check(config, objective)
+    if data.mixture_target is not None:
+        _check_sources("data.mixture_target", data.mixture_target, data.loader)
 
 
 def check_inputs(config: Config, heldout: bool = False) -> None:

@@ -29,6 +29,7 @@ class Data:
     audit: Audit
     train_rows: list[Loaded]
     heldout_rows: list[Loaded]
+    sizes: tuple[int, ...] = ()  # how many of train are of each source of data.train, in their order
 
 
 def load(
@@ -53,12 +54,11 @@ def load(
     parts, heldout_rows = Reader(config, understand, _prompt, to_the_end).splits(audit)
     repeat = repeats(config, len(parts))
     train_rows = [row for part in parts for row in part]
-    train = [
-        e
+    by_source = [
+        [e for row in repeated(part, times, seed) for e in row.examples]
         for part, times in zip(parts, repeat, strict=True)
-        for row in repeated(part, times, seed)
-        for e in row.examples
     ]
+    train = [e for part in by_source for e in part]
     heldout = [e for row in heldout_rows for e in row.examples]
     if not train and not to_the_end:
         raise ValueError(f"data.train={config.train}: no rows are left; give more data, or other data.repeat")
@@ -71,7 +71,7 @@ def load(
         # a held-out set of one prompt takes its partners from the training data
         others = train if len({prompt_key(e) for e in heldout}) < 2 else []
         heldout = assign_mismatched([*heldout, *others], seed, config.max_tokens)[: len(heldout)] if heldout else []
-    return Data(train, heldout, audit, train_rows, heldout_rows)
+    return Data(train, heldout, audit, train_rows, heldout_rows, tuple(map(len, by_source)))
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

@@ -107,23 +107,23 @@ def _gram(
     check: Callable[[], None],
 ) -> tuple[Tensor, Tensor]:
     """Inner products [K, K] over the chosen weights, and norms [K] over all that are wanted; float64 on the CPU."""
-    engine = _measuring(trainee.engine)
+    engine = measuring(trainee.engine)
     gradients = engine.gradients(list(wanted), num)
     cotangents = Cotangents(trainee, examples, _columns(num))
     for passed in passes(trainee, examples, check, recompute=False):
         gradients.add(passed.policy.token_logps, cotangents(passed).unbind(1), passed.own)
     totals = gradients.total()
-    everything = _products(engine, totals, list(wanted))
-    inside = everything if chosen.keys() == wanted.keys() else _products(engine, totals, list(chosen))
+    everything = products(engine, totals, list(wanted))
+    inside = everything if chosen.keys() == wanted.keys() else products(engine, totals, list(chosen))
     return inside, everything.diagonal().sqrt()
 
 
-def _measuring(engine: Engine) -> MeasuringEngine:
+def measuring(engine: Engine) -> MeasuringEngine:
     assert isinstance(engine, MeasuringEngine)
     return engine
 
 
-def _products(engine: Engine, totals: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> Tensor:
+def products(engine: Engine, totals: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> Tensor:
     """Inner products [K, K] of gradients by the weights of these names, in float64: long sums in float32 are wrong by a
     percent. Each process multiplies its share."""
     world, out = engine.world, torch.zeros(len(totals), len(totals), dtype=torch.float64)
@@ -161,7 +161,7 @@ class Directional(StepHook):
         self.examples = with_advantages(examples, advantages.cpu().numpy())
         self.influences = torch.zeros(num, dtype=torch.float64)
         self._trainee, self._check = trainee, check
-        self._engine = _measuring(trainee.engine)
+        self._engine = measuring(trainee.engine)
         self._names = list(chosen_parameters(self._engine.parameters, pattern))
         self._gradients = self._engine.gradients(self._names, 1)
         self._cotangents = Cotangents(trainee, self.examples, _columns(num))
@@ -185,7 +185,7 @@ class Directional(StepHook):
         """See StepHook. Raises NonFinite."""
         engine = self._engine
         totals = self._gradients.total()
-        square = float(_products(engine, totals, self._names))
+        square = float(products(engine, totals, self._names))
         if square == 0:
             return
         (size,) = engine.world.sum([sum(float(np.abs(s.sum(1)).sum()) for s in self._slopes.values())])
@@ -193,9 +193,9 @@ class Directional(StepHook):
         own = np.zeros((2, len(self.influences)))
         for i, slopes in self._slopes.items():
             own += np.stack([derivative[i] @ slopes, slopes.sum(1) @ slopes])
-        products, overlaps = np.array(engine.world.sum(own.ravel().tolist())).reshape(own.shape)
+        of_gradients, overlaps = np.array(engine.world.sum(own.ravel().tolist())).reshape(own.shape)
         # the sum over k is |g|^2: the least change of the derivatives by which it is
-        found = torch.from_numpy(products + (square - products.sum()) / overlaps.sum() * overlaps)
+        found = torch.from_numpy(of_gradients + (square - of_gradients.sum()) / overlaps.sum() * overlaps)
         self.influences = _finite(found, self.examples)
 
     @torch.no_grad()

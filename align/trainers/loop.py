@@ -474,12 +474,13 @@ def passes(trainee: Trainee, examples: Sequence[Example], check: Callable[[], No
 
 
 class Cotangents:
-    """Of the loss of a step that has other columns in the place of advantages: its derivatives by log-probs.
+    """Of the loss of a step that has other columns in the place of advantages, or none in it (None): its derivatives by
+    log-probs.
 
     What a loss has beside functions of log-probs, entropy and values, is the same for all of them and left out.
     """
 
-    def __init__(self, trainee: Trainee, examples: Sequence[Example], columns: Sequence[str]):
+    def __init__(self, trainee: Trainee, examples: Sequence[Example], columns: Sequence[str | None]):
         self._objective = trainee.objective
         self._columns = columns
         self._totals = _Totals(examples)
@@ -492,7 +493,9 @@ class Cotangents:
         stats = replace(policy, **{**still, "token_logps": leaf})
         found = []
         for column in self._columns:
-            own = replace(batch, columns={**batch.columns, "advantages": batch.columns[column]})
+            own = batch
+            if column is not None:
+                own = replace(batch, columns={**batch.columns, "advantages": batch.columns[column]})
             with torch.enable_grad():
                 loss = self._totals.add(own, self._objective(stats, passed.reference, own))
             found.append(torch.autograd.grad(loss, leaf)[0])

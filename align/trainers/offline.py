@@ -15,7 +15,7 @@ from align.data.wanted import Wanted
 from align.engine.build import make_engine
 from align.engine.local import learning_rate
 from align.engine.world import by_lead, together
-from align.jsons import Json
+from align.jsons import Fields, Json
 from align.models.policy import Network, Policy, Scorer, base_model, choose_layout, weights_hash
 from align.models.pretrained import Pretrained
 from align.objectives.base import RewardObjective
@@ -33,6 +33,7 @@ from align.trainers.trained import Whole
 from align.types import Example, Layout
 
 if TYPE_CHECKING:
+    from align.trainers.agreement import Agreement
     from align.trainers.collect import Collector
 
 # of the last step of a run that is part of another
@@ -78,11 +79,15 @@ def run(session: Session, given: Given | None = None) -> int:
     data = load(settings, session.tokenizer, Wanted.by(session.objective), config.seed)
     session.account(data.audit)
     hashes = {"data.train": fingerprint(data.train), "data.heldout": fingerprint(data.heldout)}
+    target = _target(session)
+    if target:
+        hashes["data.mixture_target"] = fingerprint(target)
     state = resume.restore_point(session, hashes)
     plan = resume.planned(session, state, len(data.train))
     if resume.nothing_left(session, state, plan.num_steps):
         return 0
-    parts = _parts(session, model or trained.load(session), data, plan, state, rollouts, given)
+    plan, agreement = mixed(session, plan, data, target)
+    parts = _parts(session, model or trained.load(session), data, plan, state, rollouts, given, target)
     trainee, engine = parts.trainee, parts.trainee.engine
     parts.answers.before()
     _loss_before(session, trainee, data.heldout)
@@ -90,7 +95,7 @@ def run(session: Session, given: Given | None = None) -> int:
     fixed = {"schedule_steps": plan.schedule_steps, "data": hashes, "model": parts.model_hash}
     observers = observers_of(session, parts.whole, plan.num_steps, parts.form)
     loop = StepLoop(session, plan.num_steps, state, fixed, observers, engine.write, size_of(engine))
-    step = loop.run(Offline(session, trainee, plan, data.train, data.heldout))
+    step = loop.run(Offline(session, trainee, plan, data.train, data.heldout, agreement))
     session.signals.agree_again()
     rollout = _sync(session, parts, rollouts)
     summary = _summary(session, parts, data, step)
@@ -128,7 +133,13 @@ class Offline(Task):
     """Steps over fixed examples: which ones is a function of the step."""
 
     def __init__(
-        self, session: Session, trainee: Trainee, plan: Plan, train: Sequence[Example], heldout: Sequence[Example]
+        self,
+        session: Session,
+        trainee: Trainee,
+        plan: Plan,
+        train: Sequence[Example],
+        heldout: Sequence[Example],
+        agreement: Agreement | None = None,
     ):
         self.session = session
         self.config = session.config
@@ -136,13 +147,17 @@ class Offline(Task):
         self.plan = plan
         self.train = train
         self.heldout = heldout
+        self.agreement = agreement
 
     def step(self, number: int) -> Metrics:
         """See Task."""
         start = time.perf_counter()
-        plan, indices = self.plan, self.plan.indices(number, self.config.seed)
+        plan, seed, told = self.plan, self.config.seed, {}
+        if self.agreement is not None:
+            told = self.agreement.before(number, self.trainee, plan.batch_size, seed, self.session.signals.check)
+        indices = plan.indices(number, seed)
         lr = learning_rate(self.config.optimizer, number, plan.schedule_steps)
-        row: Metrics = dict(train_step(self.trainee, [self.train[i] for i in indices], lr))
+        row: Metrics = dict(train_step(self.trainee, [self.train[i] for i in indices], lr)) | told
         row["data/epoch"] = min(number * plan.batch_size, plan.limit) / plan.num_examples
         row["time/step_s"] = time.perf_counter() - start
         return row
@@ -152,6 +167,15 @@ class Offline(Task):
         if not self.heldout:
             return {}
         return dict(evaluate(self.trainee, self.heldout, self.session.signals.check))
+
+    def state(self) -> Fields:
+        """See Task."""
+        return {} if self.agreement is None else {"mixture": self.agreement.state()}
+
+    def restore(self, progress: Fields) -> None:
+        """See Task."""
+        if self.agreement is not None:
+            self.agreement.restore(progress["mixture"])
 
     def console(self, number: int, row: Metrics) -> str:
         """See Task."""
@@ -169,6 +193,41 @@ class Offline(Task):
 
 
 # ---------------------------------------------------------------------- building
+
+
+def _target(session: Session) -> list[Example]:
+    """The rows of data.mixture_target."""
+    data = session.config.data
+    if data.mixture_target is None:
+        return []
+    alone = replace(data, train=data.mixture_target, heldout=None, heldout_fraction=0.0, repeat=None)
+    return load(alone, session.tokenizer, Wanted.by(session.objective), session.config.seed).train
+
+
+def mixed(session: Session, plan: Plan, data: Data, target: Sequence[Example]) -> tuple[Plan, Agreement | None]:
+    """The plan with the sources' shares and the rows' weights, and what learns the shares. A plan without either is
+    left as it is."""
+    settings = session.config.data
+    weights = [e.numbers.get("weight", 1.0) for e in data.train] if "weight" in (settings.columns or {}) else None
+    if settings.mixture is None and weights is None:
+        return plan, None
+    from align.trainers import mixing
+
+    sizes = data.sizes
+    shares: mixing.Shares
+    if settings.mixture == "schedule":
+        shares = mixing.Scheduled(settings.mixture_shares, plan.schedule_steps)
+    elif settings.mixture == "gradient":
+        shares = mixing.Learnt(sizes)
+    else:
+        shares = mixing.constant(sizes, settings.mixture_temperature if settings.mixture else 1.0)
+    found = mixing.Mixture(plan, sizes, shares, weights)
+    if not isinstance(shares, mixing.Learnt):
+        return found, None
+    from align.trainers.agreement import Agreement
+
+    parts = [data.train[first:last] for first, last in found.parts]
+    return found, Agreement(shares, parts, target, settings.mixture_every, settings.mixture_rate)
 
 
 def _collected(session: Session, rollouts: Rollouts) -> tuple[str, Any]:
@@ -202,14 +261,16 @@ def _parts(
     state: checkpoint.State | None,
     rollouts: Rollouts,
     given: Given | None,
+    target: Sequence[Example],
 ) -> _Parts:
-    selfcheck.check_tokens_of(session, model, (row.token_ids for e in (*data.train, *data.heldout) for row in e.rows))
-    made = _prepared(session, model, data, plan)
+    everything = (*data.train, *data.heldout, *target)
+    selfcheck.check_tokens_of(session, model, (row.token_ids for e in everything for row in e.rows))
+    made = _prepared(session, model, data, plan, target)
     engine = make_engine(session.config, made.network, session.precision, session.world)
     whole = Whole(made, engine)
     model_hash = whole.hash()
     resume.check_weights(session, state, model_hash)
-    anchors = _anchors(session, engine, data, plan, model_hash, given)
+    anchors = _anchors(session, engine, data, plan, model_hash, given, target)
     reference, further = anchors.of(session.objective)
     budget = session.config.trainer.micro_batch_tokens
     trainee = Trainee(engine, session.objective, made.layout, budget, reference, further)
@@ -221,12 +282,12 @@ def _parts(
     return _Parts(whole, model_hash, anchors, trainee, answers, form)
 
 
-def _prepared(session: Session, model: object, data: Data, plan: Plan) -> trained.Trained:
+def _prepared(session: Session, model: object, data: Data, plan: Plan, target: Sequence[Example]) -> trained.Trained:
     config = session.config
     layout, _ = choose_layout(model, config.trainer.layout, config.lora.dropout)
     budget = config.trainer.micro_batch_tokens
     stream, plain = token_plan(data.train, layout, budget)
-    token_plan(data.heldout, layout, budget)
+    token_plan([*data.heldout, *target], layout, budget)
     made = trained.prepare(session, model, stream, lambda model, layout: _network(session, model, layout))
     noun = _NOUNS[session.objective.kind]
     first, second, third = made.lines
@@ -256,9 +317,18 @@ def _network(session: Session, model: Any, layout: Layout) -> Network:
     return Scorer(model, layout, network.new_head(objective, width, config.head, config.seed))
 
 
-def _anchors(session: Session, engine: Any, data: Data, plan: Plan, model_hash: str, given: Given | None) -> Anchors:
-    # A run of few steps over many rows pays for the rows it will see; the first two are the self-check's.
-    visited = {0, min(1, len(data.train) - 1)}
+def _anchors(
+    session: Session,
+    engine: Any,
+    data: Data,
+    plan: Plan,
+    model_hash: str,
+    given: Given | None,
+    target: Sequence[Example],
+) -> Anchors:
+    # A run of few steps over many rows pays for the rows it will see; the first two are the self-check's. Where shares
+    # are learnt, which rows these are is not known.
+    visited = set(range(len(data.train))) if target else {0, min(1, len(data.train) - 1)}
     for step in range(1, plan.num_steps + 1):
         visited |= set(plan.indices(step, session.config.seed))
         if len(visited) == len(data.train):
@@ -268,7 +338,7 @@ def _anchors(session: Session, engine: Any, data: Data, plan: Plan, model_hash: 
         engine,
         session.pretrained,
         model_hash,
-        [data.train[i] for i in sorted(visited)] + list(data.heldout),
+        [data.train[i] for i in sorted(visited)] + list(data.heldout) + list(target),
         session.log,
         session.signals.agree,
         lambda network: selfcheck.check_layout(session, network, data.train[:2]),
