@@ -88,7 +88,7 @@ class Reader(Generic[R]):
     def _formed(self, rows: Iterable[Placed]) -> Iterable[Placed]:
         """Rows as data.format and then data.form make them; the form may make one of several, or several of one."""
         formatted = ((where, self._tried(row)) for where, row in rows)
-        return FORMS[self.config.form].rows(formatted) if self.config.form else formatted
+        return FORMS[self.config.form].rows(formatted, self.config.ignore) if self.config.form else formatted
 
     def _tried(self, row: Json | BadRow) -> Json | BadRow:
         try:

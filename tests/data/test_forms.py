@@ -66,7 +66,7 @@ def test_the_example_of_each_form_is_read(name):
         assert all(answers)
     assert form.line
     assert set().union(*form.example) <= set(form.columns)
-    assert nearest(form.example[0]) or name == "hh"
+    assert nearest(form.example[0])
 
 
 ULTRAFEEDBACK = {
@@ -563,11 +563,15 @@ def test_tools_in_blocks_are_calls_and_results():
 
 
 def test_what_a_form_did_not_make_cannot_change_what_a_row_is():
-    """Alpaca's column text holds the whole row in words, ours of that name is learnt from."""
-    (row,), _ = read(
-        "alpaca", {"instruction": "?", "output": "Cod.", "text": "### Response: Cod.", "label": False, "id": 7}
-    )
-    assert row == {"prompt": "?", "completion": "Cod.", "id": 7}
+    """Of two fields that decide what a row is one would be learnt and the other lost."""
+    row = {"instruction": "?", "output": "Cod.", "text": "### Response: Cod.", "id": 7}  # Alpaca's: says all again
+    assert read("alpaca", row) == ([{"prompt": "?", "completion": "Cod.", "id": 7}], [])
+    row |= {"messages": [ASKED], "label": None}
+    with pytest.raises(BadRow, match=r"the column messages is not read .* data.ignore=\[messages\]") as caught:
+        read("alpaca", row)
+    assert caught.value.reason == "unread_column"
+    ((_, made),) = FORMS["alpaca"].rows([("f:1", row)], ignore=["messages"])
+    assert parse(made).kind == "single"
 
 
 def test_rows_that_cannot_be_read_pass_through():
@@ -580,19 +584,27 @@ def test_rows_that_cannot_be_read_pass_through():
 
 
 @pytest.mark.parametrize(
-    "columns, words",
+    "row, words",
     [
-        (["prompt", "response_0", "response_1", "better_response_id", "is_response_0_safe"], "data.form=comparison"),
-        (list(SAFE), "data.form=safer"),
-        (list(ARENA), "data.form=arena"),
-        (list(ULTRAFEEDBACK), "data.form=scored"),
-        (["domain", "context", "response1", "response2", "overall_preference"], "data.form=comparison"),
-        (["instruction", "output"], "data.form=alpaca"),
-        (["id", "blob"], ""),
+        (SAFE, "data.form=comparison"),
+        ({name: value for name, value in SAFE.items() if name != "better_response_id"}, "data.form=safer"),
+        (ARENA, "data.form=arena"),
+        (ULTRAFEEDBACK, "data.form=scored"),
+        (HELPSTEER[0], "data.form=helpsteer"),
+        (
+            {"context": [ASKED], "response1": "Cod.", "response2": "Oak.", "overall_preference": -1},
+            "data.form=comparison",
+        ),
+        ({"prompt": "?", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}]}, "data.form=ranked"),
+        ({"instruction": "Name a fish.", "output": "Cod."}, "data.form=alpaca"),
+        ({"question": "2 + 3?", "answer": "#### 5"}, "data.form=gsm8k"),
+        ({"question": "Name a fish.", "answer": "Cod."}, ""),  # has the columns and not the rule
+        ({"prompt": "?", "response": "a"}, ""),
+        ({"id": 1, "blob": "x"}, ""),
     ],
 )
-def test_the_nearest_form(columns, words):
-    assert nearest(columns) == words
+def test_the_nearest_form_is_one_that_reads_the_row(row, words):
+    assert nearest(row) == words
 
 
 def write(path, rows):

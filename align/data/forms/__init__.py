@@ -5,11 +5,12 @@ What needs no rule is shapes.py's, which columns are meant is mapping.py's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from align.config.limits import Choices
+from align.data.formats import parse
 from align.data.forms import answers, blocks, compared, tasks
 from align.data.forms.base import Form, Placed
+from align.data.sources import BadRow, NotUsed
+from align.jsons import Json
 
 __all__ = ["FORMS", "Form", "Placed", "named", "nearest"]
 
@@ -24,15 +25,22 @@ def named(name: str, key: str) -> Form:
     return FORMS[name]
 
 
-def nearest(columns: Iterable[str]) -> str:
-    """The words to type for rows that hold these columns and none of ours; "" if none would read them.
+def nearest(row: Json) -> str:
+    """The words to type for a row that nothing else reads: of the forms that read it the one that reads most of its
+    columns; "" if none does."""
+    fitting = [form for form in FORMS.values() if _fits(form, row)]
+    best = max(fitting, key=lambda form: len(row.keys() & set(form.columns)), default=None)
+    return "" if best is None else f"data.form={best.name}"
 
-    A form is known by the columns of its example: it is one whose columns are all there, the most of them, else the
-    one that reads most, two at least.
-    """
-    held = set(columns)
-    whole = [form for form in FORMS.values() if set(form.example[0]) <= held]
-    if whole:
-        return f"data.form={max(whole, key=lambda form: len(form.example[0])).name}"
-    best = max(FORMS.values(), key=lambda form: len(held & set(form.columns)))
-    return f"data.form={best.name}" if len(held & set(best.columns)) >= 2 else ""
+
+def _fits(form: Form, row: Json) -> bool:
+    """Whether the form makes of it a row that can be learnt from, or leaves it out without fault."""
+    for _, made in form.rows([("", row)], ignore=row):
+        try:
+            if not isinstance(made, BadRow):
+                parse(made, open_tool_calls=True)
+            elif not isinstance(made, NotUsed):
+                return False
+        except BadRow:
+            return False
+    return True

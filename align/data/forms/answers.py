@@ -103,11 +103,11 @@ def _rated(rows: Sequence[Json]) -> Iterator[Json | BadRow]:
 
 def _helpsteer(rows: Sequence[Json]) -> Iterator[Json | BadRow]:
     """Two answers to a prompt as a pair with the scores of its attributes, more of them as a ranked list."""
+    scores = [_attributes_of(row) for row in rows]
+    texts = [string(given(row, "response"), "response") for row in rows]
     if len(rows) == 1:
         yield NotUsed(LEFT_OUT, "the only answer to its prompt: `data.form=attributes` reads answers one by one")
         return
-    scores = [_attributes_of(row) for row in rows]
-    texts = [string(given(row, "response"), "response") for row in rows]
     if len(rows) > 2:
         yield from _best_first(_asked(rows[0]), [(t, s.get("helpfulness")) for t, s in zip(texts, scores, strict=True)])
         return

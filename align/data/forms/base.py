@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,10 @@ from align.jsons import Json
 Placed = tuple[str, Json | BadRow]  # "file:line" and its row, or why it cannot be used
 Convert = Callable[[Sequence[Json]], Iterator[Json | BadRow]]
 
-# Fields that decide what a row is (formats.py): what a form did not make must not stand beside what it made.
+# Fields that decide what a row is (formats.py): one that a form did not make must not stand beside what it made.
 _DECIDING = frozenset(
     ("prompt", "chosen", "rejected", "ranked", "completion", "label", "messages", "conversations", "text")
-    + ("prompt_chosen", "prompt_rejected", "token_ids", "spans", "system", "tools")
+    + ("prompt_chosen", "prompt_rejected", "token_ids", "spans")
 )
 # A turn's header in the transcripts of HH and Nectar, and in prompts of HelpSteer2, whose first turn has none.
 _HEADER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -44,31 +44,44 @@ class Form:
     convert: Convert
     key: Callable[[Json], object] | None = None  # rows in succession with one key are read together
 
-    def rows(self, placed: Iterable[Placed]) -> Iterator[Placed]:
-        """The rows of a source as they are read, each at the place of the first row that it was made of."""
+    def rows(self, placed: Iterable[Placed], ignore: Container[str] = ()) -> Iterator[Placed]:
+        """The rows of a source as they are read, each at the place of the first row that it was made of.
+
+        ignore: columns that are known not to be read.
+        """
         together: list[tuple[str, Json]] = []
         for where, row in placed:
             if together and (isinstance(row, BadRow) or not self._alike(together[0][1], row)):
-                yield from self._made(together)
+                yield from self._made(together, ignore)
                 together = []
             if isinstance(row, BadRow):
                 yield where, row
             else:
                 together.append((where, row))
         if together:
-            yield from self._made(together)
+            yield from self._made(together, ignore)
 
     def _alike(self, one: Json, other: Json) -> bool:
         return self.key is not None and self.key(one) == self.key(other)
 
-    def _made(self, together: Sequence[tuple[str, Json]]) -> Iterator[Placed]:
+    def _made(self, together: Sequence[tuple[str, Json]], ignore: Container[str]) -> Iterator[Placed]:
         where, first = together[0]
-        beside = {k: v for k, v in first.items() if k not in self.columns and k not in _DECIDING}
+        silent = {name for name in _DECIDING if first.get(name) is None or name in ignore}
+        beside = {name: value for name, value in first.items() if name not in self.columns and name not in silent}
         try:
-            for made in self.convert([row for _, row in together]):
+            converted = list(self.convert([row for _, row in together]))
+            _refuse_deciding(beside)
+            for made in converted:
                 yield where, made if isinstance(made, BadRow) else beside | made
         except BadRow as bad:
             yield where, type(bad)(bad.reason, f"data.form={self.name}: {bad}")
+
+
+def _refuse_deciding(beside: Json) -> None:
+    name = next((name for name in beside if name in _DECIDING), None)
+    if name is not None:
+        cure = f"use data.ignore=[{name}] if it says nothing more"
+        raise BadRow("unread_column", f"the column {name} is not read and would decide what the row is; {cure}")
 
 
 def single(convert: Callable[[Json], Json]) -> Convert:

@@ -45,7 +45,7 @@ FORMS = (
         "alpaca",
         "instruction, input, which may be empty, and output, to imitate: Alpaca",
         ({"instruction": "Name the odd one out.", "input": "cod, oak, eel", "output": "Oak."},),
-        ("instruction", "input", "output"),
+        ("instruction", "input", "output", "text"),  # the set's text says all of it again
         single(_alpaca),
     ),
     Form(
