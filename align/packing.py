@@ -6,8 +6,9 @@ Knows nothing of models, text or losses.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from heapq import heappush, heapreplace
 
 import numpy as np
 
@@ -40,35 +41,56 @@ def micro_batches(
     like length are put together. multiple: of how many parts there should be, where there are examples enough.
     Raises ValueError, naming the line, when one example alone is over the budget.
     """
-    cost = [num_tokens(rows, layout) for rows in groups]
-    if layout == "padded":
-        cost = [len(rows) * max(len(row.token_ids) for row in rows) for rows in groups]
-    for source, tokens in zip(sources, cost, strict=True):
-        if tokens > max_tokens:
-            raise ValueError(
-                f"{source}: the example has {tokens} tokens, trainer.micro_batch_tokens={max_tokens}; "
-                f"use at least {tokens}, or a smaller data.max_tokens"
-            )
+    cost = [_cost(rows, source, layout, max_tokens) for rows, source in zip(groups, sources, strict=True)]
     order = sorted(range(len(groups)), key=lambda i: (-cost[i], i))
     if layout == "padded":
         return _alike(order, cost, max_tokens, multiple)
     num_parts = _rounded(max(1, -(-sum(cost) // max_tokens)), multiple)
     while True:
-        loads = [0] * num_parts
-        parts: list[list[int]] = [[] for _ in range(num_parts)]
-        for i in order:
-            k = min(range(len(loads)), key=loads.__getitem__)
-            if loads[k] + cost[i] > max_tokens:
-                if multiple > 1:
-                    break
-                loads.append(0)
-                parts.append([])
-                k = len(loads) - 1
-            loads[k] += cost[i]
-            parts[k].append(i)
-        else:
+        parts = _spread(order, cost, max_tokens, num_parts, grow=multiple == 1)
+        if parts is not None:
             return [sorted(p) for p in parts if p]
         num_parts += multiple
+
+
+def _cost(rows: Sequence[Row], source: str, layout: Layout, max_tokens: int) -> int:
+    """Tokens that an example costs alone in a micro-batch. Raises ValueError, naming the line, over the budget."""
+    tokens = num_tokens(rows, layout)
+    if layout == "padded":
+        tokens = len(rows) * max(len(row.token_ids) for row in rows)
+    if tokens > max_tokens:
+        raise ValueError(
+            f"{source}: the example has {tokens} tokens, trainer.micro_batch_tokens={max_tokens}; "
+            f"use at least {tokens}, or a smaller data.max_tokens"
+        )
+    return tokens
+
+
+def check_budget(groups: Iterable[Sequence[Row]], sources: Iterable[str], layout: Layout, max_tokens: int) -> None:
+    """Raises ValueError, naming the line, for the first example that alone is over the budget of a micro-batch."""
+    for rows, source in zip(groups, sources, strict=True):
+        _cost(rows, source, layout, max_tokens)
+
+
+def _spread(
+    order: Sequence[int], cost: Sequence[int], max_tokens: int, num_parts: int, grow: bool
+) -> list[list[int]] | None:
+    """Each example into the part with most room, the first of these; where it does not fit, into a new one if they may
+    `grow`, else None. A heap: the emptiest part of thousands is found without a look at the others."""
+    room = [(0, k) for k in range(num_parts)]  # in order, so that it is a heap
+    parts: list[list[int]] = [[] for _ in room]
+    for i in order:
+        load, k = room[0]
+        if load + cost[i] <= max_tokens:
+            heapreplace(room, (load + cost[i], k))
+        elif not grow:
+            return None
+        else:
+            k = len(parts)
+            parts.append([])
+            heappush(room, (cost[i], k))
+        parts[k].append(i)
+    return parts
 
 
 def _alike(order: Sequence[int], cost: Sequence[int], max_tokens: int, multiple: int) -> list[list[int]]:

@@ -39,3 +39,37 @@ def test_fewer_examples_than_processes():
 
 def test_no_examples_are_no_work():
     assert [shares([], rank, 2) for rank in range(2)] == [[], []]
+
+
+def spread_by_looking_at_all(cost: list[int], max_tokens: int, multiple: int) -> list[list[int]]:
+    """The rule of micro_batches for streams as it is said: each example, the longest first, into the first of the
+    emptiest parts."""
+    order = sorted(range(len(cost)), key=lambda i: (-cost[i], i))
+    num_parts = -(-max(1, -(-sum(cost) // max_tokens)) // multiple) * multiple
+    while True:
+        loads, parts = [0] * num_parts, [[] for _ in range(num_parts)]
+        for i in order:
+            k = min(range(len(loads)), key=loads.__getitem__)
+            if loads[k] + cost[i] > max_tokens:
+                if multiple > 1:
+                    break
+                loads.append(0)
+                parts.append([])
+                k = len(loads) - 1
+            loads[k] += cost[i]
+            parts[k].append(i)
+        else:
+            return [sorted(part) for part in parts if part]
+        num_parts += multiple
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 3, 8])
+def test_the_heap_makes_the_parts_of_the_rule(multiple):
+    """Many equal lengths, so that parts are equally full again and again; budgets from one example to all of them."""
+    rng = np.random.default_rng(multiple)
+    for _ in range(60):
+        lengths = rng.integers(3, int(rng.integers(5, 60)), int(rng.integers(1, 120))).tolist()
+        budget = int(max(lengths) * rng.uniform(1, 6))
+        groups = [(row(n),) for n in lengths]
+        made = micro_batches(groups, [""] * len(groups), "packed", budget, multiple)
+        assert made == spread_by_looking_at_all(lengths, budget, multiple)

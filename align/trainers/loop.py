@@ -18,7 +18,17 @@ from align.engine.base import Engine
 from align.engine.world import World
 from align.models.logprobs import cached_stats
 from align.objectives.base import Objective
-from align.packing import micro_batches, num_tokens, pack, pack_groups, shares, to_device, token_column, with_extras
+from align.packing import (
+    check_budget,
+    micro_batches,
+    num_tokens,
+    pack,
+    pack_groups,
+    shares,
+    to_device,
+    token_column,
+    with_extras,
+)
 from align.sums import positive
 from align.types import Example, Layout, Losses, PackedBatch, Row, Stats, Term, Unit
 
@@ -452,9 +462,9 @@ def token_plan(examples: Sequence[Example], layout: Layout, max_tokens: int) -> 
     Raises ValueError if an example does not fit a micro-batch: better now than in the middle of the run.
     """
     sources = [e.source for e in examples]
-    micro_batches([e.rows for e in examples], sources, layout, max_tokens)
+    check_budget((e.rows for e in examples), sources, layout, max_tokens)
     for name in examples[0].extras if examples else ():
-        micro_batches([(e.extras[name],) for e in examples], sources, layout, max_tokens)
+        check_budget(((e.extras[name],) for e in examples), sources, layout, max_tokens)
     stream = sum(num_tokens(e.rows, layout) for e in examples)
     return stream, sum(num_tokens(e.rows, "packed") for e in examples)
 
