@@ -15,7 +15,7 @@ import numpy as np
 
 from align.config import DataConfig
 from align.data.audit import NOT_USED
-from align.data.chat import Rendering, Span, prompt_ids, render, render_text
+from align.data.chat import Rendering, Span, Texts, prompt_ids, render, render_text
 from align.data.formats import Dialogue, Message, Record, Tokenised
 from align.data.margins import margin_numbers
 from align.data.sources import BadRow, NotUsed
@@ -51,13 +51,14 @@ def loaded(record: Record, source: str, tokenizer: Tokenizer, config: DataConfig
     if not _serves(record.kind, kind):
         raise ValueError(_cure(source, record.kind, kind))
     renderings: dict[str, Rendering] = {}
+    texts = Texts(tokenizer, config.max_tokens if config.overlong != "truncate_turns" else None)
     truncated = 0
     for name, side in record.sides.items():
         if wanted.whole and not side.finished:
             side = _whole(side)
-        rendering = _rendering(side, tokenizer, config)
+        rendering = _rendering(side, texts, config)
         if len(rendering.row.token_ids) > config.max_tokens:
-            rendering, cut = _shortened(side, rendering, tokenizer, config)
+            rendering, cut = _shortened(side, rendering, texts, config)
             truncated += cut
         if not rendering.row.targets.any():
             raise BadRow("no_target", f"{name} has no token to learn from; give an answer, or a weight above 0")
@@ -80,11 +81,12 @@ def loaded(record: Record, source: str, tokenizer: Tokenizer, config: DataConfig
 # ---------------------------------------------------------------------- renderings
 
 
-def _rendering(side: Dialogue | Tokenised, tokenizer: Tokenizer, config: DataConfig) -> Rendering:
+def _rendering(side: Dialogue | Tokenised, texts: Texts, config: DataConfig) -> Rendering:
+    tokenizer = texts.tokenizer
     if isinstance(side, Tokenised):
         return _as_tokenised(side, len(tokenizer))
     if isinstance(side.prompt, str):
-        return render_text(tokenizer, side.prompt, str(side.completion), side.finished)
+        return render_text(tokenizer, side.prompt, str(side.completion), side.finished, texts)
     roles = tuple(config.target_roles)
     assert not isinstance(side.completion, str)  # both are texts or neither
     return render(
@@ -95,6 +97,7 @@ def _rendering(side: Dialogue | Tokenised, tokenizer: Tokenizer, config: DataCon
         first_target=len(side.prompt) if roles == ("assistant",) else 0,
         finished=side.finished,
         target_roles=roles,
+        texts=texts,
     )
 
 
@@ -121,7 +124,7 @@ def _as_tokenised(side: Tokenised, vocabulary: int) -> Rendering:
 
 
 def _shortened(
-    side: Dialogue | Tokenised, rendering: Rendering, tokenizer: Tokenizer, config: DataConfig
+    side: Dialogue | Tokenised, rendering: Rendering, texts: Texts, config: DataConfig
 ) -> tuple[Rendering, int]:
     """The conversation without its last messages, ending in an answer, and how many were cut. Raises BadRow."""
     tokens, limit = len(rendering.row.token_ids), config.max_tokens
@@ -139,7 +142,7 @@ def _shortened(
                 continue
             if reach.get(len(side.prompt) + end - 1, 0) > limit:  # too long even without what ends it
                 continue
-            shorter = _rendering(replace(side, completion=side.completion[:end], finished=True), tokenizer, config)
+            shorter = _rendering(replace(side, completion=side.completion[:end], finished=True), texts, config)
             if len(shorter.row.token_ids) <= limit and shorter.row.targets.any():
                 return shorter, len(side.completion) - end
     raise BadRow(

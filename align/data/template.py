@@ -10,7 +10,8 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import Any
 
 from align.data.sources import BadRow
@@ -40,13 +41,30 @@ class Layout:
 
     def before(self, i: int) -> int:
         """Where the messages before i end."""
-        return max((end for places in self.places[:i] for _, end in places if end is not None), default=0)
+        return self._ends[i]
 
     def after(self, i: int) -> int:
         """Where the messages after i begin."""
-        known = [at for places in self.places[i + 1 :] for place in places for at in place if at is not None]
         end = self.region(i)[1]
+        if self._begins[i + 1] >= end:  # but for templates that write messages in another order
+            return self._begins[i + 1]
+        known = [at for places in self.places[i + 1 :] for place in places for at in place if at is not None]
         return min((at for at in known if at >= end), default=len(self.text))
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """The last known end of a text before each message, and before what follows all of them."""
+        ends = [max((end for _, end in places if end is not None), default=0) for places in self.places]
+        return list(accumulate(ends, max, initial=0))
+
+    @cached_property
+    def _begins(self) -> list[int]:
+        """The first known place of each message or a later one; the end of the rendering without any."""
+        size = len(self.text)
+        first = [
+            min((at for place in places for at in place if at is not None), default=size) for places in self.places
+        ]
+        return list(accumulate(reversed(first), min, initial=size))[::-1]
 
 
 @dataclass(frozen=True)
@@ -104,9 +122,10 @@ class Template:
             why = " ".join(str(error).split())
             raise BadRow("template", f"the chat template refuses the conversation: {why}") from error
 
-    def layout(self, messages: Sequence[Message], generation: bool) -> Layout:
-        """The rendering and the places of its texts. Raises BadRow when the template refuses."""
-        text = self.write(messages, generation)
+    def layout(self, messages: Sequence[Message], generation: bool, text: str | None = None) -> Layout:
+        """The rendering and the places of its texts. text: the rendering, where it is known. Raises BadRow when the
+        template refuses."""
+        text = self.write(messages, generation) if text is None else text
         layout = self._marked(messages, generation, text, range(len(messages)))
         if layout is None:  # the template looks at how some text begins or ends
             parts = [self._alone(messages, generation, text, i) for i in range(len(messages))]
@@ -218,10 +237,10 @@ class Template:
                 if found.group() in at:
                     repeated.add(found.group())
                 at.setdefault(found.group(), found.start() - number)
-        places = [
-            tuple((at.get(first), at.get(last)) for j, first, last in pairs if j == i) for i in range(len(messages))
-        ]
-        return Layout(text, tuple(places), frozenset(i for i, _, last in pairs if last in repeated))
+        places: list[list[Place]] = [[] for _ in messages]
+        for i, first, last in pairs:
+            places[i].append((at.get(first), at.get(last)))
+        return Layout(text, tuple(map(tuple, places)), frozenset(i for i, _, last in pairs if last in repeated))
 
     def _alone(self, messages: Sequence[Message], generation: bool, text: str, i: int) -> Layout:
         for starts in (True, False):

@@ -186,3 +186,56 @@ def test_a_long_conversation_is_shortened_in_few_renderings(tmp_path, monkeypatc
     data = load(settings(name, max_tokens=1000, overlong="truncate_turns"), byte_tokenizer(), Wanted("single"))
     assert 900 < len(data.train[0].rows[0].token_ids) <= 1000
     assert len(rendered) <= 3
+
+
+def counting(tokenizer):
+    """The tokenizer, and the texts of each of its calls."""
+    calls: list[list[str]] = []
+
+    class Counting(type(tokenizer)):
+        def __call__(self, text, **how):
+            calls.append([text] if isinstance(text, str) else list(text))
+            return super().__call__(text, **how)
+
+    tokenizer.__class__ = Counting
+    return tokenizer, calls
+
+
+def test_a_pair_of_texts_costs_a_call_for_each_answer(tmp_path):
+    """Each with its prompt before it; the prompt alone once, and once for all rows whether texts end in EOS."""
+    tokenizer, calls = counting(byte_tokenizer())
+    load(settings(write(tmp_path / "r.jsonl", rows(range(10)))), tokenizer)
+    assert [text for call in calls for text in call].count("a") == 1
+    assert len(calls) == 1 + 2 * 10
+    assert sum(map(len, calls)) == 1 + 3 * 10
+
+
+def test_answers_to_one_conversation_tokenise_it_once(tmp_path):
+    asked = [{"role": "user", "content": "Which of them, and why? " * 10}]  # longer than the context of an answer
+    sides = {
+        name: [{"role": "assistant", "content": said}] for name, said in (("chosen", "This."), ("rejected", "No."))
+    }
+    tokenizer, calls = counting(byte_tokenizer())
+    load(settings(write(tmp_path / "r.jsonl", [{"prompt": asked} | sides]), max_tokens=1000), tokenizer)
+    texts = [text for call in calls for text in call]
+    assert len([text for text in texts if "<|im_start|>user" in text]) == 1
+    assert len(texts) == len(set(texts))
+
+
+@pytest.mark.parametrize("long", ["a word or two, again and again; ", "这句话一遍又一遍。", "\x04"])
+@pytest.mark.parametrize("side", ["prompt", "chosen"])
+def test_a_text_of_megabytes_is_refused_before_it_is_tokenised(tmp_path, side, long):
+    """Tokens of 50 MB took 7 GB and a minute."""
+    record = rows([0])[0] | {side: long * 100_000}
+    for chat in (False, True):
+        if chat:
+            record = {
+                "prompt": [{"role": "user", "content": record["prompt"]}],
+                **{name: [{"role": "assistant", "content": record[name]}] for name in ("chosen", "rejected")},
+            }
+        tokenizer, calls = counting(byte_tokenizer())
+        name = write(tmp_path / "r.jsonl", [record, *rows([1])])
+        audit = load(settings(name, on_bad_row="drop", max_bad_fraction=1.0, overlong="drop"), tokenizer).audit
+        assert audit.train.dropped == {"too_long": 1}
+        assert f"{len(long) * 100_000}"[:3] in audit.train.dropped_rows[0]["detail"]
+        assert max(len(text) for call in calls for text in call) < 1000
