@@ -91,7 +91,7 @@ def train(
     (objective._target_=mine.Loss) have no such limit. Raises ValueError in one line for what the user can cure,
     RunFailed for a run that does not end well.
     """
-    from align.launch import command, local
+    from align.launch import command, place
     from align.rundir import default_name
 
     parts = {"objective": objective, "advantage": advantage}
@@ -106,9 +106,9 @@ def train(
             raise ValueError(
                 f"launch={config.launch.kind}: align.train waits for a run here; type align train to submit"
             )
-        if more and local.processes(config) > 1:
+        if more and place.processes(config) > 1:
             raise ValueError(
-                f"launch.processes={local.processes(config)}: {min(parts)} was given as an object, which lives in one "
+                f"launch.processes={place.processes(config)}: {min(parts)} was given as an object, which lives in one "
                 "process; give its dotted path"
             )
         code = command.train(words, where, print, _tell)

@@ -76,7 +76,7 @@ def test_lower_layers(file, allowed):
 def test_what_is_refused_without_a_model_is_asked_by_commands_alone():
     """It knows every part by its contract, and no part knows it."""
     asking = {file for file in FILES if any(f"align.{c[:-3].replace('/', '.')}" in ours(file) for c in CHECKS)}
-    commands = {"api.py", "launch/command.py", "pareto/command.py"}
+    commands = {"api.py", "launch/command.py"}
     assert asking - CHECKS == commands | {f"cli/{name}.py" for name in ("settings", "models", "evaluation", "data")}
     above = ("align.trainers", "align.models.policy", "align.engine.", "align.rollout")
     assert not any(name.startswith(above) for file in CHECKS for name in ours(file))

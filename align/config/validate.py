@@ -13,7 +13,7 @@ from align.config.schema import Config, WarmConfig
 from align.data.forms import named
 from align.data.mapping import check_names
 from align.data.sources import locate_all
-from align.launch import local
+from align.launch import place
 from align.models.pretrained import check_place
 from align.objectives.base import Objective
 
@@ -174,8 +174,8 @@ def _check_launch(config: Config) -> None:
         from align.launch import slurm
 
         slurm.check(config)
-    elif not local.in_job():
-        local.check_engine(config, config.launch.processes or 1, 1)
+    elif not place.in_job():
+        place.check_engine(config, config.launch.processes or 1, 1)
         one = config.choices.get("engine", "local") == "local" or config.launch.processes == 1
         if one and config.launch.port is not None:
             raise ValueError("launch.port has no effect on one process; leave it out")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align.config import Config, ConfigError, SlurmConfig, WarmConfig, compose, shipped_root
-from align.launch.local import VARIABLES, check_engine
+from align.launch.place import VARIABLES, check_engine
 from align.launch.sweep import Element
 
 _PLACEHOLDER = re.compile(r"(?:# )?__([A-Z]+(?:_[A-Z]+)*)__")

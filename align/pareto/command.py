@@ -13,10 +13,10 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from align.config import Config, ConfigError, differences, saved_settings
-from align.config.validate import validate
 from align.files import write_whole
-from align.launch import local, slurm
-from align.launch.command import one_after_the_other
+from align.launch import place, slurm
+from align.launch.command import checked
+from align.launch.several import one_after_the_other
 from align.pareto.plan import check_reading, planned, read_plan, write_plan
 from align.pareto.words import parse
 
@@ -31,7 +31,7 @@ def run(
 
     Raises ValueError for what is wrong in any run before the first starts.
     """
-    if local.is_worker() or local.in_job():
+    if place.is_worker() or place.in_job():
         raise ConfigError("align front starts runs itself; call it outside a job, with launch=slurm for an array")
     asked = parse(words)
     before = read_plan(asked.out)
@@ -44,11 +44,7 @@ def run(
         return _report(asked.out, show, tell)
     plan, found = planned(asked, before, config_dir, show)
     for element in found:
-        try:
-            validate(element.config)
-        except ValueError as error:
-            raise ConfigError(f"{element.name}: {error}") from error
-        _compare(asked.out / element.name, element.config)
+        _compare(asked.out / element.name, checked(element.config, element.name))
     todo = [element for element in found if not complete(asked.out / element.name, element.config)]
     if asked.dry and found[0].config.launch.kind != "slurm":
         raise ConfigError("--dry-run shows what launch=slurm would submit; here it has no effect")

@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from align import build
@@ -29,12 +29,12 @@ from align.report import composed_plots
 from align.rewards.build import counted
 from align.trainers.directions import directed, direction_of
 from align.trainers.experience import Group
-from align.trainers.influence import Influences, chosen_parameters
+from align.trainers.influence import Influences, Measurements, chosen_parameters
+from align.trainers.loop import Trainee
 from align.types import Episodes, Estimate
 
-# From the advantages of objectives [C, K], their estimator's other columns and the composer; None: the update measures,
-# see Composing.learnt
-Measure = Callable[[Tensor, dict[str, Tensor], Any], Influences | None]
+# From the advantages of objectives [C, K] and their estimator's other columns; see Measurements.before
+Measure = Callable[[Tensor, dict[str, Tensor]], Influences | None]
 
 
 class Composing:
@@ -86,6 +86,10 @@ class Composing:
         if "influence" in self.composer.needs:
             chosen_parameters(parameters, self.composer.parameters)
 
+    def measuring(self, trainee: Trainee, beside: bool, check: Callable[[], None]) -> Measurements:
+        """What measures the influences of its objectives. beside: whether an update's own passes may serve for it."""
+        return Measurements(trainee, self.composer, beside, check)
+
     def estimate(
         self, groups: Sequence[Group], told: Episodes, measure: Measure | None = None
     ) -> tuple[Estimate, dict[str, float]]:
@@ -103,7 +107,7 @@ class Composing:
             assert measure is not None
             # the KL belongs to all objectives alike and to none of them
             streams, others = self._streams(replace(told, penalties=None), rewards, greedy, {})
-            found = measure(streams, others, self.composer)
+            found = measure(streams, others)
             if found is not None:
                 influences, metrics = found.influences, dict(found.metrics)
         self._observed = replace(_moments(raw), influences=influences, learning_rate=self.learning_rate)
@@ -226,12 +230,10 @@ class Composing:
         return estimate, {"reward/composed": float(known.mean())} if len(known) else {}
 
 
-def composing(config: Config, advantage: Advantage, say: Callable[[str], None] = lambda line: None) -> Composing | None:
-    """Of the settings; None without a composer. Raises ValueError for what the user can cure."""
-    if config.composer is None:
-        return None
+def composing(config: Config, composer: DictConfig, advantage: Advantage, say: Callable[[str], None]) -> Composing:
+    """Of the node `composer` and the other settings. Raises ValueError for what the user can cure."""
     node = build.reward_node(config)
-    return Composing(build.composer(config.composer, tuple(counted(node))), advantage, list(map(str, node)), say)
+    return Composing(build.composer(composer, tuple(counted(node))), advantage, list(map(str, node)), say)
 
 
 def _moments(raw: np.ndarray) -> Observed:

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from align.composers.base import Composer
 from align.composers.gradient import cosines, influences
 from align.engine.base import Engine
 from align.engine.measuring import MeasuringEngine
+from align.trainers.experience import with_columns
 from align.trainers.loop import Cotangents, NonFinite, Pass, StepHook, Trainee, passes, token_values
-from align.types import Example
+from align.types import Estimate, Example
 
 # Of the difference, by the run's precision: how far it moves log-probs, nats, at least. Less drowns in rounding, more
 # in the curvature: tests/bench/influence.py
@@ -218,6 +220,47 @@ class Directional(StepHook):
                 )["token_logps"]
                 found.append([np.concatenate([row.astype(np.float64) for row in rows]) for rows in values])
         return [(above - below) / (2 * length) for above, below in zip(*found, strict=True)]
+
+
+class Measurements:
+    """When an online step's influences are measured: by passes of their own before the update, or, of an update of one
+    step, by its own passes. beside: whether those serve for it."""
+
+    def __init__(self, trainee: Trainee, composer: Composer, beside: bool, check: Callable[[], None]):
+        self.trainee = trainee
+        self.composer = composer
+        self.beside = beside and composer.apply == "next" and composer.measure == "directional"
+        self.check = check
+        self._objectives: Tensor | None = None  # whose advantages [C, K] the coming update measures
+        self._hook: Directional | None = None  # of the update that was last
+
+    def before(
+        self,
+        examples: list[Example],
+        columns: dict[str, Sequence[np.ndarray]],
+        streams: Tensor,
+        others: dict[str, Tensor],
+    ) -> Influences | None:
+        """Of objectives with the advantages `streams` [C, K]; None where the update measures. columns, others: what the
+        objective reads beside them."""
+        if self.beside:
+            self._objectives = streams
+            return None
+        prepared = with_columns(examples, Estimate(others), columns)  # a value head's loss reads returns
+        c = self.composer
+        return measure(self.trainee, prepared, streams, c.measure, c.max_norm, c.parameters, self.check, names=c.names)
+
+    def hook(self, examples: list[Example]) -> Directional | None:
+        """What the update over these examples takes to measure what `before` has left to it."""
+        objectives, self._objectives = self._objectives, None
+        if objectives is not None:
+            self._hook = Directional(self.trainee, examples, objectives, self.composer.parameters, self.check)
+        return self._hook
+
+    def measured(self) -> Tensor | None:
+        """The influences [K] that the update has measured, once."""
+        hook, self._hook = self._hook, None
+        return None if hook is None else hook.influences
 
 
 def _columns(num: int) -> list[str]:

@@ -6,9 +6,7 @@ import signal
 from types import FrameType
 
 from align.engine.world import World
-
-# By what a scheduler should do: 85 start me again, 130 the user's own wish.
-EXIT_CODES = {signal.SIGTERM: 85, signal.SIGUSR1: 85, signal.SIGINT: 130}
+from align.launch.place import CODES
 
 
 class Stopped(Exception):
@@ -16,7 +14,7 @@ class Stopped(Exception):
 
     def __init__(self, number: int):
         super().__init__(f"{signal.Signals(number).name} received")
-        self.code = EXIT_CODES[signal.Signals(number)]
+        self.code = CODES[signal.Signals(number)]
 
 
 class Signals:
@@ -32,7 +30,7 @@ class Signals:
         self.before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Signals:
-        for number in EXIT_CODES:
+        for number in CODES:
             self.before[number] = signal.signal(number, self._handle)
         return self
 

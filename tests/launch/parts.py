@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from align.launch.local import CODES, VARIABLES, Held, Place, launch
+from align.launch.local import Held, launch
+from align.launch.place import CODES, VARIABLES, Place
 from align.launch.worker import run
 
 _PATIENCE_S = 60.0

@@ -16,7 +16,7 @@ import pytest
 
 from align.cli import main
 from align.config import compose
-from align.launch import local
+from align.launch import local, place
 from tests.killer import evidence, settings, shared
 from tests.launch.cluster import wait_for
 
@@ -26,7 +26,7 @@ HOST = socket.gethostname()
 
 
 def clean() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k not in (*local.VARIABLES, "OMP_NUM_THREADS")}
+    return {k: v for k, v in os.environ.items() if k not in (*place.VARIABLES, "OMP_NUM_THREADS")}
 
 
 def parts(mode: str, out: Path, number: int = 2, environment: dict[str, str] | None = None) -> subprocess.Popen:
@@ -69,7 +69,7 @@ def test_nodes_of_a_job_count_on(tmp_path):
     """Two launchers with the variables that a template and srun set, two processes each: ranks 0 to 3 of one run."""
     for node in (0, 1):
         with local.Held() as held:
-            where = local.Place(2, node, "first-node", 12345)
+            where = place.Place(2, node, "first-node", 12345)
             code = local.launch(["report", str(tmp_path)], 2, where, 3, held, print, "tests.launch.parts")
         assert code == 0
     found = [told(tmp_path, rank) for rank in range(4)]
@@ -81,20 +81,20 @@ def test_nodes_of_a_job_count_on(tmp_path):
 
 def test_place_is_read_from_a_job(monkeypatch):
     config = compose(["recipe=wpo"])
-    assert local.place(config) == local.Place(1, 0, "127.0.0.1", None)
+    assert place.place(config) == place.Place(1, 0, "127.0.0.1", None)
     for key, value in {"ALIGN_NODES": "2", "SLURM_NODEID": "1", "MASTER_ADDR": "a", "MASTER_PORT": "5000"}.items():
         monkeypatch.setenv(key, value)
-    assert local.place(config) == local.Place(2, 1, "a", 5000)
+    assert place.place(config) == place.Place(2, 1, "a", 5000)
     monkeypatch.setenv("MASTER_PORT", "")
     with pytest.raises(ValueError, match="MASTER_PORT"):
-        local.place(config)
+        place.place(config)
     monkeypatch.setenv("SLURM_NODEID", "2")
     monkeypatch.setenv("MASTER_PORT", "5000")
     with pytest.raises(ValueError, match="SLURM_NODEID=2"):
-        local.place(config)
+        place.place(config)
     monkeypatch.delenv("MASTER_PORT")
     with pytest.raises(ValueError, match="MASTER_PORT"):
-        local.place(config)
+        place.place(config)
 
 
 def test_a_job_of_one_node_meets_at_any_free_port(monkeypatch):
@@ -102,9 +102,9 @@ def test_a_job_of_one_node_meets_at_any_free_port(monkeypatch):
     for key, value in {"ALIGN_NODES": "1", "SLURM_NODEID": "0", "MASTER_ADDR": "a", "MASTER_PORT": ""}.items():
         monkeypatch.setenv(key, value)
     config = compose(["recipe=wpo"])
-    assert local.place(config) == local.Place(1, 0, "127.0.0.1", None)
+    assert place.place(config) == place.Place(1, 0, "127.0.0.1", None)
     monkeypatch.setenv("MASTER_PORT", "5000")
-    assert local.place(config) == local.Place(1, 0, "a", 5000)
+    assert place.place(config) == place.Place(1, 0, "a", 5000)
 
 
 @pytest.mark.parametrize("mode", ["raise", "lost"])
@@ -140,7 +140,7 @@ def test_what_a_silent_process_said_is_shown(tmp_path):
     assert "align: the row is wrong" in err
 
 
-@pytest.mark.parametrize("number, code", sorted(local.CODES.items()))
+@pytest.mark.parametrize("number, code", sorted(place.CODES.items()))
 def test_a_signal_waits_until_it_is_heard(tmp_path, number, code):
     """It comes while the processes are deaf, as a run is while it imports torch; each hears it once."""
     process = parts("listen", tmp_path)
@@ -201,7 +201,7 @@ def test_a_process_of_a_launcher_starts_no_others(monkeypatch, capfd):
     """Also torchrun's: the words are run here, whatever they say of processes."""
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(key, value)
-    assert local.is_worker()
+    assert place.is_worker()
     assert main(["train", "recipe=wpo", "model=tiny", "data.train=/no/such.jsonl"]) == 2
     assert "no such file" in capfd.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")

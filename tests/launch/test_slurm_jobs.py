@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from align.launch import local
+from align.launch import place
 from tests.killer import evidence, settings, shared
 from tests.launch.cluster import FIRST, SECOND, Cluster, wait_for
 from tests.variants import variant
@@ -30,7 +30,7 @@ def submit(slurm: Cluster, base: Path, words: list[str], *flags: str) -> list[tu
     own = ["launch=slurm", "launch.threads=1", f"launch.log_dir={base}/logs", 'launch.options=["--comment=a test"]']
     given = {word.partition("=")[0] for word in words}
     own = [word for word in own if word.partition("=")[0] not in given]
-    environment = {k: v for k, v in slurm.environment.items() if k not in local.VARIABLES}
+    environment = {k: v for k, v in slurm.environment.items() if k not in place.VARIABLES}
     command = [sys.executable, "-m", "align.cli", words[0], *flags, *words[1:], *own]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -9,8 +9,7 @@ from typing import Any
 
 from align import build
 from align.config import compose
-from align.trainers.composing import composing
-from align.trainers.online.run import prepared, prompts_of
+from align.trainers.online.run import composer_of, prepared, prompts_of
 from align.trainers.online.task import Online
 from align.trainers.resume import planned
 from align.trainers.session import Session, open_session
@@ -120,7 +119,7 @@ def ready(directory: Path, *more: str) -> Ready:
     config = compose(words_of(directory, f"run.dir={directory / 'run'}", *more))
     session, advantage = open_session(config, "a test", build.objective(config)), build.advantage(config)
     try:
-        composer = composing(config, advantage)
+        composer = composer_of(config, advantage, print)
         asked = prompts_of(session, composer)
         plan = planned(session, None, len(asked.train))
         return Ready(session, prepared(session, advantage, composer, asked, plan, None).task)

@@ -48,7 +48,7 @@ def at_work():
         f"reward.a._target_={REWARDS}coin", f"reward.b._target_={REWARDS}mixed", "composer=fixed",
     )  # fmt: skip
     config = compose(words)
-    return composing(config, build.advantage(config))
+    return composing(config, config.composer, build.advantage(config), print)
 
 
 @pytest.mark.parametrize(

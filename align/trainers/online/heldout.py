@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from align.config import OnlineConfig
 from align.data.prompts import PromptRow
 from align.evaluate.heldout import heldout_metrics
 from align.jsons import Json
 from align.rollout.base import Sampling
-from align.trainers.composing import Composing
 from align.trainers.experience import Experience, Group
 from align.trainers.transcripts import Transcripts
+
+if TYPE_CHECKING:
+    from align.trainers.composing import Composing
 
 _EVALUATION = 1 << 40  # the seed's key of held-out completions, which no step has
 

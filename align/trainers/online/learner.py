@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from align.advantages.base import Advantage
 from align.advantages.kl import kl_coefficient
-from align.composers.base import Composer
 from align.config import OnlineConfig
 from align.engine.local import learning_rate
 from align.jsons import Json
-from align.trainers import influence
-from align.trainers.composing import Composing
 from align.trainers.experience import Group, episodes, with_columns
 from align.trainers.loop import Trainee, train_step
 from align.trainers.online.values import Forward, flat, own, values
 from align.trainers.session import Session
-from align.types import Estimate, Example
+from align.types import Example
+
+if TYPE_CHECKING:
+    from align.trainers.composing import Composing
 
 
 class Learner:
@@ -46,15 +47,15 @@ class Learner:
         self.reference = reference
         self.composing = composing
         self.schedule_steps = schedule_steps
-        self.selective = selective
         self.single_step = t.inner_epochs * t.inner_batches == 1
         self.old_logps = t.old_logps
         if self.old_logps == "auto":
             engine = self.single_step and t.kl_in_reward > 0
             self.old_logps = "engine" if engine else "none" if self.single_step else "trainer"
         self.kl_coefficient = t.kl_in_reward  # moves with trainer.kl_target
-        self._objectives: Tensor | None = None  # whose advantages [C, K] the coming update measures
-        self._measured: Tensor | None = None  # what it has measured
+        # shards of two gradients cannot be gathered at once; a graph of selective recompute serves for one backward
+        beside = self.single_step and not trainee.engine.sharded and not selective
+        self.influences = None if composing is None else composing.measuring(trainee, beside, session.signals.check)
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
@@ -87,9 +88,8 @@ class Learner:
         if self.composing is None:
             estimate = self.advantage(told)
         else:
-            estimate, composed = self.composing.estimate(
-                groups, told, lambda *asked: self._influences(parts, columns, *asked)
-            )
+            assert self.influences is not None
+            estimate, composed = self.composing.estimate(groups, told, partial(self.influences.before, parts, columns))
             metrics |= composed
         return with_columns(parts, estimate, columns), metrics | estimate.metrics
 
@@ -109,33 +109,12 @@ class Learner:
             columns["old_logps"] = flat(found["token_logps"])
         return columns, flat(found["values"]) if critic else None
 
-    def _influences(
-        self,
-        parts: list[Example],
-        columns: Json,
-        streams: Tensor,
-        others: dict[str, Tensor],
-        composer: Composer,
-    ) -> influence.Influences | None:
-        """What the gradients of the composer's objectives have to do with each other, before the update; None where the
-        update's own passes serve for it."""
-        told_afterwards = composer.apply == "next" and composer.measure == "directional"
-        # shards of two gradients cannot be gathered at once; a graph of selective recompute serves for one backward
-        if told_afterwards and self.single_step and not self.trainee.engine.sharded and not self.selective:
-            self._objectives = streams
-            return None
-        prepared = with_columns(parts, Estimate(others), columns)  # a value head's loss reads returns
-        c, check = composer, self.session.signals.check
-        return influence.measure(
-            self.trainee, prepared, streams, c.measure, c.max_norm, c.parameters, check, names=c.names
-        )
-
     def update(self, step: int, parts: list[Example], num_prompts: int) -> dict[str, float]:
         """One optimiser step for each inner batch; metrics are their means. The examples of a prompt, as many as its
         completions need, stay together: what an inner batch holds does not depend on the size of micro-batches."""
         t, lr = self.trainer, self.rate(step)
         each = len(parts) // num_prompts
-        hook = self._hook(parts)
+        hook = None if self.influences is None else self.influences.hook(parts)
         parts = parts if hook is None else hook.examples
         rows = []
         for epoch in range(t.inner_epochs):
@@ -145,22 +124,14 @@ class Learner:
             for chosen in np.array_split(order, min(t.inner_batches, num_prompts)):
                 batch = [p for i in chosen for p in parts[i * each : (i + 1) * each]]
                 rows.append(train_step(self.trainee, batch, lr, hook))
-        self._measured = None if hook is None else hook.influences
         keys = dict.fromkeys(k for row in rows for k in row)
         return {k: float(np.mean([row[k] for row in rows if k in row])) for k in keys}
 
-    def _hook(self, parts: list[Example]) -> influence.Directional | None:
-        """What the update measures, of the objectives that _influences left to it."""
-        if self._objectives is None:
-            return None
-        assert self.composing is not None
-        objectives, self._objectives = self._objectives, None
-        pattern = self.composing.composer.parameters
-        return influence.Directional(self.trainee, parts, objectives, pattern, self.session.signals.check)
-
     def learnt(self, row: Json) -> dict[str, float]:
         """The weights have moved: tell the composer, and move the coefficient of the KL; returns their metrics."""
-        out = {} if self.composing is None else dict(self.composing.learnt(self._measured))
+        out: dict[str, float] = {}
+        if self.composing is not None and self.influences is not None:
+            out |= self.composing.learnt(self.influences.measured())
         if self.trainer.kl_target is not None:
             out["kl/coefficient"] = self.kl_coefficient
             if "kl/reference" in row:  # not where nothing was said

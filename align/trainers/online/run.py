@@ -7,9 +7,10 @@ Blind to the algorithm: the estimator of advantages and the objective say what t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from align import build, checkpoint
 from align.advantages.base import Advantage
@@ -22,9 +23,8 @@ from align.engine.world import together
 from align.jsons import Json
 from align.models.policy import Policy
 from align.rewards.build import RewardHost, Rewards, components
-from align.trainers import composing, resume, selfcheck, trained
+from align.trainers import resume, selfcheck, trained
 from align.trainers.anchors import Anchors
-from align.trainers.composing import Composing
 from align.trainers.experience import Experience
 from align.trainers.loop import Anchor, Plan, Trainee
 from align.trainers.observers import observers_of
@@ -40,6 +40,9 @@ from align.trainers.steploop import StepLoop, size_of
 from align.trainers.trained import Trained, Whole
 from align.trainers.transcripts import Transcripts
 from align.types import Example
+
+if TYPE_CHECKING:
+    from align.trainers.composing import Composing
 
 
 def train(config: Config, command: str) -> int:
@@ -70,7 +73,7 @@ class Parts:
 
 def run(session: Session, advantage: Advantage) -> int:
     """Everything from prompts to final/; returns the exit code."""
-    composer = composing.composing(session.config, advantage, session.log.say)
+    composer = composer_of(session.config, advantage, session.log.say)
     asked = prompts_of(session, composer)
     session.account(asked.audit)
     state = resume.restore_point(session, asked.hashes)
@@ -86,6 +89,15 @@ def run(session: Session, advantage: Advantage) -> int:
     parts.whole.write(session.out.final, summary)
     loop.end(summary)
     return 0
+
+
+def composer_of(config: Config, advantage: Advantage, say: Callable[[str], None]) -> Composing | None:
+    """Of the settings; None without a composer. Raises ValueError for what the user can cure."""
+    if config.composer is None:
+        return None
+    from align.trainers.composing import composing  # with it come measuring and pictures
+
+    return composing(config, config.composer, advantage, say)
 
 
 def prepared(

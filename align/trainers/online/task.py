@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from align.config import OnlineConfig
 from align.engine.world import together
 from align.jsons import Fields
-from align.trainers.composing import Composing
 from align.trainers.experience import Experience, Group, examples, reward_metrics
 from align.trainers.loop import Plan
 from align.trainers.online.draws import Draws, Tally
@@ -25,6 +25,9 @@ from align.trainers.steploop import Metrics, Task
 from align.trainers.trained import Whole
 from align.trainers.transcripts import Transcripts
 from align.types import Example
+
+if TYPE_CHECKING:
+    from align.trainers.composing import Composing
 
 
 class RewardsMissing(ValueError):
