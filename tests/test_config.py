@@ -12,12 +12,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from align import build, config
 from align.config import ConfigError, compose, compose_run, differences, keys_with_help, leaves, options, recipes
 from align.config.rollouts import ROLLOUTS
 from align.config.schema import may_change
+from align.config.shipped import shipped
 from align.rundir import RunDirectory
 
 CONFIGS = config.shipped_root() / "configs"
@@ -49,6 +53,28 @@ def refusal(words, config_dir=None) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def _in_turn() -> list[tuple[str, ...]]:
+    """Every option that builds on others, at most one of a group in each."""
+    built = [path for path in OPTION_FILES if path.parent != CONFIGS and "defaults:" in path.read_text()]
+    by_group: dict[str, list[str]] = {}
+    for path in built:
+        by_group.setdefault(path.parent.relative_to(CONFIGS).as_posix(), []).append(path.stem)
+    by_group = {group: names for group, names in by_group.items() if "/" not in group}
+    longest = max(map(len, by_group.values()))
+    return [tuple(f"{g}={names[i]}" for g, names in by_group.items() if i < len(names)) for i in range(longest)]
+
+
+@pytest.mark.parametrize("words", _in_turn(), ids="-".join)
+def test_settings_of_options_are_those_that_hydra_composes(words):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
+        whole = hydra_compose("config", list(words), return_hydra_config=True)
+    choices = {g: o for g, o in whole.hydra.runtime.choices.items() if o and not g.startswith("hydra")}
+    assert {key for key, _ in leaves(whole) if not key.startswith("hydra.")} == {
+        key for key, _ in leaves(shipped(choices))
+    }
 
 
 # each recipe with two models, each model with several recipes

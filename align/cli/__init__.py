@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from align.cli import pages
 from align.cli.parse import parse
 from align.cli.show import tell
 from align.cli.table import COMMANDS, ELSEWHERE, Command, below, find
@@ -26,16 +25,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     helped = len(wanted) < len(words) or words[:1] == ["help"]
     wanted = wanted[1:] if wanted[:1] == ["help"] else wanted
     if not wanted:
-        print(pages.overview(), end="")
-        return 0
+        return _page("overview")
     found = find(wanted)
     if found is None:
         return _group(wanted, helped)
     command, rest = found
     if helped:
-        print(pages.page(command), end="")
-        return 0
+        return _page("page", command)
     return _call(command, rest)
+
+
+def _page(name: str, *of: object) -> int:
+    """Print a page of help, by the function that makes it."""
+    print(getattr(import_module("align.cli.pages"), name)(*of), end="")
+    return 0
 
 
 def _call(command: Command, words: Sequence[str]) -> int:
@@ -66,8 +69,7 @@ def _group(words: Sequence[str], helped: bool) -> int:
     """A first word alone, or with a second that is none of its commands; or a word that is no command."""
     inside = below(words[0])
     if inside and helped:
-        print(pages.group(words[0], inside), end="")
-        return 0
+        return _page("group", words[0], inside)
     if inside:
         said = " ".join(words[:2])
         return _refuse(f"align {said}: say {', '.join(f'align {command.name}' for command in inside)}")

@@ -35,6 +35,7 @@ from align.config.schema import (
     TrainerConfig,
     may_change,
 )
+from align.config.shipped import shipped
 from align.config.values import check_values
 from align.config.words import read
 from align.jsons import Fields, Json
@@ -70,9 +71,9 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             raise ConfigError(explain(words, error, config_dir)) from None
         choices = {g: o for g, o in full.hydra.runtime.choices.items() if o and not g.startswith("hydra")}
-        groups = [f"{g}={o}" for g, o in choices.items() if g != "recipe"]
         own = [w for w in words if w.startswith("hydra.")]
-        known = hydra_compose("config", groups + own) if own else _shipped(tuple(groups))
+        groups = {g: o for g, o in choices.items() if g != "recipe"}
+        known = hydra_compose("config", [f"{g}={o}" for g, o in groups.items()] + own) if own else shipped(groups)
     OmegaConf.set_struct(full, False)
     del full["hydra"]
     _refuse_unknown(full, known, choices)
@@ -171,12 +172,6 @@ def differences(old: DictConfig, new: DictConfig) -> dict[str, tuple[Any, Any]]:
         a["data.text"] = "auto"
     changed = {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
     return {k: v for k, v in changed.items() if not may_change(k)}
-
-
-@lru_cache
-def _shipped(groups: tuple[str, ...]) -> DictConfig:
-    """What these options of the shipped groups hold, for reading; a sweep, a plan or a test asks for them again."""
-    return hydra_compose("config", list(groups))
 
 
 def _register_recipes(words: Sequence[str], config_dir: Path | None) -> None:

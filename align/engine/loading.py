@@ -20,7 +20,7 @@ from align.models.pretrained import Pretrained
 from align.models.weights import WrongWeights, check_finite
 
 
-def load_model(
+def load_sharded(
     pretrained: Pretrained,
     settings: EngineConfig,
     optimizer: OptimizerConfig,
@@ -28,13 +28,11 @@ def load_model(
     trained_whole: bool,
     say: Callable[[str], None],
 ) -> Any:
-    """The model of a run for its engine, on this process's device: in shards under stage 3, whole otherwise.
+    """The model of a run for stage 3, in shards on this process's device.
 
     trained_whole: all weights are trained, in float32, and not adapters on them. A model that has no safetensors
     files, or other names in them than in memory, is loaded whole by every process; `say` is told so.
     """
-    if settings.stage != 3:
-        return pretrained.model().to(pick_device())
     plan, why = None, "it has no safetensors files"
     if pretrained.files is not None:
         plan, why = shard_plan(pretrained, torch.float32 if trained_whole else None)

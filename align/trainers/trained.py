@@ -15,7 +15,6 @@ from torch import Tensor
 
 from align.config import Config
 from align.engine.base import Engine, shape_of
-from align.engine.loading import load_model
 from align.engine.world import by_lead, together
 from align.jsons import Json
 from align.models.device import available_bytes, memory_plan, pick_device, pick_recompute
@@ -30,8 +29,12 @@ Make = Callable[[Any, Layout], Network]
 def load(session: Session) -> Any:
     """The model as it is before training."""
     c = session.config
+    if c.engine.stage != 3:
+        return load_whole(session)
+    from align.engine.loading import load_sharded
+
     whole = c.lora.rank == 0 and not c.head.only
-    return load_model(session.pretrained, c.engine, c.optimizer, session.world, whole, session.log.say)
+    return load_sharded(session.pretrained, c.engine, c.optimizer, session.world, whole, session.log.say)
 
 
 def load_whole(session: Session) -> Any:

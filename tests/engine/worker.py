@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from align.config import EngineConfig
 from align.engine.deepspeed import DeepSpeedEngine, load_deepspeed
 from align.engine.files import file_name
-from align.engine.loading import load_model
+from align.engine.loading import load_sharded
 from align.engine.world import World, join, leave
 from align.models.policy import Policy, lora
 from align.models.pretrained import from_hub
@@ -118,7 +118,7 @@ def load(world: World, out: Path, case: dict[str, Any]) -> dict[str, Any]:
     AutoConfig.from_pretrained(case["directory"])
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     before = _resident("VmRSS")
-    model = load_model(pretrained, settings, cases.optimizer(), world, not case["rank"], said.append)
+    model = load_sharded(pretrained, settings, cases.optimizer(), world, not case["rank"], said.append)
     seen = {"peak": _resident("VmHWM") - before, "after": _resident("VmRSS") - before, "said": said}
     if sum(p.ds_numel for p in model.parameters()) > 10**6:
         return seen

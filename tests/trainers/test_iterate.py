@@ -527,7 +527,7 @@ def test_the_best_round_is_kept_and_no_further_one_done(base, tmp_path):
         left = whole / f"rounds/{number:02d}/train/final/model.safetensors"
         assert (whole / name / "model.safetensors").read_bytes() == left.read_bytes()
     command = words(base, run, *KINDS["pairs"], *more)
-    killed = shared().run(command, [Hook("align.trainers.observers:Best.evaluated", 2)])
+    killed = shared().run(command, [Hook("align.trainers.snapshots:Best.evaluated", 2)])
     assert killed.code == -9, killed.said
     assert shared().run(command).code == 0
     assert everything(run) == everything(whole)

@@ -17,7 +17,7 @@ from tests.trainers.online_runs import REWARDS, rows_of, words_of
 pytestmark = pytest.mark.xdist_group("observers")
 
 HERE = "tests.trainers.test_observers."
-OBSERVERS = "align.trainers.observers:"
+OBSERVERS = "align.trainers.snapshots:"
 STEP = "align.engine.local:LocalEngine.step"
 WORDS = (
     "trainer.max_steps=9", "trainer.eval_every=2", "trainer.save_every=3", "trainer.keep_best=accuracy/heldout",

@@ -19,7 +19,7 @@ from align.trainers.iterate.policies import Policies
 from align.trainers.iterate.samples import TRAIN
 from align.trainers.iterate.sources import Problems, Prompts
 from align.trainers.kept import Kept
-from align.trainers.observers import Best, Observer, Retention
+from align.trainers.observers import Observer, Retention
 from align.trainers.session import Session, start
 from align.trainers.steploop import Metrics, StepLoop, Task
 
@@ -47,6 +47,8 @@ def run(session: Session) -> int:
         resume.check_weights(session, state, model_hash)
     observers: list[Observer] = [Retention(session)]
     if t.keep_best is not None:
+        from align.trainers.snapshots import Best
+
         observers.append(Best(session, policies, None, t.keep_best))
     loop = StepLoop(session, t.rounds, state, {"data": source.hashes, "model": model_hash}, observers)
     if done:
