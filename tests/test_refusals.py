@@ -217,7 +217,7 @@ def test_check_and_train_refuse_alike(tables, tmp_path, capsys, monkeypatch, wor
 
     monkeypatch.chdir(tables)
     monkeypatch.setattr("align.launch.command._here", loaded)
-    monkeypatch.setattr("align.launch.command._start", loaded)
+    monkeypatch.setattr("align.launch.several._start", loaded)
     own = [*words, *([] if any(w.startswith("model=") for w in words) else ["model=tiny"])]
     said = []
     for command in ("check", "train"):
