@@ -227,6 +227,47 @@ def blocks(*messages):
         ),
         (
             "comparison",
+            {
+                "question": "Name a fish.",
+                "model_answer": "x",
+                "response_0": "Oak.",
+                "response_1": "Cod.",
+                "preferred_index": 1.0,
+            },
+            ("pair", "Name a fish.", ["Cod.", "Oak."]),
+        ),
+        (
+            "comparison",
+            {"question": "Name a fish.", "responseA": [said("Oak.")], "responseB": [said("Cod.")], "verdict": "[[B]]"},
+            ("pair", (ASKED,), [["Cod."], ["Oak."]]),
+        ),
+        (
+            "comparison",
+            {"question": "Name a fish.", "response_a": "Oak.", "response_b": "Cod.", "chosen": "Cod."},
+            ("pair", "Name a fish.", ["Cod.", "Oak."]),
+        ),
+        (
+            "comparison",
+            {"question": "Name a fish.", "answer_a": "Oak.", "answer_b": "Cod.", "winner": "assistant_b"},
+            ("pair", "Name a fish.", ["Cod.", "Oak."]),
+        ),
+        (
+            "ranked",
+            {"prompt": "Name a fish.", "responses": ["Oak.", "Cod."], "ranks": [2, 1]},
+            ("ranked", "Name a fish.", ["Cod.", "Oak."]),
+        ),
+        (
+            "arena",
+            {"messages_1": [ASKED, said("Oak.")], "messages_2": [ASKED, said("Cod.")], "preference": 2},
+            ("pair", (ASKED,), [["Cod."], ["Oak."]]),
+        ),
+        (
+            "openai",
+            {"input": "Name a fish.", "preferred_output": "Cod.", "non_preferred_output": "Oak."},
+            ("pair", "Name a fish.", ["Cod.", "Oak."]),
+        ),
+        (
+            "comparison",
             {"question": "Name a fish.", "answer_a": "Oak.", "answer_b": "Cod.", "winner": "answer_b"},
             ("pair", "Name a fish.", ["Cod.", "Oak."]),
         ),
@@ -427,6 +468,7 @@ TWO = {"prompt": "?", "response_0": "Cod.", "response_1": "Oak."}
         ("arena", ARENA | {"winner": "tie (bothbad)"}, 0, [TIE]),
         ("arena", ARENA | {"winner": "both_bad"}, 0, [TIE]),
         ("arena", ARENA | {"winner": None}, 0, [LEFT_OUT]),
+        ("comparison", TWO | {"preference": float("nan")}, 0, [LEFT_OUT]),
         ("comparison", {"prompt": "?", "response1": "a", "response2": "b", "overall_preference": 0}, 0, [TIE]),
         ("comparison", {"prompt": "?", "response1": "a", "response2": "b", "overall_preference": None}, 0, [LEFT_OUT]),
         ("comparison", TWO | {"preference": "tie"}, 0, [TIE]),
@@ -479,8 +521,8 @@ def test_ties_and_unknown_winners_are_left_out_and_counted(name, row, num_kept, 
         ("hh", {"chosen": HUMAN + " Cod.", "rejected": "Oak."}, "rejected must be a transcript"),
         (
             "openai",
-            {"input": "?", "preferred_output": [], "non_preferred_output": []},
-            "input must be an object with messages",
+            {"input": {"prompt": "?"}, "preferred_output": [], "non_preferred_output": []},
+            "the column 'messages' is missing",
         ),
         (
             "openai",
@@ -496,8 +538,8 @@ def test_ties_and_unknown_winners_are_left_out_and_counted(name, row, num_kept, 
         ("blocks", {"question": "?"}, "none of messages"),
         (
             "rewardbench",
-            {"prompt": "?", "chosen": ["a"], "rejected": "b", "subset": "x"},
-            "chosen must be a string, found list",
+            {"prompt": "?", "rejected": "b", "subset": "x"},
+            "the column 'chosen' is missing",
         ),
         (
             "rewardbench2",

@@ -59,7 +59,9 @@ def _best_first(prompt: Any, answers: Sequence[Scored]) -> Iterator[Json | BadRo
 def _ranked(rows: Sequence[Json]) -> Iterator[Json | BadRow]:
     for row in rows:
         name, answers = answers_of(row)
-        ranks = [number(answer.get("rank")) if isinstance(answer, dict) else None for answer in answers]
+        beside = row.get("ranks")
+        listing = beside if isinstance(beside, list) and len(beside) == len(answers) else answers
+        ranks = [number(each.get("rank") if isinstance(each, dict) else each) for each in listing]
         if None in ranks:
             raise BadRow("missing_field", f"answer {ranks.index(None) + 1} of {name} has no number 'rank'")
         texts = [text_of(answer, f"answer {i} of {name}") for i, answer in enumerate(answers, 1)]
@@ -177,7 +179,7 @@ FORMS = (
                 "answers": [{"answer": "Cod.", "rank": 1.0}, {"answer": "Oak.", "rank": 2.0}],
             },
         ),
-        (*PROMPT_COLUMNS, *_LISTS),
+        (*PROMPT_COLUMNS, *_LISTS, "ranks"),
         _ranked,
     ),
     Form(

@@ -24,7 +24,8 @@ _HEADER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _MARK = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 _ROLES = {"Human": "user", "User": "user", "Assistant": "assistant"}
 # Where a question stands, in the order in which they are looked for; a list is joined by a blank line.
-PROMPTS = (("prompt",), ("instruction", "input"), ("question",), ("query",), ("context",), ("history",), ("input",))
+PROMPTS = (("prompt",), ("instruction", "input"), ("question",), ("problem",), ("query",), ("context",), ("history",))
+PROMPTS += (("input",),)
 PROMPT_COLUMNS = tuple(dict.fromkeys(name for names in PROMPTS for name in names))
 
 

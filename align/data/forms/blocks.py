@@ -11,7 +11,7 @@ from align.jsons import Json
 
 _TEXT = ("text", "input_text", "output_text")
 _KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "weight")  # of a message
-_CONVERSATIONS = ("messages", "prompt", "chosen", "rejected", "completion")
+_CONVERSATIONS = ("messages", "conversations", "prompt", "chosen", "rejected", "completion")
 
 
 def plain(value: object, name: str) -> list[Json]:
@@ -26,9 +26,9 @@ def plain(value: object, name: str) -> list[Json]:
 
 
 def _message(message: object, where: str) -> Iterator[Json]:
-    if not isinstance(message, dict) or "role" not in message:
+    if not isinstance(message, dict) or not {"role", "from"} & message.keys():
         raise BadRow("wrong_type", f"{where} must be an object with role and content")
-    role, content = message["role"], message.get("content")
+    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     kept = {key: message[key] for key in _KEPT if message.get(key) not in (None, [])}
     if not isinstance(content, list):
         yield {"role": role, "content": content, **kept}
@@ -70,6 +70,10 @@ def _result(block: Json, where: str) -> Json:
     return {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content}
 
 
+def _said(value: object, name: str) -> Any:
+    return value if isinstance(value, str) else plain(value, name)
+
+
 def _tools(tools: object) -> Any:
     """Descriptions of tools with input_schema as those with function.parameters; others as they are."""
     if not isinstance(tools, list):
@@ -85,9 +89,8 @@ def _tool(tool: Json) -> Json:
 def _blocks(row: Json) -> Json:
     made: Json = {}
     for name in _CONVERSATIONS:
-        value = row.get(name)
-        if value is not None:
-            made[name] = value if isinstance(value, str) else plain(value, name)
+        if row.get(name) is not None:
+            made[name] = _said(row[name], name)
     if not made:
         raise BadRow("missing_field", f"none of {', '.join(_CONVERSATIONS)} is there; the row has {', '.join(row)}")
     if row.get("system") is not None:
@@ -99,11 +102,10 @@ def _blocks(row: Json) -> Json:
 
 def _preferred(row: Json) -> Json:
     asked = given(row, "input")
-    if not isinstance(asked, dict):
-        raise BadRow("wrong_type", f"input must be an object with messages, found {type(asked).__name__}")
-    made = {"prompt": plain(given(asked, "messages"), "input.messages"), "tools": _tools(asked.get("tools"))}
+    inside = asked if isinstance(asked, dict) else {"messages": asked}
+    made = {"prompt": _said(given(inside, "messages"), "input"), "tools": _tools(inside.get("tools"))}
     for name, column in (("chosen", "preferred_output"), ("rejected", "non_preferred_output")):
-        made[name] = plain(given(row, column), column)
+        made[name] = _said(given(row, column), column)
     return made
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,31 +17,57 @@ from align.jsons import Json
 
 _STEMS = ("response", "answer", "output", "completion", "reply", "summary", "generation", "candidate", "human_ref")
 _SUFFIXES = (("0", "1"), ("1", "2"), ("a", "b"), ("A", "B"))
-_ANSWERS = tuple(
-    (f"{stem}{dash}{one}", f"{stem}{dash}{two}") for stem in _STEMS for dash in ("_", "") for one, two in _SUFFIXES
-)
+
+
+def _twice(*stems: str) -> tuple[tuple[str, str], ...]:
+    """Names of two columns, such as response_0 and response_1."""
+    return tuple((f"{s}{dash}{one}", f"{s}{dash}{two}") for s in stems for dash in ("_", "") for one, two in _SUFFIXES)
+
+
+_ANSWERS = _twice(*_STEMS)
+_CONVERSATIONS = _twice("conversation", "messages", "chat", "dialogue", "trajectory")
 _STRENGTHS = ("overall_preference", "preference_strength")  # below 0: the first is better
-_VERDICTS = (
-    *("better_response_id", "preference", "preferred", "preferred_response", "winner", "choice", "better", "best"),
-    *("verdict", "labels", "label"),
+_VERDICTS = tuple(
+    f"{word}{of}{tail}"
+    for word in (
+        "better",
+        "best",
+        "preferred",
+        "preference",
+        "winner",
+        "choice",
+        "chosen",
+        "verdict",
+        "label",
+        "labels",
+    )
+    for of in ("", *(f"_{stem}" for stem in _STEMS))
+    for tail in ("", "_id", "_idx", "_index")
 )
-_SCORES = tuple((f"score_{one}", f"score_{two}") for one, two in _SUFFIXES)
+_SCORES = _twice("score", "rating", "reward")
 _FLAGS = ("is_response_0_safe", "is_response_1_safe")
 _WINS = ("winner_model_a", "winner_model_b")
 _UNKNOWN = ("", "none", "null", "unknown", "neither", "invalid", "n/a")
 
 
 def _pair(prompt: Any, answers: Sequence[Any], better: int, **more: object) -> Json:
+    if isinstance(prompt, str) and any(isinstance(answer, list) for answer in answers):
+        prompt = [{"role": "user", "content": prompt}]
     return {"prompt": prompt, "chosen": answers[better], "rejected": answers[1 - better], **more}
+
+
+def _there(row: Json, candidates: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
+    """The first two columns of these that both hold something."""
+    return next((names for names in candidates if all(row.get(name) is not None for name in names)), None)
 
 
 def _comparison(rows: Sequence[Json]) -> Iterator[Json | BadRow]:
     for row in rows:
-        names = next((names for names in _ANSWERS if all(row.get(name) is not None for name in names)), None)
+        names = _there(row, _ANSWERS)
         if names is None:
             yield from _best_of_list(row)
             continue
-        answers = [text_of(row[name], name) for name in names]
+        answers = [plain(row[k], k) if isinstance(row[k], list) else text_of(row[k], k) for k in names]
         better, margin = _better(row, names)
         numbers = _safety(row, better) | ({} if margin is None else {"margin": margin})
         yield _pair(prompt_of(row), answers, better, numbers=numbers)
@@ -71,12 +99,12 @@ def _better(row: Json, names: tuple[str, str]) -> tuple[int, float | None]:
     for key in _STRENGTHS:
         if key in row:
             return _larger(-_number(row, key), 0.0, key)
-    scores = next((names for names in _SCORES if all(name in row for name in names)), None)
+    scores = _there(row, _SCORES)
     if scores is not None and not any(name in row for name in _VERDICTS):
         one, other = (_number(row, name) for name in scores)
         return _larger(one, other, " and ".join(scores))
     key = _verdict_column(row)
-    return _named(row[key], key, names), None
+    return _named(row, key, names), None
 
 
 def _number(row: Json, key: str) -> float:
@@ -92,22 +120,31 @@ def _larger(one: float, other: float, key: str) -> tuple[int, float]:
     return int(other > one), abs(one - other)
 
 
-def _named(value: object, key: str, names: tuple[str, str]) -> int:
-    """The answer that a verdict names: by its column, by the end of its column's name, or as model_a, model_b."""
-    if value is None or isinstance(value, str) and value.strip().lower() in _UNKNOWN:
+def _named(row: Json, key: str, names: tuple[str, str]) -> int:
+    """The answer that a verdict names: by its column, by the end of that, also in model_a or [[A]], or by its text."""
+    value = row[key]
+    if (
+        value is None
+        or isinstance(value, float)
+        and math.isnan(value)
+        or isinstance(value, str)
+        and value.strip().lower() in _UNKNOWN
+    ):
         raise NotUsed(LEFT_OUT, f"{key} names no winner: {value!r}")
-    word = str(value).strip().lower()
+    texts = [row[name] for name in names]
+    if isinstance(value, str) and texts.count(value) == 1:
+        return texts.index(value)
+    word = str(value).strip("[]() ").lower()
     if word.startswith(("tie", "both", "equal", "draw", "same")):
         raise NotUsed(TIE, f"{key} is {value}")
     ends = [name[-1].lower() for name in names]
     if names[0].startswith("human_ref") and value in (0, 1):  # SHP: 1 where the first is preferred
         return 1 - int(value in (1, True))
-    whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value)
-    if whole and ends[0].isdigit():
-        word = str(int(value))  # type: ignore[arg-type]
-    spelt = [{end, name.lower(), f"model_{end}"} for end, name in zip(ends, names, strict=True)]
-    for place, words in enumerate(spelt):
-        if word in words:
+    place = number(value)
+    if place is not None and place.is_integer():
+        word = f"{place:.0f}" if ends[0].isdigit() else "a number, which does not say from where it counts"
+    for place, (end, name) in enumerate(zip(ends, names, strict=True)):
+        if word == name.lower() or re.fullmatch(rf"(?:[a-z]+[ _-])?{end}", word):
             return place
     raise BadRow("wrong_type", f"{key} must name {names[0]} or {names[1]} ({ends[0]} or {ends[1]}), found {value!r}")
 
@@ -123,7 +160,8 @@ def _safety(row: Json, better: int) -> dict[str, float]:
 def _safer(row: Json) -> Json:
     names = ("response_0", "response_1")
     answers = [string(given(row, name), name) for name in names]
-    better = _named(given(row, "safer_response_id"), "safer_response_id", names)
+    given(row, "safer_response_id")
+    better = _named(row, "safer_response_id", names)
     return _pair(prompt_of(row), answers, better, numbers=_safety(row, better))
 
 
@@ -131,9 +169,14 @@ def _safer(row: Json) -> Json:
 
 
 def _arena(row: Json) -> Json:
-    sides = [_conversation(row, side) for side in ("a", "b")]
-    if "winner" in row:
-        better = _named(row["winner"], "winner", ("conversation_a", "conversation_b"))
+    names = _there(row, _CONVERSATIONS)
+    if names is not None:
+        sides = [plain(row[name], name) for name in names]
+    else:
+        names = ("response_a", "response_b")
+        sides = [_interleaved(row, name) for name in names]
+    if not all(name in row for name in _WINS):
+        better = _named(row, _verdict_column(row), names)
     else:
         one, other = (number(given(row, name)) for name in _WINS)
         if (one, other) not in ((1, 0), (0, 1)):
@@ -142,12 +185,11 @@ def _arena(row: Json) -> Json:
     return {"chosen": sides[better], "rejected": sides[1 - better]}
 
 
-def _conversation(row: Json, side: str) -> list[Json]:
-    if row.get(f"conversation_{side}") is not None:
-        return plain(row[f"conversation_{side}"], f"conversation_{side}")
-    asked, said = (_json_list(given(row, name), name) for name in ("prompt", f"response_{side}"))
+def _interleaved(row: Json, column: str) -> list[Json]:
+    """Turns of the user in the column prompt with the answers of another between them."""
+    asked, said = (_json_list(given(row, name), name) for name in ("prompt", column))
     if len(asked) != len(said):
-        raise BadRow("wrong_type", f"prompt has {len(asked)} turns and response_{side} {len(said)}")
+        raise BadRow("wrong_type", f"prompt has {len(asked)} turns and {column} {len(said)}")
     turns = zip(asked, said, strict=True)
     return [m for q, a in turns for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
 
@@ -201,8 +243,8 @@ FORMS = (
         "two conversations and the winner, ties left out: chatbot arena, MT-bench's human judgements",
         ({"conversation_a": _said("Oak."), "conversation_b": _said("Cod."), "winner": "model_b"},),
         (
-            *("conversation_a", "conversation_b", "winner", "prompt", "response_a", "response_b"),
-            *(*_WINS, "winner_tie"),
+            *dict.fromkeys(name for names in _CONVERSATIONS for name in names),
+            *("prompt", "response_a", "response_b", *_VERDICTS, *_WINS, "winner_tie"),
         ),
         single(_arena),
     ),

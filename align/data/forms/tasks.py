@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from align.data.forms.base import Form, given, prompt_of, single, string
+from align.data.forms.base import PROMPT_COLUMNS, Form, given, prompt_of, single, string
 from align.data.reasoning import boxed, hashed
 from align.data.sources import BadRow
 from align.jsons import Json
@@ -23,7 +23,7 @@ def _gsm8k(row: Json) -> Json:
 
 
 def _math(row: Json) -> Json:
-    made = {"prompt": string(given(row, "problem"), "problem")}
+    made = {"prompt": prompt_of(row)}
     solution = row.get("solution")
     if solution is not None:
         made["completion"] = string(solution, "solution")
@@ -36,7 +36,7 @@ def _math(row: Json) -> Json:
 
 
 def _rewardbench(row: Json) -> Json:
-    made = {name: string(given(row, name), name) for name in ("chosen", "rejected")}
+    made = {name: given(row, name) for name in ("chosen", "rejected")}
     return {"prompt": prompt_of(row), **made, "origin": string(given(row, "subset"), "subset")}
 
 
@@ -66,7 +66,7 @@ FORMS = (
         "math",
         r"problem and a solution with its answer in \boxed{}, which becomes answer: MATH",
         ({"problem": "What is half of 1?", "solution": r"It is $\boxed{\frac{1}{2}}$."},),
-        ("problem", "solution", "answer"),
+        (*PROMPT_COLUMNS, "solution", "answer"),
         single(_math),
     ),
 )
