@@ -190,6 +190,11 @@ def test_the_overview_names_every_command_and_a_group_its_own(capfd):
         (["check", "--keys", "seed=1"], "leave seed=1 out"),
         (["score", "out=x", "data.train=y", "data.format=a.b"], "data.format has no effect in align score"),
         (["evaluate", "pairs", "out=x", "data.train=y", "data.loader=a.b"], "has no effect in align evaluate pairs"),
+        (
+            ["score", "out=x", "data.train=y", "data.columns.prompt=q"],
+            "data.columns.prompt has no effect in align score",
+        ),
+        (["data", "pairs", "out=x", "scored=y", "data.form=scored"], "data.form has no effect in align data pairs"),
     ],
 )
 def test_wrong_commands_and_options_send_the_user_the_right_way(words, text):

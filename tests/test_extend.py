@@ -144,11 +144,13 @@ def test_a_killed_run_of_ones_own_optimiser_goes_on_bit_for_bit(folder):
 
 def test_a_format_is_for_data_that_are_given_and_not_for_rows_that_align_writes(folder, capfd):
     (folder / "my_prompts.py").write_text(
-        "def ask(record):\n    assert record.keys() == {'prompt'}\n    return {'prompt': record['prompt'] + '!'}\n"
+        "def ask(record):\n    assert record.keys() == {'prompt'}\n"
+        "    return {'question': record['prompt'] + '!', 'answer': '#### 1'}\n"
     )
     own = "data.format=my_prompts.ask"
     assert main(["check", "recipe=multiturn_dpo", "model=tiny", own]) == 2
     assert "data.format has no effect: collect=... writes its rows itself" in capfd.readouterr().err
-    words = ["recipe=online_dpo", "model=tiny", "data.train=prompts.jsonl", *SMALL, own, "trainer.rounds=1"]
+    words = ["recipe=online_dpo", "model=tiny", "data.train=prompts.jsonl", *SMALL, own, "data.form=gsm8k"]
+    words += ["trainer.rounds=1"]
     words += ["sampling.max_new_tokens=4", "sampling.n=4", "reward.vowels=my_reward.vowels", "run.dir=runs/rounds"]
     assert main(["train", *words, "trainer.prompts_per_round=4", "trainer.epochs=1"]) == 0, capfd.readouterr().err

@@ -230,7 +230,7 @@ def test_check_and_train_refuse_alike(tables, tmp_path, capsys, monkeypatch, wor
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("own", ["data.format=builtins.dict", "data.loader=builtins.iter"])
+@pytest.mark.parametrize("own", ["data.format=builtins.dict", "data.loader=builtins.iter", "data.form=math"])
 def test_columns_that_only_the_users_own_functions_know_are_not_asked_for(tables, capsys, monkeypatch, own):
     monkeypatch.chdir(tables)
     assert main(["check", "recipe=grpo", "model=tiny", "reward=numeric", "data.train=rows.parquet", own]) == 0

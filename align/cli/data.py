@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from align.cli.parse import Call
+from align.cli.parse import Call, refuse_plugs_of_data
 from align.cli.show import show
 
 
@@ -68,6 +68,7 @@ def pairs(call: Call) -> int:
     scored, trees, out, limit = (call.own.get(key, "") for key in ("scored", "trees", "out", "max_per_prompt"))
     if bool(scored) == bool(trees) or not out:
         raise ValueError("give scored=FILE (or trees=FILE) and out=FILE; several files as scored=A.jsonl,B.jsonl")
+    refuse_plugs_of_data(call)
     if trees:
         from align.prepare.search import build_step_pairs
 

@@ -92,7 +92,9 @@ def _setting(name: str) -> str:
 
 def refuse_plugs_of_data(call: Call) -> None:
     """Raises ValueError for what reads data in training and not here, where rows are written as they stand."""
-    given = {word.partition("=")[0] for word in call.settings} & {"data.format", "data.loader"}
+    plugs = ("data.format", "data.loader", "data.form", "data.columns")
+    keys = [word.partition("=")[0] for word in call.settings]
+    given = [key for key in keys if key in plugs or key.startswith("data.columns.")]
     if given:
         raise ValueError(
             f"{min(given)} has no effect in align {call.command.name}: rows are read as they stand; remove it"

@@ -20,12 +20,12 @@ def examine(config: Config, lora: bool) -> dict[str, Part]:
 
 
 def _check_columns(data: DataConfig, parts: Mapping[str, Part]) -> None:
-    """Of rows it reads up to the first one that has them all, usually one. What the user's own functions make of a
-    source, and what is on the hub, is not known here."""
-    if data.format is not None or data.loader is not None:
+    """Of rows it reads up to the first one that has them all, usually one. What a form or the user's own functions make
+    of a source, and what is on the hub, is not known here."""
+    if data.format is not None or data.loader is not None or data.form is not None:
         return
     missing = {column: name for name, part in parts.items() for column in part.columns}
-    seen: set[str] = set()
+    seen: set[str] = set(data.columns or ())
     for source in locate_all(data.train, "data.train"):
         known = columns(source)
         if known is None:

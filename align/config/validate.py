@@ -115,9 +115,10 @@ def _check_data(config: Config) -> None:
 
         gym.check_task(collect.task, collect.task_settings, f"collect.task={collect.task}")
         build.tool(config)
-        if data.format or data.loader:
-            key = "data.format" if data.format else "data.loader"
-            raise ValueError(f"{key} has no effect: collect=... writes its rows itself; remove it")
+        given = {"format": data.format, "loader": data.loader, "form": data.form, "columns": data.columns}
+        for key, value in given.items():
+            if value:
+                raise ValueError(f"data.{key} has no effect: collect=... writes its rows itself; remove it")
     if data.gold is not None:
         build.function(data.gold, "data.gold")
     _check_functions(config)

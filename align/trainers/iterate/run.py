@@ -123,7 +123,7 @@ class Rounds(Task):
             "log.wandb": "off",
         }
         rounds_own = ("collect", "reward", "pairs", "advantage", "composer", "trainer.keep_best", "trainer.stop_after")
-        data_own = ("heldout", "repeat", "gold", "format", "loader")  # the rows are written here
+        data_own = ("heldout", "repeat", "gold", "format", "loader", "columns", "form")  # the rows are written here
         changed |= dict.fromkeys((*rounds_own, *(f"data.{name}" for name in data_own)))
         if number > 1:
             changed["model"] = saved_model(config, self.policies.final(number - 1))
