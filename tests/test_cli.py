@@ -229,7 +229,7 @@ def test_values_of_files_may_begin_with_a_tilde(tmp_path, monkeypatch, capfd):
     "line, wanted, unwanted",
     [
         ("align tr", ["train"], ["check"]),
-        ("align data ", ["check", "pairs", "judgements"], ["train", "recipe="]),
+        ("align data ", ["check", "forms", "pairs", "judgements"], ["train", "recipe="]),
         ("align evaluate ", ["pairs", "overoptimisation", "run.dir="], ["recipe="]),
         ("align train --d", ["--dry-run"], ["--json"]),
         ("align train recipe=dp", ["recipe=dpo", "recipe=dpa"], ["recipe=wpo"]),
@@ -240,6 +240,7 @@ def test_values_of_files_may_begin_with_a_tilde(tmp_path, monkeypatch, capfd):
         ("align check objective.l", ["objective.loss."], ["objective.loss.label_smoothing="]),
         ("align average ", ["out=", "method="], ["recipe=", "seed="]),
         ("align completion ", ["bash", "zsh", "fish"], []),
+        ("align train data.form=s", ["data.form=scored", "data.form=safer"], ["data.form=hh"]),
         ("align data.train=", [], ["data.train="]),
         ("align train data.train=", [], ["data.train="]),  # the shell offers files
         ("align nonsense ", [], ["recipe="]),

@@ -95,6 +95,10 @@ def _values(command: Command, config_dir: Path | None, last: str) -> Iterable[st
     key, equals, _ = last.partition("=")
     if key == "recipe" and equals:
         return [f"recipe={name}" for name in recipes(config_dir)]
+    if key == "data.form" and equals:
+        from align.data.forms import FORMS
+
+        return [f"data.form={name}" for name in FORMS]
     if equals:
         return [f"{key}={option}" for option in options(key, config_dir)] if key in groups() else []
     return [*own, *_shortened(_keys(config_dir), last), "recipe=", *(f"{group}=" for group in groups())]
