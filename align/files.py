@@ -10,7 +10,7 @@ from typing import TextIO
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[TextIO]:
+def atomic_writer(path: Path) -> Iterator[TextIO]:
     """A stream for a text that takes the place of `path` when the block ends well; on the disk before it has its name.
 
     What stood there stays if the block raises, and nothing half-written is left. Raises OSError.
@@ -28,7 +28,7 @@ def whole(path: Path) -> Iterator[TextIO]:
         raise
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """A text at once, as `whole` writes it."""
-    with whole(path) as stream:
+    with atomic_writer(path) as stream:
         stream.write(text)

@@ -23,7 +23,7 @@ from align import checkpoint
 from align.config import Config, differences, leaves, saved_settings
 from align.config.schema import may_change
 from align.engine.world import World, by_lead, together
-from align.files import write_whole
+from align.files import write_atomic
 from align.jsons import Json
 
 _ATTEMPTS = 50
@@ -97,14 +97,14 @@ class RunDirectory:
             for name in _OF_A_START:
                 if not (same and name == "resolved.json"):
                     (self.path / name).unlink(missing_ok=True)
-        write_whole(saved, OmegaConf.to_yaml(config.tree, resolve=False))
-        write_whole(self.path / _HASHES, json.dumps(_hashes(config), indent=1) + "\n")
+        write_atomic(saved, OmegaConf.to_yaml(config.tree, resolve=False))
+        write_atomic(self.path / _HASHES, json.dumps(_hashes(config), indent=1) + "\n")
         return resumed
 
     def write(self, name: str, text: str) -> None:
         """A text file of the run, whole or not at all."""
         if self.world.lead:
-            write_whole(self.path / name, text)
+            write_atomic(self.path / name, text)
 
     def write_json(self, name: str, value: object) -> None:
         """A small JSON file of the run, whole or not at all."""

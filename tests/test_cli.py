@@ -146,7 +146,7 @@ def test_each_command_has_a_page_of_help(command, capfd):
     assert main([*command.name.split(), "--help"]) == 0
     page = capfd.readouterr().out
     assert page.startswith(f"align {command.name}")
-    for word in command.words:
+    for word in command.arguments:
         assert f"\n  {word.key}={word.value}" in page
     for option in command.all_options():
         assert f"\n  {option.name}" in page

@@ -26,7 +26,7 @@ from align.rewards.build import RewardHost, Rewards, components
 from align.rollout.base import Host
 from align.rollout.hf import HFRollout
 from align.rollout.transfer import Scratch
-from align.trainers.drawing import Led
+from align.trainers.generation import LeadRollout
 from tests.killer import shared
 from tests.rewards import test_ensemble as ensembles
 from tests.rewards import test_process as processes
@@ -96,7 +96,7 @@ OTHERS: dict[str, Callable[[Path], Any]] = {
     "server": lambda _: component("remote", url="http://127.0.0.1:1/score"),
     "judge": lambda _: component("judge", url="http://127.0.0.1:1/v1", model="wise"),
     "rollout": hf,
-    "rollout of several": lambda at: Led(hf(at), World()),
+    "rollout of several": lambda at: LeadRollout(hf(at), World()),
     "scratch": lambda at: Scratch(at, 1),
     "tensors": lambda at: TensorWriter(at / "empty", {}),
     "log": lambda at: Log(at, LogConfig(1, True, "off", "align"), {}),

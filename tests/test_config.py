@@ -306,7 +306,7 @@ def test_required_values():
         ("optimizer.lr=inf", "must be greater than 0"),
         ("optimizer.betas=[0.9]", "must be two numbers in [0, 1)"),
         ("optimizer.betas=[0.9,1.0]", "must be two numbers in [0, 1)"),
-        ("optimizer.warmup_fraction=1", "must be at least 0 and below 1"),
+        ("optimizer.warmup_ratio=1", "must be at least 0 and below 1"),
         ("optimizer.schedule=cosin", "did you mean cosine?"),
         ("lora.rank=1.5", "lora.rank=1.5: "),
         ("lora.rank=-1", "must be at least 0"),
@@ -341,9 +341,9 @@ def test_impossible_value(word, text):
 
 
 def test_values_at_the_borders_are_allowed():
-    words = ["seed=2147483647", "optimizer.betas=[0,0.99]", "optimizer.final_fraction=1", "data.max_bad_fraction=0"]
+    words = ["seed=2147483647", "optimizer.betas=[0,0.99]", "optimizer.min_lr_ratio=1", "data.max_bad_fraction=0"]
     settings = compose(words)
-    assert (settings.seed, settings.optimizer.final_fraction, settings.data.max_bad_fraction) == (2147483647, 1.0, 0.0)
+    assert (settings.seed, settings.optimizer.min_lr_ratio, settings.data.max_bad_fraction) == (2147483647, 1.0, 0.0)
     assert settings.optimizer.betas == [0.0, 0.99]
 
 

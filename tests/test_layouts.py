@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from align.models.policy import Policy, enable_recompute, lora, prompt_ends
+from align.models.policy import Policy, enable_activation_checkpointing, lora, prompt_ends
 from align.objectives.losses import Sigmoid
 from align.packing import micro_batches, pack, pack_groups
 from align.types import Example, Row
@@ -72,7 +72,7 @@ def test_layout_equals_one_row_at_a_time_float64(family, layout, recompute, make
     model.zero_grad()
 
     policy = Policy(model, layout)
-    enable_recompute(policy, recompute)
+    enable_activation_checkpointing(policy, recompute)
     policy.train()
     loss = packed_dpo(policy, Policy(reference, layout), pairs, [[0, 1, 2], [3, 4, 5, 6]], layout=layout)
 
@@ -163,7 +163,7 @@ def test_recompute_runs_with_lora(make_pairs):
                 if "lora_B" in name:
                     p.normal_(generator=torch.Generator().manual_seed(7))
         policy = Policy(model, "shared")
-        enable_recompute(policy, mode)
+        enable_activation_checkpointing(policy, mode)
         policy.train()
         policy(pack(pairs, "shared")).logps.sum().backward()
         found[mode] = torch.cat([p.grad.flatten() for n, p in policy.named_parameters() if "lora_" in n])

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from align.models.device import MemoryPlan, memory_plan, pick_precision, pick_recompute
+from align.models.device import MemoryPlan, memory_plan, pick_activation_checkpointing, pick_precision
 from align.models.policy import (
-    Apart,
+    Discrepancy,
     Policy,
     ScoreHead,
     Scorer,
@@ -105,10 +105,10 @@ def test_probe_sees_an_attention_the_packed_path_does_not_know(make_pairs):
 def test_rounding_of_the_own_logits_is_told_apart():
     # 8 bits of a logit of 20 are good to eps * 20 = 0.16, of two of them; the rest is a difference
     gaps, logits = torch.tensor([0.1, 0.2]), torch.tensor([20.0, 2.0])
-    found = Apart.of(gaps, torch.finfo(torch.bfloat16).eps * logits)
+    found = Discrepancy.of(gaps, torch.finfo(torch.bfloat16).eps * logits)
     assert found.largest == pytest.approx(0.2)
     assert found.beyond_rounding == pytest.approx(0.2 - 2 * 2**-7)
-    assert Apart.of(torch.zeros(0), 0.0) == Apart(0.0, 0.0)
+    assert Discrepancy.of(torch.zeros(0), 0.0) == Discrepancy(0.0, 0.0)
 
 
 def test_probe_sees_what_is_no_number(make_pairs):
@@ -167,10 +167,10 @@ def test_weights_hash_is_of_the_base_model_and_of_every_bit():
 
 def test_recompute_is_the_first_that_fits():
     plan = MemoryPlan(states=100, activations={"off": 900, "selective": 500, "full": 200})
-    assert pick_recompute("auto", plan, 2000)[0] == "off"
-    assert pick_recompute("auto", plan, 1000)[0] == "selective"  # 600 <= 800 < 1000
-    assert pick_recompute("auto", plan, 10)[0] == "full"
-    assert pick_recompute("selective", plan, 2000)[0] == "selective"
+    assert pick_activation_checkpointing("auto", plan, 2000)[0] == "off"
+    assert pick_activation_checkpointing("auto", plan, 1000)[0] == "selective"  # 600 <= 800 < 1000
+    assert pick_activation_checkpointing("auto", plan, 10)[0] == "full"
+    assert pick_activation_checkpointing("selective", plan, 2000)[0] == "selective"
 
 
 def test_memory_estimate_orders_the_modes_and_grows_with_tokens():

@@ -101,7 +101,7 @@ def documented():
 ONLINE = {
     "remax": ["recipe=remax"],
     "ppo": [
-        *("recipe=ppo", "objective.kl_coefficient=0.1", "objective/correction=truncate", "trainer.extra_draws=1"),
+        *("recipe=ppo", "objective.kl_coefficient=0.1", "objective/correction=truncate", "trainer.dynamic_sampling=1"),
         *("objective.off_policy_threshold=0.5", "trainer.heldout_n=3"),
     ],
     "copo": ["recipe=grpo", "advantage=copo", "reward.bad._target_=tests.trainers.online_rewards.flaky"],

@@ -64,7 +64,7 @@ def test_paper_recipes_hold_the_papers_batch_and_beta(name):
     """Both papers' released configurations: 128 pairs a step, beta 0.01, a tenth of the steps to warm up."""
     config = compose([f"recipe={name}"])
     assert (config.trainer.batch_size, config.objective.beta) == (128, 0.01)
-    assert (config.optimizer.warmup_fraction, config.lora.rank) == (0.1, 0)
+    assert (config.optimizer.warmup_ratio, config.lora.rank) == (0.1, 0)
     assert config.optimizer.lr == (1e-6 if "llama3" in name else 5e-7)
 
 
@@ -138,5 +138,5 @@ def test_online_paper_recipes_hold_the_scripts_numbers():
     assert (remax.advantage.gamma, remax.advantage.clip, remax.advantage.form) == (0.99, 5.0, "one_step")
     assert (remax.trainer.kl_in_reward, remax.optimizer.lr, remax.optimizer.weight_decay) == (0.05, 1e-6, 0.1)
     assert (remax.sampling.top_p, remax.sampling.temperature, remax.sampling.max_new_tokens) == (0.9, 1.0, 256)
-    assert (grpo.trainer.batch_size, grpo.sampling.n, grpo.trainer.inner_batches) == (64, 8, 2)
+    assert (grpo.trainer.batch_size, grpo.sampling.n, grpo.trainer.num_minibatches) == (64, 8, 2)
     assert (grpo.objective.kl_coefficient, grpo.optimizer.lr, grpo.optimizer.schedule) == (0.001, 1e-6, "constant")

@@ -102,7 +102,7 @@ REFUSED = [
     (["recipe=grpo", "sampling.temperature=0"], "sampling.temperature=0: all completions of a prompt would be the"),
     (["recipe=grpo", "advantage=ppo"], "advantage=ppo needs a value head: set objective.value_coefficient"),
     (["recipe=ppo", "advantage=rloo"], "objective.value_coefficient has no effect: advantage=rloo uses no values"),
-    (["recipe=grpo", "trainer.batch_size=2", "trainer.inner_batches=3"], "trainer.inner_batches=3: the trainer.batch"),
+    (["recipe=grpo", "trainer.batch_size=2", "trainer.num_minibatches=3"], "trainer.num_minibatches=3: the trainer"),
     (["recipe=grpo", "trainer.pass_component=x"], "trainer.pass_component=x: must be one of"),
     (["recipe=grpo", "trainer.kl_in_reward=0", "trainer.kl_target=1"], "trainer.kl_target=1 has no effect with"),
     (["recipe=grpo", "data.gold=align.rewards.functions.everyday_gold", "data=files", "data.train=align:nosuch.jsonl"],

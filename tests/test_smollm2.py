@@ -71,7 +71,7 @@ def test_two_steps_of_wpo_on_real_pairs(tmp_path):
         "trainer.max_steps=2",
         "trainer.num_samples=2",
         "trainer.sample_tokens=16",
-        "optimizer.warmup_fraction=0",
+        "optimizer.warmup_ratio=0",
         "log.tensorboard=false",
     ]
     assert train(compose(words), "test") == 0

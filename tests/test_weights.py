@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from align.cli import main
 from align.engine.loading import fill, shard_plan
 from align.engine.world import World
-from align.models.policy import Apart
+from align.models.policy import Discrepancy
 from align.models.pretrained import Pretrained, from_hub, tiny
 from align.models.weights import WrongWeights
 from align.rewards.network import load
-from align.trainers.selfcheck import own_to
+from align.trainers.selfcheck import describe
 from tests.trainers.test_train import write_pairs
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -270,6 +270,6 @@ def test_a_model_whose_logits_are_not_understood_is_not_trained(directory, tmp_p
 
 
 def test_of_a_large_difference_is_said_what_rounding_leaves():
-    assert own_to(Apart(2e-6, 0.0)) == "log-probs are the model's own to 2.0e-06 nats"
+    assert describe(Discrepancy(2e-6, 0.0)) == "log-probs are the model's own to 2.0e-06 nats"
     told = "log-probs are the model's own to 1.7e-01 nats, 3.0e-02 beyond the rounding of its own logits"
-    assert own_to(Apart(0.17, 0.03)) == told
+    assert describe(Discrepancy(0.17, 0.03)) == told

@@ -110,10 +110,10 @@ def _agree_config(first: Model, other: Model) -> None:
     ):
         if key in differing:
             raise ValueError(f"{first.path} and {other.path} differ in {key} ({one.get(key)}, {two.get(key)}): {cure}")
-    told = "; ".join(f"{key}: {one.get(key)}, {two.get(key)}" for key in differing[:3])
+    listed = "; ".join(f"{key}: {one.get(key)}, {two.get(key)}" for key in differing[:3])
     more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
     raise ValueError(
-        f"config.json of {first.path} and {other.path} differ ({told}{more}); average models of one base and shape"
+        f"config.json of {first.path} and {other.path} differ ({listed}{more}); average models of one base and shape"
     )
 
 

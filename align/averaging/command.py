@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from align.averaging.words import parse
+from align.averaging.arguments import parse
 
 
 def run(words: list[str], say: Callable[[str], None]) -> int:

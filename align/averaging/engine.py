@@ -10,12 +10,12 @@ from pathlib import Path
 
 from align.averaging import output
 from align.averaging.adapters import STEM, Adapters, Merged, classifier_config, dtype_of
+from align.averaging.arguments import Request
 from align.averaging.checks import agree, fresh_reward, lora_only
 from align.averaging.combine import Combine, Inputs, Localized, Stock, Weighted, average_of, by_weights, is_weight
 from align.averaging.files import Model, open_model, read_json
 from align.averaging.methods import block_ratio, metric_weights
 from align.averaging.values import values_beside
-from align.averaging.words import Request
 from align.checkpoint import WriteFailed, atomic_directory, problem
 from align.jsons import Json
 
@@ -40,16 +40,18 @@ def average(request: Request, say: Callable[[str], None]) -> None:
         requests = [
             replace(request, sweep=None, alpha=alpha, out=request.out / f"alpha-{alpha:g}") for alpha in request.sweep
         ]
-    _name_twins(models, say)
+    _note_duplicates(models, say)
     accounts = [output.account(one, models, weights, base) for one in requests]
-    finished = [_finished(_out(one), told) for one, told in zip(requests, accounts, strict=True)]
-    for one, told, done in zip(requests, accounts, finished, strict=True):
+    finished = [_finished(_out(one), record) for one, record in zip(requests, accounts, strict=True)]
+    for one, record, done in zip(requests, accounts, finished, strict=True):
         out = _out(one)
         if done:
             say(f"{out} holds this average already; nothing to do")
             continue
         try:
-            atomic_directory(out, partial(_write, request=one, models=models, base=base, weights=weights, told=told))
+            atomic_directory(
+                out, partial(_write, request=one, models=models, base=base, weights=weights, record=record)
+            )
         except WriteFailed as error:
             raise ValueError(str(error)) from error
         size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
@@ -61,11 +63,11 @@ def _out(request: Request) -> Path:
     return request.out
 
 
-def _name_twins(models: Sequence[Model], say: Callable[[str], None]) -> None:
+def _note_duplicates(models: Sequence[Model], say: Callable[[str], None]) -> None:
     for i, model in enumerate(models):
-        twin = next((m for m in models[:i] if m.sha256() == model.sha256()), None)
-        if twin is not None:
-            say(f"note: {model.path} holds the same weights as {twin.path}")
+        duplicate = next((m for m in models[:i] if m.sha256() == model.sha256()), None)
+        if duplicate is not None:
+            say(f"note: {model.path} holds the same weights as {duplicate.path}")
 
 
 def _open(request: Request) -> tuple[list[Model], Model | None]:
@@ -129,18 +131,18 @@ def _weights(request: Request, models: Sequence[Model], say: Callable[[str], Non
         assert request.penalty is not None
         values = request.values or values_beside(request.models, request.method)
         weights = metric_weights(values, request.penalty, request.method)
-        told = ", ".join(f"{m.path}: {v:g} -> {w:.4f}" for m, v, w in zip(models, values, weights, strict=True))
-        say(f"weights by {request.method}: {told}")
+        listed = ", ".join(f"{m.path}: {v:g} -> {w:.4f}" for m, v, w in zip(models, values, weights, strict=True))
+        say(f"weights by {request.method}: {listed}")
         return weights
     return None
 
 
-def _finished(out: Path, told: Json) -> bool:
+def _finished(out: Path, record: Json) -> bool:
     """Whether `out` is this very average, undamaged. Raises ValueError for anything else that stands there."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     file = out / output.ACCOUNT
-    if file.exists() and output.identity(read_json(file)) == output.identity(json.loads(json.dumps(told))):
+    if file.exists() and output.identity(read_json(file)) == output.identity(json.loads(json.dumps(record))):
         fault = problem(out)
         if not fault:
             return True
@@ -154,7 +156,7 @@ def _write(
     models: Sequence[Model],
     base: Model | None,
     weights: Sequence[float] | None,
-    told: Json,
+    record: Json,
 ) -> None:
     limit = request.max_memory_mib * _MIB
     first = models[0]
@@ -182,8 +184,8 @@ def _write(
         output.copy_beside(first, directory)
     if first.reward is not None:
         output.write_json(directory / "reward_model.json", fresh_reward(first.reward))
-    output.write_json(directory / output.ACCOUNT, told)
-    text = output.card(told, first.adapter and base is None, first.reward is not None)
+    output.write_json(directory / output.ACCOUNT, record)
+    text = output.card(record, first.adapter and base is None, first.reward is not None)
     (directory / "README.md").write_text(text, encoding="utf-8")
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from align import __version__
+from align.averaging.arguments import Request
 from align.averaging.files import INDEX, Model
-from align.averaging.words import Request
 from align.jsons import Json
 from align.tensor_files import raw, written_header
 
@@ -96,34 +96,34 @@ def account(request: Request, models: Sequence[Model], weights: Sequence[float] 
     return out
 
 
-def identity(told: Json) -> Json:
+def identity(record: Json) -> Json:
     """An account without where its inputs lay."""
-    bare = {key: value for key, value in told.items() if key not in ("models", "base", "merged_into")}
-    members = [told.get("base"), told.get("merged_into"), *told.get("models", [])]
+    bare = {key: value for key, value in record.items() if key not in ("models", "base", "merged_into")}
+    members = [record.get("base"), record.get("merged_into"), *record.get("models", [])]
     return bare | {"members": [m and {k: v for k, v in m.items() if k != "directory"} for m in members]}
 
 
-def card(told: Json, adapter: bool, reward: bool) -> str:
+def card(record: Json, adapter: bool, reward: bool) -> str:
     """README.md: what the model is and what it was made from."""
     lines = "\n".join(
         f"| {member['directory']} | {member.get('weight', '')} | {next(iter(member['sha256'].values()))[:16]} |"
-        for member in told["models"]
+        for member in record["models"]
     )
     beside = "".join(
-        f"\n{text}: {told[key]['directory']}\n"
+        f"\n{text}: {record[key]['directory']}\n"
         for key, text in (("base", "Base"), ("merged_into", "Adapters merged into"))
-        if key in told
+        if key in record
     )
-    settings = json.dumps({k: v for k, v in told["settings"].items() if v is not None})
+    settings = json.dumps({k: v for k, v in record["settings"].items() if v is not None})
     kind = "LoRA adapter" if adapter else "reward model" if reward else "model"
     return f"""\
 ---
 library_name: {"peft" if adapter else "transformers"}
 tags: [align, weight-average]
 ---
-# Weight average ({told["method"]})
+# Weight average ({record["method"]})
 
-One {kind} made from the weights of {len(told["models"])} by `align average` {told["align"]}; nothing was trained.
+One {kind} made from the weights of {len(record["models"])} by `align average` {record["align"]}; nothing was trained.
 
 | model | weight | sha256 of its first weight file |
 |---|---|---|

@@ -28,10 +28,14 @@ def _value(path: Path, kind: str) -> float:
         file = next((p for p in (path / "summary.json", path.resolve().parent / "summary.json") if p.exists()), None)
         if file is None:
             raise ValueError(f"{path} has no summary.json beside it; give values=[...], one a model")
-        told = read_json(file)
-        metrics = told.get("metrics")
+        summary = read_json(file)
+        metrics = summary.get("metrics")
         found = (
-            told.get("step") if kind == "steps" else metrics.get("loss/heldout") if isinstance(metrics, dict) else None
+            summary.get("step")
+            if kind == "steps"
+            else metrics.get("loss/heldout")
+            if isinstance(metrics, dict)
+            else None
         )
         if not isinstance(found, (int, float)):
             name = "step" if kind == "steps" else "loss/heldout"

@@ -89,7 +89,7 @@ def _config_dir(words: Sequence[str]) -> Path | None:
 
 def _values(command: Command, config_dir: Path | None, last: str) -> Iterable[str]:
     """Words `key=` and, of the options of a group and the recipes, whole words."""
-    own = [f"{word.key.removesuffix('NAME')}{'' if word.key.endswith('NAME') else '='}" for word in command.words]
+    own = [f"{word.key.removesuffix('NAME')}{'' if word.key.endswith('NAME') else '='}" for word in command.arguments]
     if not command.settings:
         return own
     key, equals, _ = last.partition("=")

@@ -54,9 +54,9 @@ def forms(call: Call) -> int:
         told = [
             {"name": form.name, "line": form.line, "columns": form.columns, "example": form.example} for form in chosen
         ]
-        from align.prepare.report import write_whole
+        from align.prepare.report import write_atomic
 
-        write_whole(
+        write_atomic(
             call.options["--json"], "--json", lambda stream: json.dump(told, stream, ensure_ascii=False, indent=1)
         )
         show(f"written {call.options['--json']}")

@@ -38,8 +38,8 @@ def group(first: str, commands: Sequence[Command]) -> str:
 def page(command: Command) -> str:
     """`align COMMAND --help`"""
     out = [f"align {command.name} {command.usage}".rstrip(), "", f"  {command.text}", ""]
-    if command.words:
-        out += ["Words", *_table([(f"{w.key}={w.value}", w.text) for w in command.words]), ""]
+    if command.arguments:
+        out += ["Words", *_table([(f"{w.key}={w.value}", w.text) for w in command.arguments]), ""]
     if command.settings:
         out += ["Settings", "  key=value and group=option: `align check --keys`, docs/command_line.md", ""]
     if command.all_options():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Word:
+class Argument:
     """A word `key=value` of one command that is no setting of configs/. A value named FILE, DIR or PATH may begin
     with ~."""
 
@@ -39,16 +39,16 @@ class Command:
     usage: str
     text: str
     run: str
-    words: tuple[Word, ...] = ()
+    arguments: tuple[Argument, ...] = ()
     options: tuple[Option, ...] = ()
     examples: tuple[str, ...] = ()
     exits: str = ""
     settings: bool = True  # takes key=value of configs/, and --config-dir
     notes: str = ""
 
-    def takes(self, key: str) -> Word | None:
+    def takes(self, key: str) -> Argument | None:
         """The word of its own with this key; of `thresholds.NAME` the key is what stands before the dot."""
-        return next((w for w in self.words if w.key in (key, f"{key.partition('.')[0]}.NAME")), None)
+        return next((w for w in self.arguments if w.key in (key, f"{key.partition('.')[0]}.NAME")), None)
 
     def all_options(self) -> tuple[Option, ...]:
         return (*self.options, CONFIG_DIR) if self.settings else self.options
@@ -56,7 +56,7 @@ class Command:
 
 _DRY = Option("--dry-run", "", "with launch=slurm: show what would be submitted")
 _JSON = Option("--json", "FILE", "the same as JSON")
-_OUT_ROWS = Word("out", "FILE.jsonl", "where the rows are written")
+_OUT_ROWS = Argument("out", "FILE.jsonl", "where the rows are written")
 _TRAINING = (
     "0 done, 1 failed, 2 wrong settings or data, 85 stopped by SIGTERM or SIGUSR1 with everything saved,\n"
     "  130 stopped by SIGINT with everything saved: the same command goes on"
@@ -96,18 +96,18 @@ COMMANDS: tuple[Command, ...] = (
         "recipe=NAME composers=A,B points=N out=DIR [seeds=S] [key=value ...]",
         "runs over weights of several composers, and their Pareto fronts",
         "align.cli.runs:front",
-        words=(
-            Word("composers", "A,B", "options of composer, or NAME:OPTION"),
-            Word("composers.NAME", "...", "composers.NAME.key=value: a setting of one of them alone"),
-            Word("points", "N", "weights spread evenly"),
-            Word("weights", "[..],[..]", "or weights by hand"),
-            Word("thresholds.NAME", "A,B", "thresholds of a component instead of weights"),
-            Word("seeds", "N", "runs of each point; 1"),
-            Word("out", "DIR", "where the runs and the report are written"),
-            Word("report_only", "true", "train nothing, report what is there"),
-            Word("reference_point.NAME", "X", "the corner from which hypervolume is measured"),
-            Word("spans.NAME", "X", "what counts as 1 of a component"),
-            Word("minimise", "NAME,..", "components of which less is better"),
+        arguments=(
+            Argument("composers", "A,B", "options of composer, or NAME:OPTION"),
+            Argument("composers.NAME", "...", "composers.NAME.key=value: a setting of one of them alone"),
+            Argument("points", "N", "weights spread evenly"),
+            Argument("weights", "[..],[..]", "or weights by hand"),
+            Argument("thresholds.NAME", "A,B", "thresholds of a component instead of weights"),
+            Argument("seeds", "N", "runs of each point; 1"),
+            Argument("out", "DIR", "where the runs and the report are written"),
+            Argument("report_only", "true", "train nothing, report what is there"),
+            Argument("reference_point.NAME", "X", "the corner from which hypervolume is measured"),
+            Argument("spans.NAME", "X", "what counts as 1 of a component"),
+            Argument("minimise", "NAME,..", "components of which less is better"),
         ),
         options=(_DRY,),
         examples=(
@@ -167,11 +167,11 @@ COMMANDS: tuple[Command, ...] = (
         "scored=FILE out=FILE pairs=RULE [max_per_prompt=N] [seed=N]",
         "preference pairs from scored samples, or from the steps of search trees",
         "align.cli.data:pairs",
-        words=(
-            Word("scored", "FILE,..", "scored samples: docs/pairs.md"),
-            Word("trees", "FILE,..", "instead: search trees, of whose steps pairs are made"),
-            Word("out", "FILE.jsonl", "where the pairs are written"),
-            Word("max_per_prompt", "N", "at most so many pairs of one prompt"),
+        arguments=(
+            Argument("scored", "FILE,..", "scored samples: docs/pairs.md"),
+            Argument("trees", "FILE,..", "instead: search trees, of whose steps pairs are made"),
+            Argument("out", "FILE.jsonl", "where the pairs are written"),
+            Argument("max_per_prompt", "N", "at most so many pairs of one prompt"),
         ),
         examples=(
             "align data pairs scored=samples.jsonl out=pairs.jsonl pairs=max_min",
@@ -183,14 +183,14 @@ COMMANDS: tuple[Command, ...] = (
         "pairs=FILE|samples=FILE out=PATH",
         "prompts for a judge, and what it learns from its samples",
         "align.cli.data:judgements",
-        words=(
-            Word("pairs", "FILE,..", "pairs of which prompts are made"),
-            Word("samples", "FILE,..", "or a judge's answers to them"),
-            Word("out", "PATH", "a file of prompts, or a directory for what is learnt"),
-            Word("template", "FILE", "of the prompts"),
-            Word("pattern", "REGEX", "by which a verdict is read"),
-            Word("max_per_prompt", "N", "judgements of one pair; 1"),
-            Word("seed", "N", "of their choice; 0"),
+        arguments=(
+            Argument("pairs", "FILE,..", "pairs of which prompts are made"),
+            Argument("samples", "FILE,..", "or a judge's answers to them"),
+            Argument("out", "PATH", "a file of prompts, or a directory for what is learnt"),
+            Argument("template", "FILE", "of the prompts"),
+            Argument("pattern", "REGEX", "by which a verdict is read"),
+            Argument("max_per_prompt", "N", "judgements of one pair; 1"),
+            Argument("seed", "N", "of their choice; 0"),
         ),
         settings=False,
         examples=(
@@ -203,10 +203,10 @@ COMMANDS: tuple[Command, ...] = (
         "model=PATH data.train=PROMPTS out=FILE.jsonl [n=N] [greedy=true] [reward=...] [rollout=vllm]",
         "a model's completions, one a line, with rewards if some are named",
         "align.cli.models:generate",
-        words=(
+        arguments=(
             _OUT_ROWS,
-            Word("n", "N", "completions of each prompt: sampling.n"),
-            Word("greedy", "true", "n=1 and sampling.temperature=0"),
+            Argument("n", "N", "completions of each prompt: sampling.n"),
+            Argument("greedy", "true", "n=1 and sampling.temperature=0"),
         ),
         examples=(
             "align generate model=runs/mine/final data.train=prompts.jsonl out=samples.jsonl n=4",
@@ -218,26 +218,26 @@ COMMANDS: tuple[Command, ...] = (
         "MODEL_DIR... out=DIR [method=NAME] [key=value ...]",
         "one model from the weights of several",
         "align.cli.models:average",
-        words=(
-            Word("out", "DIR", "where the average is written"),
-            Word("method", "NAME", "as below; uniform"),
-            Word("weights", "[A,B]", ""),
-            Word("penalty", "P", ""),
-            Word("values", "[A,B]", ""),
-            Word("base", "DIR", ""),
-            Word("alpha", "A", ""),
-            Word("sweep", "[A,B]", ""),
-            Word("blocks", "[A,B]", ""),
-            Word("alphas", "[A,B]", ""),
-            Word("other", "A", ""),
-            Word("density", "D", ""),
-            Word("filter_wise", "true", ""),
-            Word("clamp", "false", ""),
-            Word("extrapolate", "true", ""),
-            Word("merge", "DIR", "LoRA adapters: into this base, not as an adapter"),
-            Word("dtype", "NAME", "float32, bfloat16, float16 or float64; that of the first model"),
-            Word("shard_gib", "N", "largest weight file; 5"),
-            Word("max_memory_mib", "N", "for tensors; 256"),
+        arguments=(
+            Argument("out", "DIR", "where the average is written"),
+            Argument("method", "NAME", "as below; uniform"),
+            Argument("weights", "[A,B]", ""),
+            Argument("penalty", "P", ""),
+            Argument("values", "[A,B]", ""),
+            Argument("base", "DIR", ""),
+            Argument("alpha", "A", ""),
+            Argument("sweep", "[A,B]", ""),
+            Argument("blocks", "[A,B]", ""),
+            Argument("alphas", "[A,B]", ""),
+            Argument("other", "A", ""),
+            Argument("density", "D", ""),
+            Argument("filter_wise", "true", ""),
+            Argument("clamp", "false", ""),
+            Argument("extrapolate", "true", ""),
+            Argument("merge", "DIR", "LoRA adapters: into this base, not as an adapter"),
+            Argument("dtype", "NAME", "float32, bfloat16, float16 or float64; that of the first model"),
+            Argument("shard_gib", "N", "largest weight file; 5"),
+            Argument("max_memory_mib", "N", "for tensors; 256"),
         ),
         options=(Option("--check", "", "only compare the models"),),
         settings=False,
@@ -252,7 +252,7 @@ COMMANDS: tuple[Command, ...] = (
         "model=DIR data.train=FILE out=FILE.jsonl",
         "the rows of a file with a reward model's scores added",
         "align.cli.models:score",
-        words=(_OUT_ROWS,),
+        arguments=(_OUT_ROWS,),
         examples=("align score model=runs/reward/final data.train=samples.jsonl out=scored.jsonl",),
     ),
     Command(
@@ -260,7 +260,7 @@ COMMANDS: tuple[Command, ...] = (
         "run.dir=DIR [data.train=FILE ...] [--json OUT.json]",
         "how a finished run ranks pairs; of a reward model: align evaluate pairs",
         "align.cli.evaluation:run",
-        words=(Word("run.dir", "DIR", "the run"), Word("data.train", "FILE", "other pairs than its own")),
+        arguments=(Argument("run.dir", "DIR", "the run"), Argument("data.train", "FILE", "other pairs than its own")),
         options=(_JSON,),
         settings=False,
         examples=("align evaluate run.dir=runs/mine", "align evaluate run.dir=runs/mine data.train=other.jsonl"),
@@ -270,7 +270,7 @@ COMMANDS: tuple[Command, ...] = (
         "[model=DIR] data.train=FILE out=DIR",
         "accuracy, calibration and biases of a reward model on pairs",
         "align.cli.evaluation:pairs",
-        words=(Word("out", "DIR", "where the report is written"),),
+        arguments=(Argument("out", "DIR", "where the report is written"),),
         examples=(
             "align evaluate pairs model=runs/reward/final data.train=pairs.jsonl out=report",
             "align evaluate pairs data.train=scored.jsonl out=report",
@@ -281,7 +281,7 @@ COMMANDS: tuple[Command, ...] = (
         "data.train=FILE out=DIR",
         "best-of-n curves of gold against proxies",
         "align.cli.evaluation:overoptimisation",
-        words=(Word("out", "DIR", "where the report is written"),),
+        arguments=(Argument("out", "DIR", "where the report is written"),),
         examples=("align evaluate overoptimisation data.train=scored.jsonl out=report",),
     ),
     Command(
@@ -289,9 +289,9 @@ COMMANDS: tuple[Command, ...] = (
         "[run.dir=DIR] [free_gib=N] [--json OUT.json]",
         "what of this machine and environment would stop a run",
         "align.cli.machine:doctor",
-        words=(
-            Word("run.dir", "DIR", "where runs are written; runs"),
-            Word("free_gib", "N", "the least room wanted there; 6"),
+        arguments=(
+            Argument("run.dir", "DIR", "where runs are written; runs"),
+            Argument("free_gib", "N", "the least room wanted there; 6"),
         ),
         options=(_JSON,),
         settings=False,
@@ -303,9 +303,9 @@ COMMANDS: tuple[Command, ...] = (
         "[dir=DIR] [seconds=N]",
         "on each node of a job, by srun: can they run together?",
         "align.cli.machine:launch_check",
-        words=(
-            Word("dir", "DIR", "a directory that all nodes share; ."),
-            Word("seconds", "N", "how long they may take, 10 to 3600; 60"),
+        arguments=(
+            Argument("dir", "DIR", "a directory that all nodes share; ."),
+            Argument("seconds", "N", "how long they may take, 10 to 3600; 60"),
         ),
         settings=False,
         examples=("srun align launch check dir=runs",),

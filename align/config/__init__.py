@@ -3,6 +3,7 @@
 from align.config.compose import compose, compose_run, derived, differences, saved_model
 from align.config.explain import keys_with_help, leaves
 from align.config.moved import saved_settings
+from align.config.overrides import alternatives, quoted
 from align.config.schema import (
     CollectConfig,
     Config,
@@ -24,7 +25,6 @@ from align.config.schema import (
     TrainerConfig,
     WarmConfig,
 )
-from align.config.words import alternatives, quoted
 from align.vocabulary import cache_root, options, recipes, shipped_root
 
 __all__ = [

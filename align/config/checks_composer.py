@@ -25,10 +25,10 @@ def check(config: Config, advantage: Advantage) -> None:
                 f"reward.{component}.weight={weight:g} has no effect with composer={name}, which has weights of its "
                 f"own; use 1, or 0 to measure {component} only"
             )
-    if t.extra_draws > 0 and "kl_stream" in composer.needs:
+    if t.dynamic_sampling > 0 and "kl_stream" in composer.needs:
         raise ValueError(
-            f"trainer.extra_draws={t.extra_draws}: with composer={name} every prompt teaches the KL, none is replaced; "
-            "use 0"
+            f"trainer.dynamic_sampling={t.dynamic_sampling}: with composer={name} every prompt teaches the KL, none "
+            "is replaced; use 0"
         )
     if t.kl_target is not None and "kl_stream" in composer.needs and composer.whiten:
         raise ValueError(

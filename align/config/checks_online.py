@@ -56,15 +56,15 @@ def _check_draws(config: Config, advantage: Advantage) -> None:
             f"sampling.n=1: advantage={config.choices['advantage']} compares the completions of a prompt and would "
             "have no baseline; use sampling.n=2 or more, or advantage=remax"
         )
-    if n == 1 and t.extra_draws > 0 and "greedy" not in advantage.needs:
+    if n == 1 and t.dynamic_sampling > 0 and "greedy" not in advantage.needs:
         raise ValueError(
-            f"trainer.extra_draws={t.extra_draws}: all completions of a prompt are the same one with sampling.n=1; "
-            "use sampling.n=2 or more"
+            f"trainer.dynamic_sampling={t.dynamic_sampling}: all completions of a prompt are the same one with "
+            "sampling.n=1; use sampling.n=2 or more"
         )
-    if t.inner_batches > t.batch_size:
+    if t.num_minibatches > t.batch_size:
         raise ValueError(
-            f"trainer.inner_batches={t.inner_batches}: the trainer.batch_size={t.batch_size} prompts of a step cannot "
-            "be divided among so many; use at most as many"
+            f"trainer.num_minibatches={t.num_minibatches}: the trainer.batch_size={t.batch_size} prompts of a step "
+            "cannot be divided among so many; use at most as many"
         )
     if t.pass_component not in (None, *names):
         raise ValueError(f"trainer.pass_component={t.pass_component}: must be one of {', '.join(names)}")

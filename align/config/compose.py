@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from align.config.explain import explain, leaves, nearest, one_line, written
 from align.config.moved import refuse_moved, saved_settings
+from align.config.overrides import read
 from align.config.plugs import absent, own_optimizer, plugged, put_in
 from align.config.schema import (
     EVALUATION,
@@ -37,7 +38,6 @@ from align.config.schema import (
 )
 from align.config.shipped import shipped
 from align.config.values import check_values
-from align.config.words import read
 from align.jsons import Fields, Json
 from align.vocabulary import groups as all_groups
 from align.vocabulary import recipes, shipped_root

@@ -65,8 +65,8 @@ class OptimizerConfig:
     weight_decay: Annotated[float, at_least(0)]
     max_grad_norm: Annotated[float | None, above(0)]
     schedule: Annotated[str, one_of("cosine", "linear", "constant")]
-    warmup_fraction: Annotated[float, at_least(0, below=1)]
-    final_fraction: Annotated[float, at_least(0, at_most=1)]
+    warmup_ratio: Annotated[float, at_least(0, below=1)]
+    min_lr_ratio: Annotated[float, at_least(0, at_most=1)]
 
 
 @dataclass(frozen=True)
@@ -132,13 +132,13 @@ class TrainerConfig:
     batch_size: Annotated[int, at_least(1)]
     micro_batch_tokens: Annotated[int, at_least(2)]
     layout: Annotated[str, one_of("auto", "shared", "packed", "padded")]
-    recompute: Annotated[str, one_of("auto", "off", "selective", "full")]
+    activation_checkpointing: Annotated[str, one_of("auto", "off", "selective", "full")]
     precision: Annotated[str, one_of("auto", "float32", "bfloat16")]
     eval_every: Annotated[int, at_least(0)]
     save_every: Annotated[int, at_least(1), resumable]
     keep_checkpoints: Annotated[int, at_least(1), resumable]
     keep_best: str | None
-    stop_after: Annotated[int | None, at_least(1)]
+    early_stopping_patience: Annotated[int | None, at_least(1)]
     export_every: Annotated[int | None, at_least(1), resumable]
     export_at: Annotated[list[int] | None, resumable]
     ema: Annotated[float | None, between(0, 1)]
@@ -150,19 +150,19 @@ class TrainerConfig:
 class OnlineConfig(TrainerConfig):
     """configs/trainer/online.yaml"""
 
-    inner_epochs: Annotated[int, at_least(1)]
-    inner_batches: Annotated[int, at_least(1)]
+    ppo_epochs: Annotated[int, at_least(1)]
+    num_minibatches: Annotated[int, at_least(1)]
     old_logps: Annotated[str, one_of("auto", "trainer", "engine")]
     kl_in_reward: Annotated[float, at_least(0)]
     kl_target: Annotated[float | None, above(0)]
     truncated: Annotated[str, one_of("keep", "mask")]
-    extra_draws: Annotated[int, at_least(0)]
+    dynamic_sampling: Annotated[int, at_least(0)]
     max_missing_fraction: Annotated[float, at_least(0, at_most=1)]
     value_lr_scale: Annotated[float, above(0)]
     heldout_n: Annotated[int, at_least(0)]
     pass_component: str | None
     samples_every: Annotated[int, at_least(0)]
-    engine_tolerance: Annotated[float | None, above(0)]
+    rollout_logp_tolerance: Annotated[float | None, above(0)]
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ class SlurmConfig(LaunchConfig):
     nodes: Annotated[int, at_least(1)]
     server_nodes: Annotated[int, at_least(0)]
     server_port: Annotated[int, at_least(1024, at_most=65535)]
-    server_words: list[str]
+    server_args: list[str]
     gpus: Annotated[int, at_least(0)]
     cpus: Annotated[int, at_least(1)]
     time: str

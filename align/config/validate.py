@@ -185,9 +185,10 @@ def _check_launch(config: Config) -> None:
 def _check_observers(config: Config) -> None:
     """Raises ValueError for a best model that nothing tells, and callbacks that cannot be made."""
     t = config.trainer
-    if t.stop_after is not None and t.keep_best is None:
+    if t.early_stopping_patience is not None and t.keep_best is None:
         raise ValueError(
-            f"trainer.stop_after={t.stop_after} has no effect without trainer.keep_best; use keep_best=loss/heldout"
+            f"trainer.early_stopping_patience={t.early_stopping_patience} has no effect without "
+            "trainer.keep_best; use keep_best=loss/heldout"
         )
     if t.keep_best is not None:
         heldout = config.data.heldout is not None or config.data.heldout_fraction > 0

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from align.data.scored import Sample, Scored, file_and_origin, read_scored
-from align.files import whole
+from align.files import atomic_writer
 from align.jsons import Json
 
 Pick = tuple[int, int]  # chosen, rejected: places among the samples of a prompt
@@ -292,7 +292,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write a text file whole or not at all. Raises ValueError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as stream:
+        with atomic_writer(path) as stream:
             stream.writelines(f"{line}\n" for line in lines)
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror}); give another place") from error

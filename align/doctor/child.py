@@ -67,9 +67,9 @@ def vllm() -> None:
     say(version=module.__version__)
 
 
-def say(**told: object) -> None:
+def say(**fields: object) -> None:
     """A line to the parent."""
-    sys.stdout.write(json.dumps(told) + "\n")
+    sys.stdout.write(json.dumps(fields) + "\n")
     sys.stdout.flush()
 
 

@@ -24,7 +24,7 @@ from align.doctor.storage import (
     check_temporary,
 )
 from align.doctor.versions import check_versions, check_vllm_version, installed_vllm
-from align.files import write_whole
+from align.files import write_atomic
 
 # Two checkpoints of SmolLM2-135M with its optimiser, the one being written, and final/; larger models need more.
 _FREE_GIB = 6.0
@@ -58,9 +58,14 @@ def run(words: list[str], json_file: str | None, say: Callable[[str], None]) -> 
     counts = {level: sum(finding.level == level for finding in findings) for level in ("blocker", "note")}
     say(f"blockers: {counts['blocker']}, notes: {counts['note']}, {seconds:.0f} s")
     if json_file is not None:
-        told = {"align": __version__, "exit_code": code, "seconds": seconds, "findings": [asdict(f) for f in findings]}
+        result = {
+            "align": __version__,
+            "exit_code": code,
+            "seconds": seconds,
+            "findings": [asdict(f) for f in findings],
+        }
         try:
-            write_whole(Path(json_file), json.dumps(told, indent=1) + "\n")
+            write_atomic(Path(json_file), json.dumps(result, indent=1) + "\n")
         except OSError as error:
             raise ValueError(f"--json {json_file}: cannot be written ({error.strerror}); give another") from error
         say(f"written {json_file}")

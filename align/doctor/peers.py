@@ -40,7 +40,7 @@ class Outcome:
     said: list[Json]
     error: str
 
-    def told(self, key: str) -> Any:
+    def reported(self, key: str) -> Any:
         """The value of a key in the last line that has it, or None."""
         return next((line[key] for line in reversed(self.said) if key in line), None)
 
@@ -51,7 +51,7 @@ def check_processes(seconds: float, ranks: Sequence[int] = (0, 1)) -> list[Findi
     end = time.monotonic() + seconds
     interface = os.environ.get("GLOO_SOCKET_IFNAME") or ("lo" if sys.platform == "linux" else "")
     outcomes = ping("gloo", 2, seconds, ranks, {"GLOO_SOCKET_IFNAME": interface} if interface else {})
-    seen = outcomes[0].told("devices") if outcomes else None
+    seen = outcomes[0].reported("devices") if outcomes else None
     found = device_findings(seen)
     found.append(ping_finding("gloo", 2, outcomes, seconds, interface))
     count = min(len(seen["gpus"]), _MAX_GPUS) if seen else 0
@@ -66,7 +66,7 @@ def check_processes(seconds: float, ranks: Sequence[int] = (0, 1)) -> list[Findi
 def check_vllm(seconds: float) -> Finding:
     """Whether vLLM can be imported, for which its version says nothing."""
     (outcome,) = together([["vllm", f"{seconds:g}"]], seconds, {})
-    version = outcome.told("version")
+    version = outcome.reported("version")
     if version is not None:
         return Finding("vLLM", "ok", f"{version} can be imported")
     if outcome.code is None:
@@ -122,10 +122,10 @@ def ping(backend: str, size: int, seconds: float, ranks: Sequence[int], environm
 def ping_finding(backend: str, size: int, outcomes: list[Outcome], seconds: float, interface: str) -> Finding:
     """What the outcomes of a ping say; every process must have got 1 + 2 + ... + size."""
     over = f" over {interface}" if interface else ""
-    totals = [outcome.told("total") for outcome in outcomes]
+    totals = [outcome.reported("total") for outcome in outcomes]
     expected = size * (size + 1) / 2
     if len(outcomes) == size and all(total == expected for total in totals):
-        slowest = max(outcome.told("milliseconds") for outcome in outcomes)
+        slowest = max(outcome.reported("milliseconds") for outcome in outcomes)
         return Finding(backend, "ok", f"{size} processes{over} add up to {expected:g}, in {slowest:.2g} ms")
     cure = "GLOO_SOCKET_IFNAME=NAME of an interface that `ip addr` shows as up"
     if backend == "nccl":
@@ -134,12 +134,12 @@ def ping_finding(backend: str, size: int, outcomes: list[Outcome], seconds: floa
     if failed is not None:
         if "No module named 'torch'" in failed.error:  # the versions' line says what to install
             return Finding(backend, "note", "not checked: torch is not installed")
-        if failed.told("imported") is None:
+        if failed.reported("imported") is None:
             return Finding(backend, "blocker", f"torch cannot be imported: {failed.error}", "install torch again")
         return Finding(backend, "blocker", f"{size} processes{over}: {failed.error}", cure)
     if any(total not in (None, expected) for total in totals):
         return Finding(backend, "blocker", f"{size} processes{over} add up to {totals}, not {expected:g}", cure)
-    late = sum(outcome.told("imported") is None for outcome in outcomes)
+    late = sum(outcome.reported("imported") is None for outcome in outcomes)
     if late:
         text = f"{late} of {size} processes had not imported torch after {seconds:.0f} s"
         return Finding(backend, "blocker", text, "the machine is very busy or its disk slow: try once more")
@@ -189,8 +189,8 @@ def _lines(text: str) -> list[Json]:
     found = []
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
-            if isinstance(told := json.loads(line), dict):
-                found.append(told)
+            if isinstance(reported := json.loads(line), dict):
+                found.append(reported)
     return found
 
 

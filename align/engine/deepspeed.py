@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from align.config import EngineConfig, OptimizerConfig
 from align.engine.base import parameter_groups
-from align.engine.measuring import Gradients, WholeGradients, moving
+from align.engine.measuring import Gradients, UnshardedGradients, moving
 from align.engine.shards import Shards, linked
 from align.engine.world import World, peer_lost
 from align.jsons import Json
@@ -155,7 +155,7 @@ class DeepSpeedEngine:
         if self.stage == 3:
             assert count == 1, "stage 3 gathers one gradient at a time"
             return _ShardGradients(self, names)
-        return _WholeGradients({name: self.parameters[name] for name in names}, count, self.world)
+        return _UnshardedGradients({name: self.parameters[name] for name in names}, count, self.world)
 
     @contextlib.contextmanager
     def moving(self, along: Mapping[str, Tensor]) -> Iterator[Callable[[float], None]]:
@@ -238,7 +238,7 @@ class DeepSpeedEngine:
         self._shards.read(directory)
 
 
-class _WholeGradients(WholeGradients):
+class _UnshardedGradients(UnshardedGradients):
     """See Gradients."""
 
     def total(self) -> list[dict[str, Tensor]]:

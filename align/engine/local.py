@@ -21,7 +21,7 @@ from align.models.policy import Network
 from align.types import PackedBatch, Stats
 
 if TYPE_CHECKING:
-    from align.engine.measuring import WholeGradients
+    from align.engine.measuring import UnshardedGradients
 
 
 class LocalEngine:
@@ -80,11 +80,11 @@ class LocalEngine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def gradients(self, names: Sequence[str], count: int) -> WholeGradients:
+    def gradients(self, names: Sequence[str], count: int) -> UnshardedGradients:
         """See MeasuringEngine."""
-        from align.engine.measuring import WholeGradients
+        from align.engine.measuring import UnshardedGradients
 
-        return WholeGradients({name: self.parameters[name] for name in names}, count, self.world)
+        return UnshardedGradients({name: self.parameters[name] for name in names}, count, self.world)
 
     def moving(self, along: Mapping[str, Tensor]) -> AbstractContextManager[Callable[[float], None]]:
         """See MeasuringEngine."""
@@ -138,15 +138,15 @@ class LocalEngine:
 
 
 def learning_rate(config: OptimizerConfig, step: int, schedule_steps: int) -> float:
-    """Rate of optimiser step 1, 2, ...: linear warm-up, then constant, linear or cosine to final_fraction.
+    """Rate of optimiser step 1, 2, ...: linear warm-up, then constant, linear or cosine to min_lr_ratio.
 
-    The last step of the schedule has lr * final_fraction, and so have steps beyond it.
+    The last step of the schedule has lr * min_lr_ratio, and so have steps beyond it.
     """
-    warmup = min(round(config.warmup_fraction * schedule_steps), schedule_steps - 1)
+    warmup = min(round(config.warmup_ratio * schedule_steps), schedule_steps - 1)
     if step <= warmup:
         return config.lr * step / warmup
     if config.schedule == "constant":
         return config.lr
     done = min(1.0, (step - warmup) / max(1, schedule_steps - warmup))
     shape = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return config.lr * (config.final_fraction + (1 - config.final_fraction) * shape)
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)

@@ -50,7 +50,7 @@ class MeasuringEngine(Engine, Protocol):
         ...
 
 
-class WholeGradients:
+class UnshardedGradients:
     """See Gradients: by weights that every process holds whole."""
 
     def __init__(self, weights: Mapping[str, nn.Parameter], count: int, world: World):

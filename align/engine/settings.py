@@ -36,7 +36,7 @@ _FREE_ZERO = (
 )
 # DeepSpeed's name -> the setting that says it here
 _OURS = {
-    "activation_checkpointing": "trainer.recompute",
+    "activation_checkpointing": "trainer.activation_checkpointing",
     "amp": "trainer.precision",
     "bf16": "trainer.precision",
     "checkpoint": "trainer.save_every",

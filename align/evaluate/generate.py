@@ -298,12 +298,12 @@ class Summary:
             if missing == len(values):
                 out.append(f"{name}: every one is missing")
                 continue
-            told = f"{name}: mean {mean_reward_interval(groups)}"
+            line = f"{name}: mean {mean_reward_interval(groups)}"
             if set(values) <= {0, 1}:
                 right = [[value == 1 for value in group] for group in groups]
                 most = min(map(len, groups))
-                told += "".join(f", pass@{k} {pass_at_k_interval(right, k)}" for k in dict.fromkeys((1, most)))
-            out.append(told + (f", {missing} of {len(values)} missing" if missing else ""))
+                line += "".join(f", pass@{k} {pass_at_k_interval(right, k)}" for k in dict.fromkeys((1, most)))
+            out.append(line + (f", {missing} of {len(values)} missing" if missing else ""))
         return out
 
 

@@ -23,7 +23,7 @@ from align.data.sources import BadRow, locate_all, read
 from align.evaluate.best_of_n import best_of_n, kl_bound, powers_of_two
 from align.evaluate.passk import bootstrap
 from align.evaluate.samples import Interval
-from align.files import write_whole
+from align.files import write_atomic
 from align.jsons import Fields, Json
 
 if TYPE_CHECKING:
@@ -342,7 +342,7 @@ def write(data: Fields, out: str | Path, title: str = "Best-of-n") -> tuple[Path
     try:
         # without the version of matplotlib in it: the same data give the same file
         figure.savefig(scratch, format="png", dpi=150, metadata={"Software": None})
-        write_whole(text, json.dumps(data, indent=1, allow_nan=False) + "\n")
+        write_atomic(text, json.dumps(data, indent=1, allow_nan=False) + "\n")
         os.replace(scratch, picture)
     finally:
         scratch.unlink(missing_ok=True)

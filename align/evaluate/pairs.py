@@ -367,12 +367,12 @@ def lines(results: Fields) -> list[str]:
     out += [f"coefficient of the score with style held equal {_plain(coefficient)}"] if coefficient else []
     for group in ("model", "probes"):
         for name, value in results.get("format_bias", {}).get(group, {}).items():
-            told = (
+            line = (
                 f"{'probe ' if group == 'probes' else ''}{name} wins {_percent(value['win_rate'])} of {value['count']}"
             )
             if value["ties"]:
-                told += f", {value['ties']} ties as half: {_percent(value['win_rate_ties_half'])}"
-            out.append(told + (f", labels {_percent(value['chosen_rate'])}" if "chosen_rate" in value else ""))
+                line += f", {value['ties']} ties as half: {_percent(value['win_rate_ties_half'])}"
+            out.append(line + (f", labels {_percent(value['chosen_rate'])}" if "chosen_rate" in value else ""))
     return out
 
 

@@ -14,7 +14,7 @@ from align.config import Config
 from align.data.formats import Dialogue, Record, parse
 from align.data.sources import BadRow, locate_all, read
 from align.evaluate import pairs, reward_bench
-from align.files import whole
+from align.files import atomic_writer
 from align.jsons import Json
 from align.models.device import pick_device
 from align.rewards.network import RewardNetwork, load
@@ -37,7 +37,7 @@ def score(config: Config, out: Path, say: Callable[[str], None]) -> int:
     done = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with whole(out) as stream:
+        with atomic_writer(out) as stream:
             for line in work.lines():
                 stream.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
                 done += 1

@@ -56,14 +56,14 @@ class _Failure:
     when: float
 
 
-class Held:
+class DeferredSignals:
     """Remembers signals while inside, so that none is lost before there is someone to tell."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> Held:
+    def __enter__(self) -> DeferredSignals:
         for number in CODES:
             self._before[number] = signal.signal(number, self._handle)
         return self
@@ -81,7 +81,7 @@ def launch(
     number: int,
     where: Place,
     threads: int | None,
-    held: Held,
+    held: DeferredSignals,
     say: Callable[[str], None],
     module: str = "align.launch.worker",
 ) -> int:
@@ -107,10 +107,10 @@ def launch(
 class _Group:
     """Processes that live and die together."""
 
-    def __init__(self, stack: contextlib.ExitStack, held: Held, say: Callable[[str], None], where: Place):
+    def __init__(self, stack: contextlib.ExitStack, held: DeferredSignals, say: Callable[[str], None], where: Place):
         self.stack, self.held, self.say, self.where = stack, held, say, where
         self.members: list[_Process] = []
-        self.told = 0  # of the signals received, those that were handed on
+        self.forwarded = 0  # of the signals received, those that were handed on
 
     def start(self, command: Sequence[str], environment: Mapping[str, str], rank: int, failure: Path) -> None:
         output = None
@@ -155,8 +155,8 @@ class _Group:
 
     def _hand_on(self, running: Sequence[_Process]) -> None:
         """Tell each process that has a handler; the others when they have one, since they would die or not hear it."""
-        new = self.held.received[self.told :]
-        self.told += len(new)
+        new = self.held.received[self.forwarded :]
+        self.forwarded += len(new)
         for member in running:
             member.pending += new
             if member.pending and _catches(member.process.pid, member.pending[0]):
@@ -208,7 +208,7 @@ def _account(first: _Failure, number: int) -> list[str]:
 def _failure(member: _Process) -> _Failure:
     assert member.code is not None
     try:
-        told = json.loads(member.failure.read_text())
+        failure_report = json.loads(member.failure.read_text())
     except (OSError, ValueError):  # killed, or it has told by itself what is wrong
         text = ""
         if member.output is not None:
@@ -216,8 +216,8 @@ def _failure(member: _Process) -> _Failure:
             text = member.output.read().decode(errors="replace").strip()
         return _Failure(member.rank, member.code, text, _consequence(text), member.ended)
     # what a library says of a lost connection is no PeerLost
-    consequence = told["elsewhere"] or _consequence(told["traceback"].strip().rpartition("\n")[2])
-    return _Failure(member.rank, member.code, told["traceback"].strip(), consequence, told["time"])
+    consequence = failure_report["elsewhere"] or _consequence(failure_report["traceback"].strip().rpartition("\n")[2])
+    return _Failure(member.rank, member.code, failure_report["traceback"].strip(), consequence, failure_report["time"])
 
 
 def _consequence(text: str) -> bool:

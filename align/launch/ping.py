@@ -59,9 +59,9 @@ def reach(address: str, port: int, end: float) -> None:
         time.sleep(0.2)
 
 
-def say(**told: object) -> None:
+def say(**fields: object) -> None:
     """A line to the parent."""
-    sys.stdout.write(json.dumps(told) + "\n")
+    sys.stdout.write(json.dumps(fields) + "\n")
     sys.stdout.flush()
 
 

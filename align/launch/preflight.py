@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from align.files import write_whole
+from align.files import write_atomic
 from align.jsons import Json
 
 _PACKAGES = ("align", "torch", "transformers", "peft", "safetensors", "hydra-core", "numpy", "deepspeed")
@@ -179,7 +179,7 @@ def _lines(out: Any) -> list[Json]:
 
 
 def _write(board: Path, node: _Node, report: Json) -> None:
-    write_whole(board / f"{node.number}.json", json.dumps(report))
+    write_atomic(board / f"{node.number}.json", json.dumps(report))
 
 
 def _reports(board: Path, node: _Node) -> list[Json | None]:

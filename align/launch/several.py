@@ -14,7 +14,7 @@ from align.launch.sweep import Element
 
 def together(words: Sequence[str], config: Config, config_dir: Path | None, tell: Callable[[str], None]) -> int:
     """A run of several processes; returns the exit code."""
-    with local.Held() as held:
+    with local.DeferredSignals() as held:
         return _start(words, config, config_dir, held, tell)
 
 
@@ -22,7 +22,7 @@ def as_node(
     words: Sequence[str], composed: Callable[[], Config], config_dir: Path | None, tell: Callable[[str], None]
 ) -> int:
     """The launcher of a node: signals are held from the first moment, since a scheduler tells them once."""
-    with local.Held() as held:
+    with local.DeferredSignals() as held:
         config = composed()
         code = _start(words, config, config_dir, held, tell)
     # srun ends the other nodes at the first exit code other than 0, and they may still be leaving
@@ -35,7 +35,11 @@ def as_node(
 
 
 def _start(
-    words: Sequence[str], config: Config, config_dir: Path | None, held: local.Held, tell: Callable[[str], None]
+    words: Sequence[str],
+    config: Config,
+    config_dir: Path | None,
+    held: local.DeferredSignals,
+    tell: Callable[[str], None],
 ) -> int:
     own = [*words, *(["--config-dir", str(config_dir)] if config_dir else [])]
     return local.launch(own, place.processes(config), place.place(config), config.launch.threads, held, tell)
@@ -48,7 +52,7 @@ def one_after_the_other(
     for element in found:
         place.processes(element.config)
     worst, ended = 0, []
-    with local.Held() as held:
+    with local.DeferredSignals() as held:
         for number, element in enumerate(found, 1):
             show(f"run {number} of {len(found)}: {element.name}")
             code = _start(element.words, element.config, config_dir, held, tell)

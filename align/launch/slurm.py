@@ -152,13 +152,13 @@ def check(config: Config) -> None:
         )
     if s.server_nodes and config.choices.get("rollout") != "vllm_server":
         raise ConfigError(f"launch.server_nodes={s.server_nodes} has no effect without rollout=vllm_server")
-    if s.server_words and not s.server_nodes:
-        raise ConfigError("launch.server_words has no effect without launch.server_nodes")
-    if s.server_nodes and "--model" not in s.server_words:
-        raise ConfigError("launch.server_words: say which model is served, as [--model,DIR]")
-    for word in s.server_words:
+    if s.server_args and not s.server_nodes:
+        raise ConfigError("launch.server_args has no effect without launch.server_nodes")
+    if s.server_nodes and "--model" not in s.server_args:
+        raise ConfigError("launch.server_args: say which model is served, as [--model,DIR]")
+    for word in s.server_args:
         if word.partition("=")[0] in ("--host", "--port"):
-            raise ConfigError(f"launch.server_words: {word} is set here; use launch.server_port")
+            raise ConfigError(f"launch.server_args: {word} is set here; use launch.server_port")
     for option in s.options:
         name = option.split("=")[0].split()[0] if option.strip() else ""
         if not name.startswith("-") or not option.isprintable() or "'" in option:
@@ -232,7 +232,7 @@ def _servers(settings: SlurmConfig) -> str:
     if number == 0:
         return ""
     serve = [*_python(settings), "-m", "align.rollout.serve", "--host", "0.0.0.0", "--port", str(port)]
-    command = " ".join([*map(_shell, settings.srun_options), *map(_shell, [*serve, *settings.server_words])])
+    command = " ".join([*map(_shell, settings.srun_options), *map(_shell, [*serve, *settings.server_args])])
     place = f"--overlap --nodes={number} --ntasks={number} --relative={settings.nodes} --kill-on-bad-exit=0"
     return f"""\
 # The last {number} of the nodes serve completions until the run ends.

@@ -19,10 +19,10 @@ def run(work: Callable[[], int]) -> int:
     try:
         return work()
     except Exception as error:
-        told = {"elsewhere": elsewhere(error), "time": time.time(), "traceback": traceback.format_exc()}
+        failure_report = {"elsewhere": elsewhere(error), "time": time.time(), "traceback": traceback.format_exc()}
         path = Path(os.environ["ALIGN_FAILURE"])
         scratch = path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(told))
+        scratch.write_text(json.dumps(failure_report))
         scratch.replace(path)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from align.models.policy import Recompute
+from align.models.policy import ActivationCheckpointing
 
 
 def pick_device() -> torch.device:
@@ -58,7 +58,7 @@ class MemoryPlan:
     """Estimated bytes of a step beyond the weights that are already loaded."""
 
     states: int  # gradients and optimiser moments
-    activations: dict[Recompute, int]
+    activations: dict[ActivationCheckpointing, int]
 
 
 def memory_plan(config: Any, num_trained: int, tokens: int, precision: torch.dtype) -> MemoryPlan:
@@ -88,11 +88,11 @@ def memory_plan(config: Any, num_trained: int, tokens: int, precision: torch.dty
     )
 
 
-def pick_recompute(wanted: str, plan: MemoryPlan, available: int) -> tuple[Recompute, str]:
+def pick_activation_checkpointing(wanted: str, plan: MemoryPlan, available: int) -> tuple[ActivationCheckpointing, str]:
     """off, selective or full: the first whose estimate leaves a fifth of the free memory. With the reason."""
     gib = 1 << 30
     if wanted != "auto":
-        return wanted, "set by trainer.recompute or by this run's first start"  # type: ignore[return-value]
+        return wanted, "set by trainer.activation_checkpointing or by this run's first start"  # type: ignore[return-value]
     for mode, need in plan.activations.items():
         total = plan.states + need
         if total <= 0.8 * available or mode == "full":

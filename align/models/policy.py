@@ -31,7 +31,7 @@ from align.types import Example, Extras, Layout, PackedBatch, Row, Stats
 if TYPE_CHECKING:
     from peft import PeftModel
 
-Recompute = Literal["off", "selective", "full"]
+ActivationCheckpointing = Literal["off", "selective", "full"]
 
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 # Of a row, in the self-check: 128 tokens of a vocabulary of 150 000 are 75 MiB of logits.
@@ -288,7 +288,7 @@ def choose_layout(lm: Any, wanted: str, dropout: float) -> tuple[Layout, str]:
     return "shared", "causal softmax attention throughout"
 
 
-def enable_recompute(policy: Network, mode: Recompute) -> None:
+def enable_activation_checkpointing(policy: Network, mode: ActivationCheckpointing) -> None:
     """Which activations the backward computes again: none, all but matrix products, or those of whole layers."""
     if mode == "off":
         return
@@ -361,8 +361,8 @@ def with_adapters(lm: Any, directories: Sequence[Path], names: Sequence[str]) ->
 
 def add_adapter(model: Any, directory: str, name: str) -> None:
     """Load a saved adapter into a PEFT model, frozen. Raises ValueError for one that does not fit or is not finite."""
-    told = model.load_adapter(directory, name, is_trainable=False)
-    odd = [*told.unexpected_keys, *told.missing_keys]
+    loading_info = model.load_adapter(directory, name, is_trainable=False)
+    odd = [*loading_info.unexpected_keys, *loading_info.missing_keys]
     if odd:
         raise ValueError(f"{directory}: its adapter does not fit the model ({odd[0]}); it belongs to another base")
     check_finite(directory, ((key, p) for key, p in model.named_parameters() if f".{name}." in key))
@@ -384,21 +384,21 @@ def weights_hash(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]] |
 
 
 @dataclass(frozen=True)
-class Apart:
+class Discrepancy:
     """How far numbers are from those that they should be; inf for what is no number."""
 
     largest: float
     beyond_rounding: float  # without what the rounding of the others explains
 
     @classmethod
-    def of(cls, gaps: torch.Tensor, rounding: torch.Tensor | float) -> Apart:
+    def of(cls, gaps: torch.Tensor, rounding: torch.Tensor | float) -> Discrepancy:
         """The largest of gaps >= 0; 0 without any."""
         found = [float(part.amax()) if part.numel() else 0.0 for part in (gaps, (gaps - rounding).clamp(min=0))]
         return cls(*(gap if math.isfinite(gap) else math.inf for gap in found))
 
 
 @torch.no_grad()
-def probe_layout(network: Network, examples: Sequence[Example], layout: Layout | None = None) -> Apart:
+def probe_layout(network: Network, examples: Sequence[Example], layout: Layout | None = None) -> Discrepancy:
     """Largest difference (nats per token; of a reward model in score) between what is trained, the network in a layout,
     its own unless given, with align's head, and the model's own forward: its attention, its logits, one row at a time.
 
@@ -414,9 +414,9 @@ def probe_layout(network: Network, examples: Sequence[Example], layout: Layout |
         with own_attention(network.causal_lm):
             if isinstance(network, Scorer):
                 gaps = [(out.scores[n] - network.own_scores(row)).abs() for n, row in enumerate(rows)]
-                return Apart.of(torch.cat(gaps), 0.0)
+                return Discrepancy.of(torch.cat(gaps), 0.0)
             found = [_own_gaps(network, row, out.token_logps[out.row == n]) for n, row in enumerate(rows)]
-            return Apart.of(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+            return Discrepancy.of(*(torch.cat(parts) for parts in zip(*found, strict=True)))
     finally:
         network.train(training)
 

@@ -35,7 +35,7 @@ def row_key(row: Row) -> str:
 
 
 @dataclass(frozen=True)
-class CachePass:
+class CacheStats:
     """What filling the cache took, in distinct examples."""
 
     found: int
@@ -59,7 +59,7 @@ class ReferenceCache:
         device: torch.device,
         progress: Callable[[Iterable[int], int], Iterable[int]],
         world: World | None = None,
-    ) -> CachePass:
+    ) -> CacheStats:
         """Make `values` hold the rows of every example: read what is on disk, compute the rest and write it there.
 
         groups: the rows of each example, which begin alike. forward: the reference's stats, without gradients. world:
@@ -93,7 +93,7 @@ class ReferenceCache:
             new = {k: v for part in world.gather(new) for k, v in part.items() if k not in self.values}
             by_lead(world, lambda new=new: self._write(new))
             self.values |= new
-        return CachePass(found, len(examples) - found)
+        return CacheStats(found, len(examples) - found)
 
     def __call__(self, rows: Iterable[Row]) -> list[np.ndarray]:
         """Log-probs of the targets of each sequence."""

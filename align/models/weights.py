@@ -33,20 +33,20 @@ def load_model(auto_class: Any, path: str, name: str, unused: Sequence[str] = ()
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of the same is many lines long
     try:
-        model, told = auto_class.from_pretrained(
+        model, loading_info = auto_class.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     finally:
         logging.set_verbosity(before)
     kind = type(model).__name__
-    unread = [key for key in told["unexpected_keys"] if not any(re.search(pattern, key) for pattern in unused)]
-    if told["missing_keys"]:
+    unread = [key for key in loading_info["unexpected_keys"] if not any(re.search(pattern, key) for pattern in unused)]
+    if loading_info["missing_keys"]:
         raise WrongWeights(
-            f"{name}: its files do not hold {_first(told['missing_keys'])} of {kind}, which would be random; the copy "
-            "is not complete, or config.json belongs to another model"
+            f"{name}: its files do not hold {_first(loading_info['missing_keys'])} of {kind}, which would be random; "
+            "the copy is not complete, or config.json belongs to another model"
         )
-    if told["mismatched_keys"]:
-        weight, there, here = min(told["mismatched_keys"])
+    if loading_info["mismatched_keys"]:
+        weight, there, here = min(loading_info["mismatched_keys"])
         raise WrongWeights(
             f"{name}: {weight} is {tuple(there)} in its files and {tuple(here)} in {kind} as config.json has it; give "
             "a copy whose config.json belongs to its weights"

@@ -13,12 +13,12 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from align.config import Config, ConfigError, differences, saved_settings
-from align.files import write_whole
+from align.files import write_atomic
 from align.launch import place, slurm
 from align.launch.command import checked
 from align.launch.several import one_after_the_other
+from align.pareto.arguments import parse
 from align.pareto.plan import check_reading, planned, read_plan, write_plan
-from align.pareto.words import parse
 
 
 def run(
@@ -33,35 +33,35 @@ def run(
     """
     if place.is_worker() or place.in_job():
         raise ConfigError("align front starts runs itself; call it outside a job, with launch=slurm for an array")
-    asked = parse(words)
-    before = read_plan(asked.out)
-    if asked.report_only:
+    arguments = parse(words)
+    before = read_plan(arguments.out)
+    if arguments.report_only:
         if before is None:
-            raise ConfigError(f"out={asked.out}: holds no front, there is nothing to report")
-        plan = replace(before, reading={**before.reading, **asked.reading})
+            raise ConfigError(f"out={arguments.out}: holds no front, there is nothing to report")
+        plan = replace(before, reading={**before.reading, **arguments.reading})
         check_reading(plan)
-        write_plan(asked.out, plan)
-        return _report(asked.out, show, tell)
-    plan, found = planned(asked, before, config_dir, show)
+        write_plan(arguments.out, plan)
+        return _report(arguments.out, show, tell)
+    plan, found = planned(arguments, before, config_dir, show)
     for element in found:
-        _compare(asked.out / element.name, checked(element.config, element.name))
-    todo = [element for element in found if not complete(asked.out / element.name, element.config)]
-    if asked.dry and found[0].config.launch.kind != "slurm":
+        _compare(arguments.out / element.name, checked(element.config, element.name))
+    todo = [element for element in found if not complete(arguments.out / element.name, element.config)]
+    if arguments.dry and found[0].config.launch.kind != "slurm":
         raise ConfigError("--dry-run shows what launch=slurm would submit; here it has no effect")
-    if not asked.dry:
-        write_plan(asked.out, plan)
+    if not arguments.dry:
+        write_plan(arguments.out, plan)
     if len(todo) < len(found):
         show(f"{len(found) - len(todo)} of {len(found)} runs are complete")
     if todo and found[0].config.launch.kind == "slurm":
-        code = slurm.submit(todo, config_dir, asked.dry, show)
-        if not asked.dry:
-            show(f"when they have ended: align front out={asked.out} report_only=true")
+        code = slurm.submit(todo, config_dir, arguments.dry, show)
+        if not arguments.dry:
+            show(f"when they have ended: align front out={arguments.out} report_only=true")
         return code
     code = one_after_the_other(todo, config_dir, show, tell) if todo else 0
     if code in (85, 130):
-        tell(f"stopped; the same words go on, and align front out={asked.out} report_only=true tells what is there")
+        tell(f"stopped; the same words go on, and align front out={arguments.out} report_only=true tells what is there")
         return code
-    reported = _report(asked.out, show, tell)
+    reported = _report(arguments.out, show, tell)
     return code or reported
 
 
@@ -76,8 +76,8 @@ def _report(out: Path, show: Callable[[str], None], tell: Callable[[str], None])
         tell(f"no run in {out} has ended, of {len(data['runs'])} that are planned: there is nothing to report yet")
         return 1
     text = report.markdown(data)
-    write_whole(out / "front.json", json.dumps(data, indent=1, allow_nan=False) + "\n")
-    write_whole(out / "front.md", "\n".join(["# Fronts", "", "![fronts](front.png)", "", *text]) + "\n")
+    write_atomic(out / "front.json", json.dumps(data, indent=1, allow_nan=False) + "\n")
+    write_atomic(out / "front.md", "\n".join(["# Fronts", "", "![fronts](front.png)", "", *text]) + "\n")
     show("\n".join(text))
     picture = "front.md, front.png"
     try:

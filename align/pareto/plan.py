@@ -12,10 +12,10 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from align.config import Config, ConfigError, OnlineConfig, compose, differences, options, quoted
-from align.files import write_whole
+from align.files import write_atomic
 from align.jsons import Json
 from align.launch.sweep import Element
-from align.pareto.words import Words
+from align.pareto.arguments import FrontArguments
 
 PLAN = "plan.json"
 
@@ -71,28 +71,31 @@ def _sums(parts: int, total: int) -> Iterator[tuple[int, ...]]:
 
 
 def planned(
-    asked: Words,
+    arguments: FrontArguments,
     before: Plan | None,
     config_dir: Path | None,
     show: Callable[[str], None],
 ) -> tuple[Plan, list[Element]]:
     """All runs of the directory, those of earlier words among them. Raises ConfigError for what would fail."""
     known = options("composer", config_dir)
-    for option in asked.composers.values():
+    for option in arguments.composers.values():
         if option not in known:
             near = difflib.get_close_matches(option, known, 1, 0.5)
             tip = f"did you mean {near[0]}? " if near else ""
             raise ConfigError(f"composers={option}: no such composer; {tip}Options: {', '.join(known)}")
-    of_all = [word for word in asked.settings if word.startswith("composer.")]
-    settings = [word for word in asked.settings if word not in of_all]
+    of_all = [word for word in arguments.settings if word.startswith("composer.")]
+    settings = [word for word in arguments.settings if word not in of_all]
     base = compose(settings, config_dir)
     components, measured = _components(base)
     settings = _with_evaluations(settings, base, before, show)
-    own = {label: Family(option, [*of_all, *asked.own.get(label, ())], {}) for label, option in asked.composers.items()}
-    new = _plan(asked, settings, own, components, measured, config_dir)
-    plan = new if before is None else _together(asked.out, before, new)
+    own = {
+        label: Family(option, [*of_all, *arguments.own.get(label, ())], {})
+        for label, option in arguments.composers.items()
+    }
+    new = _plan(arguments, settings, own, components, measured, config_dir)
+    plan = new if before is None else _together(arguments.out, before, new)
     check_reading(plan)
-    return plan, [_element(asked.out, plan, entry, settings, config_dir) for entry in plan.runs]
+    return plan, [_element(arguments.out, plan, entry, settings, config_dir) for entry in plan.runs]
 
 
 def _family_words(settings: Sequence[str], option: str, own: Sequence[str]) -> tuple[str, ...]:
@@ -144,7 +147,7 @@ def _with_evaluations(
 
 
 def _plan(
-    asked: Words,
+    arguments: FrontArguments,
     settings: Sequence[str],
     own: Mapping[str, Family],
     components: list[str],
@@ -154,10 +157,14 @@ def _plan(
     """What these words alone ask for. The seeds come first: after the first of them there is a front of each family."""
     families: dict[str, Family] = {}
     points: dict[str, list[tuple[dict[str, float], dict[str, float]]]] = {}
-    vectors = [_by_component(vector, components) for vector in asked.weights]
-    if asked.points is not None:
-        vectors = [_by_component(vector, components) for vector in lattice(len(components), asked.points)]
-    unused = {"points": asked.points is not None, "weights": bool(asked.weights), "thresholds": bool(asked.thresholds)}
+    vectors = [_by_component(vector, components) for vector in arguments.weights]
+    if arguments.points is not None:
+        vectors = [_by_component(vector, components) for vector in lattice(len(components), arguments.points)]
+    unused = {
+        "points": arguments.points is not None,
+        "weights": bool(arguments.weights),
+        "thresholds": bool(arguments.thresholds),
+    }
     for label, family in own.items():
         config = compose(_family_words(settings, family.composer, family.words), config_dir)
         assert config.composer is not None
@@ -171,10 +178,10 @@ def _plan(
             _refuse_set_twice(family, "weights")
             unused |= {"points": False, "weights": False}
             points[label] = [(vector, {}) for vector in vectors]
-        elif "thresholds" in node and node.get("search") is None and asked.thresholds:
-            _refuse_set_twice(family, "thresholds", asked.thresholds)
+        elif "thresholds" in node and node.get("search") is None and arguments.thresholds:
+            _refuse_set_twice(family, "thresholds", arguments.thresholds)
             unused["thresholds"] = False
-            names, values = list(asked.thresholds), asked.thresholds.values()
+            names, values = list(arguments.thresholds), arguments.thresholds.values()
             points[label] = [({}, dict(zip(names, chosen, strict=True))) for chosen in itertools.product(*values)]
         else:
             points[label] = [({}, {})]
@@ -184,16 +191,16 @@ def _plan(
         seed = config.seed
     for key, without_effect in unused.items():
         if without_effect:
-            names = ", ".join(asked.composers.values())
+            names = ", ".join(arguments.composers.values())
             raise ConfigError(f"{key} has no effect: none of composers={names} has {_kind(key)}; remove it")
     runs = [
         PlannedRun(_name(label, weights, thresholds, seed + i), label, seed + i, weights, thresholds)
-        for i in range(asked.seeds)
+        for i in range(arguments.seeds)
         for label in families
         for weights, thresholds in points[label]
     ]
     plan = Plan(components, measured, families, _distinct(runs), base)
-    return replace(plan, reading={**plan.reading, **asked.reading})
+    return replace(plan, reading={**plan.reading, **arguments.reading})
 
 
 def _kind(key: str) -> str:
@@ -302,7 +309,7 @@ def write_plan(out: Path, plan: Plan) -> None:
     """Make the directory and say what is in it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / PLAN, json.dumps(asdict(plan), indent=1) + "\n")
+        write_atomic(out / PLAN, json.dumps(asdict(plan), indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written ({error.strerror}); give another") from None
 

@@ -48,13 +48,13 @@ def read_run(directory: Path, components: Sequence[str], measured: Sequence[str]
     """A run's own files; empty for one that has not begun. batch: prompts of a whole step, n: completions of each."""
     rows = _rows(directory / "metrics.jsonl")
     summary = directory / "summary.json"
-    told = json.loads(summary.read_text()) if summary.exists() else None
+    final = json.loads(summary.read_text()) if summary.exists() else None
     costs, evaluations = [], []
     completions, tokens, seconds, passed = 0, 0.0, 0.0, 0.0
     for row in rows:
         # the last step of an epoch may have fewer prompts: data/epoch tells prompts in passes
         share = (row["data/epoch"] - passed) / rows[0]["data/epoch"]
-        # with trainer.extra_draws a step draws more than it learns from
+        # with trainer.dynamic_sampling a step draws more than it learns from
         drawn = int(row.get("rollout/drawn_prompts") or round(batch * share)) * n
         passed = row["data/epoch"]
         completions += drawn
@@ -62,14 +62,14 @@ def read_run(directory: Path, components: Sequence[str], measured: Sequence[str]
         seconds += row["time/step_s"]
         costs.append(Evaluation(row["step"], {}, completions, tokens, seconds))
         evaluations.append(Evaluation(row["step"], _means(row, (*components, *measured)), completions, tokens, seconds))
-    if told is not None and evaluations and not evaluations[-1].values:  # trainer.max_steps was lowered to here
-        values = _means(told["metrics"], (*components, *measured))
+    if final is not None and evaluations and not evaluations[-1].values:  # trainer.max_steps was lowered to here
+        values = _means(final["metrics"], (*components, *measured))
         evaluations[-1] = Evaluation(**{**asdict(evaluations[-1]), "values": values})
     whole = [e for e in evaluations if all(name in e.values for name in components)]
     start = _start(directory / "heldout-before.jsonl", (*components, *measured))
     state = "unfinished" if rows else "missing"
-    if told is not None and rows and rows[-1]["step"] == told["step"]:
-        known = whole and whole[-1].step == told["step"] and all(name in start for name in components)
+    if final is not None and rows and rows[-1]["step"] == final["step"]:
+        known = whole and whole[-1].step == final["step"] and all(name in start for name in components)
         state = "done" if known else "unmeasured"
     return Run(
         start=start,

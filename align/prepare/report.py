@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from align.files import whole
+from align.files import atomic_writer
 from align.jsons import Json, Tokenizer
 from align.prepare.check import Finding, counted, failed, place, prompt_difference, target_runs, trained
 
@@ -90,7 +90,7 @@ def write_json(path: str | Path, data: Data, findings: Sequence[Finding], tokeni
         _write_list(stream, "rows", (_row(split, loaded, texts) for split, loaded in _in_order(data)))
         stream.write("\n}\n")
 
-    write_whole(path, "--json", write)
+    write_atomic(path, "--json", write)
 
 
 def write_html(path: str | Path, data: Data, findings: Sequence[Finding], tokenizer: Tokenizer, rows: int = 50) -> None:
@@ -124,7 +124,7 @@ def write_html(path: str | Path, data: Data, findings: Sequence[Finding], tokeni
             stream.writelines(_section(f"row-{i}", split, loaded, by_row.get((split, loaded.source), []), texts))
         stream.write("</main></body></html>\n")
 
-    write_whole(path, "--html", write)
+    write_atomic(path, "--html", write)
 
 
 def _in_order(data: Data) -> list[tuple[str, Loaded]]:
@@ -190,12 +190,12 @@ def _write_list(stream: TextIO, name: str, items: Any) -> None:
     stream.write("\n]")
 
 
-def write_whole(path: str | Path, setting: str, write: Callable[[TextIO], None]) -> None:
+def write_atomic(path: str | Path, setting: str, write: Callable[[TextIO], None]) -> None:
     """Under another name until it is whole: no reader meets half a report. Raises ValueError where none can be."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as stream:
+        with atomic_writer(path) as stream:
             write(stream)
     except OSError as error:
         raise ValueError(f"{setting} {path}: cannot be written ({error.strerror}); give another path") from error

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from align.checkpoint import WriteFailed
 from align.config import LogConfig
-from align.files import write_whole
+from align.files import write_atomic
 from align.jsons import Json
 
 
@@ -79,7 +79,7 @@ class Log:
                 continue
             if row["step"] <= last_step:
                 rows.append(line)
-        write_whole(self.path, "".join(line + "\n" for line in rows))
+        write_atomic(self.path, "".join(line + "\n" for line in rows))
 
     def flush(self) -> None:
         """metrics.jsonl is on the disk before the checkpoint that follows it."""

@@ -20,7 +20,7 @@ import torch
 
 from align.models.policy import Policy, is_peft
 from align.rollout.base import EngineFailed, Host
-from align.rollout.http import Calls, Failed, Server
+from align.rollout.http import Calls, RequestFailed, Server
 from align.rollout.transfer import lora_rank, write_adapter, write_model
 from align.rollout.version import TESTED
 
@@ -120,7 +120,7 @@ class Fleet:
         deadline = time.monotonic() + self.start_seconds
         while True:
             results = self.calls.each([(server, partial(self._greet, server)) for server in self.servers])
-            failures = [result for result in results if isinstance(result, Failed)]
+            failures = [result for result in results if isinstance(result, RequestFailed)]
             if not failures:
                 return
             if not all(failure.refused for failure in failures) or time.monotonic() >= deadline:
@@ -135,7 +135,7 @@ class Fleet:
             cards = ask("/v1/models")["data"]
             card = next(card for card in cards if not card.get("parent"))
             server.model, server.max_model_len = str(card["id"]), int(card["max_model_len"])
-        except Failed as failure:
+        except RequestFailed as failure:
             if failure.status is None or failure.status >= 500:
                 raise
             raise ValueError(f"{_no_vllm(server)} ({failure})") from failure
@@ -148,7 +148,7 @@ class Fleet:
             )
         try:
             held = str(ask("/weight_info")["weight_version"])
-        except Failed as failure:
+        except RequestFailed as failure:
             if failure.status != 404:
                 raise
             raise ValueError(
@@ -168,7 +168,7 @@ class Fleet:
             try:
                 self.calls.ask(server, "/v1/completions", body, "request_seconds")
                 taken = True
-            except Failed as failure:
+            except RequestFailed as failure:
                 if failure.status != 400:
                     raise
                 taken = False
@@ -188,14 +188,14 @@ class Fleet:
                 return base, ""
             ours = self.weights.adapter_name in [card["id"] for card in ask("/v1/models")["data"]]
         except (KeyError, TypeError) as error:
-            raise Failed(server, "/weight_info", f"no version ({type(error).__name__}: {error})", 200) from error
+            raise RequestFailed(server, "/weight_info", f"no version ({type(error).__name__}: {error})", 200) from error
         return base, self.weights.adapter if ours else ""
 
     def reachable(self, server: Server) -> bool:
         """Whether a server tells what it holds."""
         try:
             self._version(server)
-        except Failed:
+        except RequestFailed:
             return False
         return True
 
@@ -230,13 +230,13 @@ class Fleet:
     def _heard(self, servers: Sequence[Server], results: Sequence[object]) -> None:
         """What servers answered says which of them are lost."""
         for server, result in zip(servers, results, strict=True):
-            if isinstance(result, Failed):
+            if isinstance(result, RequestFailed):
                 self.lose(server, result)
             else:
                 server.lost = False
         self.calls.tell()
 
-    def lose(self, server: Server, failure: Failed) -> None:
+    def lose(self, server: Server, failure: RequestFailed) -> None:
         """It is not asked again before it has answered; told once."""
         with self._lock:
             if server.lost:
@@ -251,8 +251,10 @@ class Fleet:
         Raises EngineFailed if `needed` and none has.
         """
         results = self.calls.each([(server, partial(self._update, server)) for server in servers])
-        failures = [result for result in results if isinstance(result, Failed)]
-        given = [server for server, result in zip(servers, results, strict=True) if not isinstance(result, Failed)]
+        failures = [result for result in results if isinstance(result, RequestFailed)]
+        given = [
+            server for server, result in zip(servers, results, strict=True) if not isinstance(result, RequestFailed)
+        ]
         self._heard(servers, results)
         if needed and not given:
             raise EngineFailed(
@@ -280,21 +282,25 @@ class Fleet:
         # vLLM keeps prefixes computed with the old weights unless it is told
         if not ask("/reset_prefix_cache", {})["success"]:
             ask("/update_weight_version", {"new_version": self.weights.incomplete})
-            raise Failed(server, "/reset_prefix_cache", "requests are still running; is another trainer using it?", 200)
+            raise RequestFailed(
+                server, "/reset_prefix_cache", "requests are still running; is another trainer using it?", 200
+            )
         ask("/resume", {})
-        told = self._version(server)
-        if told != self.weights.versions:
-            raise Failed(server, "/weight_info", f"it holds {told} after it was given {self.weights.versions}", 200)
+        reported = self._version(server)
+        if reported != self.weights.versions:
+            raise RequestFailed(
+                server, "/weight_info", f"it holds {reported} after it was given {self.weights.versions}", 200
+            )
 
     @staticmethod
     def _begin(ask: Callable[..., object]) -> None:
         """Begin an update; one that a killed trainer left open is given up first."""
         try:
             ask("/start_weight_update", {})
-        except Failed as failure:
+        except RequestFailed as failure:
             if failure.status is None:
                 raise
-            with contextlib.suppress(Failed):  # vLLM gives an update up when a part of it fails
+            with contextlib.suppress(RequestFailed):  # vLLM gives an update up when a part of it fails
                 ask("/update_weights", {"update_info": {"path": ""}})
             ask("/start_weight_update", {})
 
@@ -310,19 +316,19 @@ class Fleet:
         path = str(self.weights.adapter_directory())
         try:
             ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
-        except Failed as failure:
+        except RequestFailed as failure:
             if failure.status != 404:
                 raise
             start = f"start it with --enable-lora --max-lora-rank {self.weights.rank}"
             words = f"it takes no adapters; {start} ({failure})"
-            raise Failed(server, "", words, 404) from failure
+            raise RequestFailed(server, "", words, 404) from failure
 
 
 def _no_vllm(server: Server) -> str:
     return f"what answers at {server.url} is no vLLM server; give another port to rollout.urls and --port"
 
 
-def _cure(failure: Failed, seconds: float) -> str:
+def _cure(failure: RequestFailed, seconds: float) -> str:
     if failure.refused:
         port = str(failure).split("/")[2].rpartition(":")[2]
         return f"{failure} after rollout.start_seconds={seconds:g}: no server there; start one with: {_START} {port}"

@@ -110,7 +110,7 @@ class HFRollout(Rollout):
             mask[k, width - rest :] = 1
         ids, mask = ids.to(device), mask.to(device)
         uniform = None if sampling.greedy else _uniform(sampling, keys).to(device)
-        twins = torch.tensor([k == GREEDY for _, k in keys], device=device)
+        is_greedy = torch.tensor([k == GREEDY for _, k in keys], device=device)
         live = list(range(len(prompts)))  # rows that still write
         logps: list[list[float]] = [[] for _ in prompts]
         out: list[Completion | None] = [None] * len(prompts)
@@ -118,7 +118,7 @@ class HFRollout(Rollout):
             start = ids.shape[1] - width
             count = sampling.max_new_tokens - start
             count = min(count, _SEGMENT) if cache is not None else count
-            picker = _Picker(sampling, None if uniform is None else uniform[live, start:], twins[live])
+            picker = _Picker(sampling, None if uniform is None else uniform[live, start:], is_greedy[live])
             ends = _StopTexts(self.tokenizer, sampling.stop, width, stops)
             ids = lm.generate(
                 input_ids=ids,
@@ -134,10 +134,10 @@ class HFRollout(Rollout):
                 logits_processor=LogitsProcessorList([picker]),
                 stopping_criteria=[ends] if sampling.stop else None,
             )
-            told = torch.stack(picker.logps, 1).tolist()
+            token_logps = torch.stack(picker.logps, 1).tolist()
             going = []
             for k, (row, written) in enumerate(zip(live, ids[:, width:].tolist(), strict=True)):
-                logps[row] += told[k]
+                logps[row] += token_logps[k]
                 length, stop = _end(written, stops, ends.lengths.get(k))
                 if stop == "length" and length < sampling.max_new_tokens:
                     going.append(k)
@@ -209,10 +209,10 @@ class _Buffer(DynamicLayer):
 class _Picker(LogitsProcessor):
     """Draws each row's next token by its own stream of uniform numbers, and keeps its log-probability."""
 
-    def __init__(self, sampling: Sampling, uniform: Tensor | None, twins: Tensor):
+    def __init__(self, sampling: Sampling, uniform: Tensor | None, is_greedy: Tensor):
         self.sampling = sampling
         self.uniform = uniform  # [B, tokens to draw] float64; None: the likeliest token
-        self.twins = twins  # [B] bool, rows that take the likeliest token all the same
+        self.is_greedy = is_greedy  # [B] bool, rows that take the likeliest token all the same
         self.logps: list[Tensor] = []  # of each token drawn, [B] float32
 
     def __call__(self, _: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -221,7 +221,7 @@ class _Picker(LogitsProcessor):
             token = scores.argmax(-1, keepdim=True)
         else:
             token = _draw(scores, self.sampling, self.uniform[:, len(self.logps), None])
-            token = torch.where(self.twins[:, None], scores.argmax(-1, keepdim=True), token)
+            token = torch.where(self.is_greedy[:, None], scores.argmax(-1, keepdim=True), token)
         self.logps.append((scores.gather(1, token) - scores.logsumexp(-1, keepdim=True))[:, 0])
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)  # type: ignore[return-value]
 

@@ -35,7 +35,7 @@ class Server:
     lost: bool = False  # did not answer when last asked
 
 
-class Failed(Exception):
+class RequestFailed(Exception):
     """A request without a usable answer; status None: no whole answer came."""
 
     def __init__(self, server: Server, what: str, words: str, status: int | None = None, refused: bool = False):
@@ -97,7 +97,7 @@ class Calls:
                 pools[server].submit(work, number, job)
             for _ in self.host.progress(steps, len(jobs)) if show else steps:
                 number, out[number] = self._next(finished)
-                if isinstance(out[number], BaseException) and not isinstance(out[number], Failed):
+                if isinstance(out[number], BaseException) and not isinstance(out[number], RequestFailed):
                     raise out[number]
         finally:
             self._end_calls()
@@ -172,19 +172,19 @@ class _Call:
         except (OSError, http.client.HTTPException) as error:
             words = self._why or f"{type(error).__name__}: {error}"
             refused = isinstance(error, ConnectionRefusedError)
-            raise Failed(self.server, self.path, words[:WORDS], refused=refused) from error
+            raise RequestFailed(self.server, self.path, words[:WORDS], refused=refused) from error
         finally:
             with self._lock:
                 self._socket = None
             connection.close()
         if self._why is not None:
-            raise Failed(self.server, self.path, self._why)
+            raise RequestFailed(self.server, self.path, self._why)
         if status != 200:
-            raise Failed(self.server, self.path, f"HTTP {status}: {_words(text)}", status)
+            raise RequestFailed(self.server, self.path, f"HTTP {status}: {_words(text)}", status)
         try:
             return json.loads(text) if self.path not in _PLAIN else None
         except ValueError as error:
-            raise Failed(self.server, self.path, f"no JSON: {_words(text)!r}") from error
+            raise RequestFailed(self.server, self.path, f"no JSON: {_words(text)!r}") from error
 
     def cut(self, why: str) -> None:
         """End the exchange now."""

@@ -19,7 +19,7 @@ from align.jsons import Json
 from align.models.policy import Policy, is_peft
 from align.rollout.base import GREEDY, Completion, EngineFailed, Host, Rollout, Sampling, Stop
 from align.rollout.fleet import Fleet, WeightFiles
-from align.rollout.http import WORDS, Calls, Failed, Server, servers
+from align.rollout.http import WORDS, Calls, RequestFailed, Server, servers
 from align.rollout.vllm import check_draws
 
 T = TypeVar("T")
@@ -82,8 +82,8 @@ class VLLMServerRollout(Rollout):
         self._check_tokens(rows, sampling.max_new_tokens, "prompt")
         samples = [*range(n), *([GREEDY] if greedy else [])]
         requests = [(i, self._body(row, sampling, i, k)) for i, row in enumerate(rows) for k in samples]
-        told = iter(self._answers(requests, self._completion))
-        return [[next(told) for _ in samples] for _ in rows]
+        replies = iter(self._answers(requests, self._completion))
+        return [[next(replies) for _ in samples] for _ in rows]
 
     def logps(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[float]]:
         """See Rollout. A sequence may have one token fewer than the servers' limit."""
@@ -92,8 +92,8 @@ class VLLMServerRollout(Rollout):
         rows = [[int(token) for token in sequence] for sequence in sequences]
         self._check_tokens(rows, 1, "sequence")
         requests = [(i, {"prompt": row, "echo": True, "max_tokens": 0, "logprobs": 0}) for i, row in enumerate(rows)]
-        told = self._answers(requests, _scores)
-        return [logps[start:] for logps, start in zip(told, starts, strict=True)]
+        replies = self._answers(requests, _scores)
+        return [logps[start:] for logps, start in zip(replies, starts, strict=True)]
 
     def sync(self, policy: Policy) -> None:
         """See Rollout. Servers that cannot be had now get them when they can be. Raises EngineFailed if none can."""
@@ -147,7 +147,7 @@ class VLLMServerRollout(Rollout):
         """What `read` makes of the answer to each request, in order; it raises ValueError for an impossible one."""
         out: dict[int, T] = {}
         missing = list(range(len(requests)))
-        failure: Failed | None = None
+        failure: RequestFailed | None = None
         for attempt in range(self.retries + 1):
             if not missing:
                 break
@@ -159,10 +159,10 @@ class VLLMServerRollout(Rollout):
             results = self.calls.each(jobs, show=True)
             current = self.fleet.with_our_weights(list(dict.fromkeys(places)))
             for server, m, result in zip(places, missing, results, strict=True):
-                if isinstance(result, Failed):
+                if isinstance(result, RequestFailed):
                     failure = result
                 elif server not in current:
-                    failure = Failed(server, "", "it was started again, or left, while it answered")
+                    failure = RequestFailed(server, "", "it was started again, or left, while it answered")
                 else:
                     out[m] = result
             missing = [m for m in missing if m not in out]
@@ -176,12 +176,12 @@ class VLLMServerRollout(Rollout):
     def _complete(self, server: Server, body: Json, read: Callable[[Json, Json], T]) -> T:
         """One request to one server. Raises ValueError for one that no server would take."""
         if server.lost:
-            raise Failed(server, "", "lost while others of its requests were waiting")
+            raise RequestFailed(server, "", "lost while others of its requests were waiting")
         model = self.weights.adapter_name if self.weights.lora else server.model
         body = {"model": model, "n": 1, "return_token_ids": True, **body}
         try:
             answer = self.calls.ask(server, "/v1/completions", body, "request_seconds")
-        except Failed as failure:
+        except RequestFailed as failure:
             if failure.status is None and not self.calls.ended and not self.fleet.reachable(server):
                 self.fleet.lose(server, failure)
             # 404: the adapter is gone with the server that had it
@@ -192,7 +192,7 @@ class VLLMServerRollout(Rollout):
             return read(body, answer)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             words = f"{type(error).__name__}: {error}"[:WORDS]
-            raise Failed(server, "/v1/completions", f"an answer that cannot be ({words})", 200) from error
+            raise RequestFailed(server, "/v1/completions", f"an answer that cannot be ({words})", 200) from error
 
     def _completion(self, body: Json, answer: Json) -> Completion:
         """Raises ValueError for an answer that contradicts itself or the request."""

@@ -119,8 +119,8 @@ class VLLMRollout(Rollout):
         common = {"max_tokens": sampling.max_new_tokens, "top_p": sampling.top_p, "top_k": sampling.top_k}
         common |= {"stop": list(sampling.stop), "stop_token_ids": self.stops}
         message = {"do": "generate", "prompts": _plain(prompts), "draws": draws, "common": common}
-        told = iter(self._ask(message, self.request_seconds, len(draws)))
-        return [[_completion(next(told)) for _ in samples] for _ in prompts]
+        replies = iter(self._ask(message, self.request_seconds, len(draws)))
+        return [[_completion(next(replies)) for _ in samples] for _ in prompts]
 
     def logps(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[float]]:
         """See Rollout. A sequence may have one token fewer than the engine's limit. The last token's log-prob is read
@@ -314,8 +314,8 @@ def _plain(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     return [[int(token) for token in row] for row in rows]
 
 
-def _completion(told: list[Any]) -> Completion:
-    ids, logps, stop = told
+def _completion(reply: list[Any]) -> Completion:
+    ids, logps, stop = reply
     return Completion(tuple(ids), stop, tuple(logps))
 
 

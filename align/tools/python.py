@@ -92,10 +92,10 @@ def run_python(program: str, limits: Limits) -> ToolResult:
             finally:
                 os.close(report_write)
             try:
-                output, told, timed_out, truncated = _talk(process, program, report.fileno(), limits, start)
+                output, reported, timed_out, truncated = _talk(process, program, report.fileno(), limits, start)
             finally:
                 _end(process)
-    isolation, error = _understand(told)
+    isolation, error = _understand(reported)
     cut = output[: limits.output_bytes].decode("utf-8", errors="replace")
     code = process.returncode
     if timed_out or code == -signal.SIGXCPU:
@@ -139,7 +139,7 @@ def _talk(
     assert process.stdin is not None
     assert process.stdout is not None
     source = memoryview(program.encode("utf-8", errors="replace"))
-    output, told = bytearray(), bytearray()
+    output, reported = bytearray(), bytearray()
     os.set_blocking(process.stdin.fileno(), False)
     with selectors.DefaultSelector() as ready:
         ready.register(process.stdin, selectors.EVENT_WRITE)
@@ -148,7 +148,7 @@ def _talk(
         while ready.get_map():
             left = start + limits.seconds - time.monotonic()
             if left <= 0:
-                return bytes(output), bytes(told), True, False
+                return bytes(output), bytes(reported), True, False
             for key, _ in ready.select(left):
                 if key.fileobj is process.stdin:
                     try:
@@ -163,16 +163,16 @@ def _talk(
                 if not part:
                     ready.unregister(key.fileobj)
                 elif key.fd == report:
-                    told += part[: 65536 - len(told)]
+                    reported += part[: 65536 - len(reported)]
                 else:
                     output += part
                     if len(output) > limits.output_bytes:
-                        return bytes(output), bytes(told), False, True
+                        return bytes(output), bytes(reported), False, True
     try:  # the pipes are closed; a program may still run without them
         process.wait(max(0.0, start + limits.seconds - time.monotonic()))
     except subprocess.TimeoutExpired:
-        return bytes(output), bytes(told), True, False
-    return bytes(output), bytes(told), False, False
+        return bytes(output), bytes(reported), True, False
+    return bytes(output), bytes(reported), False, False
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -187,11 +187,11 @@ def _end(process: subprocess.Popen) -> None:
             stream.close()
 
 
-def _understand(told: bytes) -> tuple[tuple[str, ...], str]:
+def _understand(reported: bytes) -> tuple[tuple[str, ...], str]:
     """The sandbox's own lines: the layers in force, then the error if there was one."""
     isolation: tuple[str, ...] = ()
     error = ""
-    for line in told.splitlines():
+    for line in reported.splitlines():
         try:
             said = json.loads(line)
             isolation, error = tuple(said.get("isolation", isolation)), str(said.get("error", error))

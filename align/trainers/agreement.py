@@ -11,7 +11,7 @@ from torch import Tensor
 from align.composers.gradient import cosines, mirror_step
 from align.jsons import Fields, Json
 from align.trainers.influence import chosen_parameters, measuring, products
-from align.trainers.loop import Cotangents, Trainee, passes
+from align.trainers.loop import Cotangents, TrainContext, forward_passes
 from align.trainers.mixing import Learnt
 from align.types import Example
 
@@ -32,26 +32,28 @@ class Agreement:
         self._every = every
         self._rate = rate
 
-    def before(self, step: int, trainee: Trainee, size: int, seed: int, check: Callable[[], None]) -> dict[str, float]:
+    def before(
+        self, step: int, context: TrainContext, size: int, seed: int, check: Callable[[], None]
+    ) -> dict[str, float]:
         """The step's shares, measured anew where it is time; metrics of it. Weights and their gradients are left as
         they were."""
         shares = self.learnt.at(step)
         told = {}
         if step > 1 and (step - 1) % self._every == 0 and self.learnt.changes[-1][0] < step:
-            found = self._cosines(step, trainee, size, seed, check)
+            found = self._cosines(step, context, size, seed, check)
             shares = mirror_step(torch.from_numpy(shares), found, self._rate).numpy()
             self.learnt.changes.append((step, shares.tolist()))
             told = {f"data/agreement_{k}": float(value) for k, value in enumerate(found, 1)}
         return told | {f"data/share_{k}": float(share) for k, share in enumerate(shares, 1)}
 
-    def _cosines(self, step: int, trainee: Trainee, size: int, seed: int, check: Callable[[], None]) -> Tensor:
+    def _cosines(self, step: int, context: TrainContext, size: int, seed: int, check: Callable[[], None]) -> Tensor:
         """Of each source's gradient with the target's [K] float64; 0 for one that is 0."""
-        engine = measuring(trainee.engine)
+        engine = measuring(context.engine)
         names = list(chosen_parameters(engine.parameters, None))
         gradients = []
         for k, examples in enumerate(self._sets):
             places = np.random.default_rng([seed, step, k]).choice(len(examples), min(size, len(examples)), False)
-            gradients.append(_gradient(trainee, [examples[int(i)] for i in np.sort(places)], names, check))
+            gradients.append(_gradient(context, [examples[int(i)] for i in np.sort(places)], names, check))
         for name in names:  # experts that no token of a set has met have no gradient there
             whole = next((found[name] for found in gradients if name in found), None)
             if whole is not None:
@@ -69,12 +71,12 @@ class Agreement:
 
 
 def _gradient(
-    trainee: Trainee, examples: Sequence[Example], names: Sequence[str], check: Callable[[], None]
+    context: TrainContext, examples: Sequence[Example], names: Sequence[str], check: Callable[[], None]
 ) -> dict[str, Tensor]:
     """Of the loss of a step over the examples by the weights of these names; it belongs to no step."""
-    gradients = measuring(trainee.engine).gradients(names, 1)
-    derivatives = Cotangents(trainee, examples, [None])
-    for passed in passes(trainee, examples, check, recompute=False):
-        gradients.add(passed.policy.token_logps, [derivatives(passed)[:, 0]], passed.own)
+    gradients = measuring(context.engine).gradients(names, 1)
+    derivatives = Cotangents(context, examples, [None])
+    for forward in forward_passes(context, examples, check, train_mode=False):
+        gradients.add(forward.policy.token_logps, [derivatives(forward)[:, 0]], forward.own)
     (found,) = gradients.total()
     return found

@@ -30,8 +30,8 @@ from align.jsons import Fields, Json, Tokenizer
 from align.rollout.base import Completion, Rollout, Sampling
 from align.rollout.toolloop import ToolLoop, Trajectory, re_encodes
 from align.tools import Observation, Tool
-from align.trainers.drawing import drawn
-from align.trainers.kept import Kept, Progress, read_rows, write
+from align.trainers.generation import generate_distributed
+from align.trainers.row_cache import Progress, RowCache, read_rows, write
 from align.trainers.session import Session
 
 Row = Json
@@ -95,8 +95,8 @@ class Collector:
         self.tokenizer = tokenizer
         self.world = world or World()
         self.directory = directory / "collect"
-        self.kept = Kept(self.directory, self.world)
-        self.answers = Kept(directory, self.world)  # those of held-out problems
+        self.cache = RowCache(self.directory, self.world)
+        self.answers = RowCache(directory, self.world)  # those of held-out problems
         self.seed = seed
         self.max_tokens = max_tokens
         self.progress = progress
@@ -119,16 +119,16 @@ class Collector:
         own = {"settings": vars(self.settings), "questions": self.problems.fingerprint()}
         key = {**key, "seed": self.seed, "max_tokens": self.max_tokens, **own}
         answers = [self.answers.directory / f"problems-{phase}.jsonl" for phase in ("before", "after")]
-        return self.kept.begin(key, bound, answers)
+        return self.cache.begin(key, bound, answers)
 
     def collect(self) -> Collected:
         """The round, from where an earlier start left it; a finished one is only read."""
         s = self.settings
-        rows = self.kept.drawn("trajectories", len(self.train), s.chunk_problems, self._chunk, self.progress)
+        rows = self.cache.chunked("trajectories", len(self.train), s.chunk_problems, self._chunk, self.progress)
         pairs, labelled, account = select(rows, s, self.seed)
         report = {"task": s.task, "repeated_problems": self.problems.num_repeated, **account}
-        self.kept.write("pairs.jsonl", pairs)
-        self.kept.write("labelled.jsonl", labelled)
+        self.cache.write("pairs.jsonl", pairs)
+        self.cache.write("labelled.jsonl", labelled)
         by_lead(self.world, lambda: write(self.directory / "collect.json", json.dumps(report, indent=1) + "\n"))
         return Collected(self.directory, report)
 
@@ -190,7 +190,7 @@ class _Loop(ToolLoop):
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int = 1) -> list[list[Completion]]:
         """See ToolLoop."""
-        return drawn(self.world, self.rollout, prompts, sampling, n)
+        return generate_distributed(self.world, self.rollout, prompts, sampling, n)
 
     def observe(self, calls: Sequence[str]) -> list[Observation]:
         """See ToolLoop."""

@@ -30,7 +30,7 @@ from align.rewards.build import counted
 from align.trainers.directions import directed, direction_of
 from align.trainers.experience import Group
 from align.trainers.influence import Influences, Measurements, chosen_parameters
-from align.trainers.loop import Trainee
+from align.trainers.loop import TrainContext
 from align.types import Episodes, Estimate
 
 # From the advantages of objectives [C, K] and their estimator's other columns; see Measurements.before
@@ -68,7 +68,7 @@ class Composing:
         """The prompts as the composer wants them. Raises ValueError for one without the direction that it needs."""
         return directed(rows, self.composer, tokenizer, seed) if "direction" in self.composer.needs else rows
 
-    def settled(self, group: Group) -> bool:
+    def zero_variance(self, group: Group) -> bool:
         """Whether all completions have the same of each composed component, that is the same as the greedy one, or what
         they are compared with is missing; see Group.settled. Scores composed alike are not enough: weights may move."""
         table = group.rewards[:, self.index]
@@ -86,12 +86,12 @@ class Composing:
         if "influence" in self.composer.needs:
             chosen_parameters(parameters, self.composer.parameters)
 
-    def measuring(self, trainee: Trainee, beside: bool, check: Callable[[], None]) -> Measurements:
+    def measuring(self, context: TrainContext, beside: bool, check: Callable[[], None]) -> Measurements:
         """What measures the influences of its objectives. beside: whether an update's own passes may serve for it."""
-        return Measurements(trainee, self.composer, beside, check)
+        return Measurements(context, self.composer, beside, check)
 
     def estimate(
-        self, groups: Sequence[Group], told: Episodes, measure: Measure | None = None
+        self, groups: Sequence[Group], episodes: Episodes, measure: Measure | None = None
     ) -> tuple[Estimate, dict[str, float]]:
         """What the estimator says of the composed streams, and metrics. told: of the groups' weighted sums.
 
@@ -100,13 +100,13 @@ class Composing:
         raw = np.concatenate([g.rewards for g in groups])[:, self.index]
         known = np.where(np.isnan(raw).any(1, keepdims=True), math.nan, raw)
         rewards = torch.from_numpy(known).double()
-        greedy = None if told.greedy is None else self._greedy(groups)
+        greedy = None if episodes.greedy is None else self._greedy(groups)
         context = self._context(groups)
         influences, metrics = None, {}
         if "influence" in self.composer.needs:
             assert measure is not None
             # the KL belongs to all objectives alike and to none of them
-            streams, others = self._streams(replace(told, penalties=None), rewards, greedy, {})
+            streams, others = self._streams(replace(episodes, penalties=None), rewards, greedy, {})
             found = measure(streams, others)
             if found is not None:
                 influences, metrics = found.influences, dict(found.metrics)
@@ -114,14 +114,14 @@ class Composing:
         if self.composer.apply == "now":
             self.composer.update(self._observed)
         if self.composer.target == "reward":
-            estimate, more = self._by_reward(told, rewards, greedy, context)
+            estimate, more = self._by_reward(episodes, rewards, greedy, context)
             return estimate, metrics | more
-        advantages, values = self._streams(told, rewards, greedy, metrics)
+        advantages, values = self._streams(episodes, rewards, greedy, metrics)
         scored = ~rewards.isnan().any(1)
         if context is not None:
-            context = context[told.row]
-        mixed = self.composer(advantages, scored[told.row], context)
-        return with_metrics(mixed, told, scored, None, **values), metrics
+            context = context[episodes.row]
+        mixed = self.composer(advantages, scored[episodes.row], context)
+        return with_metrics(mixed, episodes, scored, None, **values), metrics
 
     def learnt(self, influences: Tensor | None = None) -> dict[str, float]:
         """The weights have moved: tell the composer; returns its metrics. influences: that the update has measured."""
@@ -186,7 +186,7 @@ class Composing:
         return None
 
     def _streams(
-        self, told: Episodes, rewards: Tensor, greedy: Tensor | None, metrics: dict[str, float]
+        self, episodes: Episodes, rewards: Tensor, greedy: Tensor | None, metrics: dict[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Advantages [C, K] of each stream alone, and the other columns [C, K] of the estimator; adds to the metrics.
 
@@ -196,13 +196,13 @@ class Composing:
         found: dict[str, list[Tensor]] = {}
         for k, (name, sign) in enumerate(zip(composer.streams, composer.penalty_signs, strict=True)):
             own = k < rewards.shape[1]
-            values = told.values if told.values is None or told.values.ndim == 1 else told.values[:, k]
+            values = episodes.values if episodes.values is None or episodes.values.ndim == 1 else episodes.values[:, k]
             estimate = self.advantage(
                 replace(
-                    told,
+                    episodes,
                     scores=rewards[:, k] if own else torch.where(rewards.isnan().any(1), math.nan, 0.0).double(),
                     greedy=None if greedy is None else greedy[:, k] if own else greedy[:, 0] * 0.0,
-                    penalties=None if told.penalties is None or sign == 0 else sign * told.penalties,
+                    penalties=None if episodes.penalties is None or sign == 0 else sign * episodes.penalties,
                     values=values,
                 )
             )
@@ -215,17 +215,17 @@ class Composing:
         return stacked.pop("advantages"), stacked
 
     def _by_reward(
-        self, told: Episodes, rewards: Tensor, greedy: Tensor | None, context: Tensor | None
+        self, episodes: Episodes, rewards: Tensor, greedy: Tensor | None, context: Tensor | None
     ) -> tuple[Estimate, dict[str, float]]:
         """Rewards composed first. Greedy completions are composed in the same call: a normalisation is over both."""
         together = rewards if greedy is None else torch.cat([rewards, greedy])
         if context is not None and greedy is not None:
-            first = torch.searchsorted(told.group, torch.arange(len(greedy)))  # a completion of each prompt
+            first = torch.searchsorted(episodes.group, torch.arange(len(greedy)))  # a completion of each prompt
             context = torch.cat([context, context[first]])
         composed = self.composer(together, None, context)
         scores = composed[: len(rewards)]
-        twins = None if greedy is None else composed[len(rewards) :]
-        estimate = self.advantage(replace(told, scores=scores, greedy=twins))
+        greedy_scores = None if greedy is None else composed[len(rewards) :]
+        estimate = self.advantage(replace(episodes, scores=scores, greedy=greedy_scores))
         known = scores[~scores.isnan()]
         return estimate, {"reward/composed": float(known.mean())} if len(known) else {}
 

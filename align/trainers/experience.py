@@ -22,7 +22,7 @@ from align.packing import num_tokens
 from align.rewards.base import Conversation
 from align.rewards.build import Rewards
 from align.rollout.base import Completion, Rollout, Sampling
-from align.trainers.drawing import drawn
+from align.trainers.generation import generate_distributed
 from align.types import Episodes, Estimate, Example, Layout, Prompt, Row
 
 
@@ -42,25 +42,25 @@ class Group:
     steps: tuple[np.ndarray, ...] | None = None  # [n], rewards of steps [tokens]: align.rewards.build.StepReward
 
     @property
-    def settled(self) -> bool:
+    def zero_variance(self) -> bool:
         """Whether all rewards are the same, that of the greedy completion too, or the one to compare with is missing:
         then no baseline within the prompt leaves anything to learn. Rewards of steps leave something always."""
         known = self.scores[~np.isnan(self.scores)]
         if self.steps is not None:
-            return len(known) == 0 or self.unlearnt
+            return len(known) == 0 or self.baseline_missing
         if self.greedy is None:
             return len(known) == 0 or bool((known == known[0]).all())
-        return self.unlearnt or bool((known == self.greedy_score).all())
+        return self.baseline_missing or bool((known == self.greedy_score).all())
 
     @property
-    def unlearnt(self) -> bool:
+    def baseline_missing(self) -> bool:
         """Whether the greedy completion, with which the others are to be compared, has no reward."""
         return self.greedy is not None and math.isnan(self.greedy_score)
 
     @property
     def missing(self) -> int:
         """Completions without a score, the greedy one among them."""
-        return int(np.isnan(self.scores).sum()) + self.unlearnt
+        return int(np.isnan(self.scores).sum()) + self.baseline_missing
 
 
 class Experience:
@@ -91,7 +91,9 @@ class Experience:
     def draw(self, prompts: Sequence[PromptRow], sampling: Sampling, n: int, greedy: bool) -> list[Group]:
         """n completions of each prompt, and its greedy one where asked for; a process's are scored in one call."""
         start = time.perf_counter()
-        completions = drawn(self.world, self.rollout, [p.token_ids for p in prompts], sampling, n, greedy)
+        completions = generate_distributed(
+            self.world, self.rollout, [p.token_ids for p in prompts], sampling, n, greedy
+        )
         middle = time.perf_counter()
         asked = list(zip(prompts, completions, strict=True))
         groups = divided(self.world, asked, lambda part, _: self._scored(part, n, greedy))
@@ -186,7 +188,7 @@ def _cost(rows: Sequence[Row], layout: Layout) -> int:
 def _row(group: Group, k: int, truncated: str) -> Row:
     completion = group.completions[k]
     ids = np.array([*group.prompt.token_ids, *completion.token_ids], dtype=np.int32)
-    scored = not math.isnan(group.scores[k]) and not group.unlearnt
+    scored = not math.isnan(group.scores[k]) and not group.baseline_missing
     learnt = scored and (completion.finished or truncated == "keep")
     targets = (np.arange(len(ids)) >= len(group.prompt.token_ids)) & learnt
     if completion.logps is None:
@@ -236,22 +238,24 @@ def with_columns(parts: Sequence[Example], estimate: Estimate, more: dict[str, S
     return [replace(e, rows=tuple(next(filled) for _ in e.rows)) for e in parts]
 
 
-def reward_metrics(groups: Sequence[Group], rewards: Rewards, settled: Callable[[Group], bool]) -> dict[str, float]:
+def reward_metrics(
+    groups: Sequence[Group], rewards: Rewards, zero_variance: Callable[[Group], bool]
+) -> dict[str, float]:
     """Means over what is known, by component, left out where nothing is; reward/missing counts completions without a
     score, greedy ones among them. settled: whether nothing is to be learnt from a group."""
     table = np.concatenate([g.rewards for g in groups])
     scores = np.concatenate([g.scores for g in groups])
     out = component_means(table, rewards.names, "reward/{}") | means({"reward/total": scores})
     if groups[0].greedy_rewards is not None:
-        twins = np.stack([g.greedy_rewards for g in groups])  # type: ignore[misc]
-        out |= component_means(twins, rewards.names, "reward/{}_greedy")
+        greedy_rewards = np.stack([g.greedy_rewards for g in groups])  # type: ignore[misc]
+        out |= component_means(greedy_rewards, rewards.names, "reward/{}_greedy")
     known = scores[~np.isnan(scores)]
     if len(known):
         out["reward/total_std"] = float(known.std())
     lengths = [len(c.token_ids) for g in groups for c in g.completions]
     return out | {
         "reward/missing": sum(g.missing for g in groups),
-        "rollout/settled_prompts": float(np.mean([settled(g) for g in groups])),
+        "rollout/settled_prompts": float(np.mean([zero_variance(g) for g in groups])),
         "rollout/tokens": float(np.mean(lengths)),
         "rollout/truncated": float(np.mean([not c.finished for g in groups for c in g.completions])),
     }

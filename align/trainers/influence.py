@@ -19,7 +19,7 @@ from align.composers.gradient import cosines, influences
 from align.engine.base import Engine
 from align.engine.measuring import MeasuringEngine
 from align.trainers.experience import with_columns
-from align.trainers.loop import Cotangents, NonFinite, Pass, StepHook, Trainee, passes, token_values
+from align.trainers.loop import Cotangents, ForwardPass, NonFinite, StepHook, TrainContext, forward_passes, token_values
 from align.types import Estimate, Example
 
 # Of the difference, by the run's precision: how far it moves log-probs, nats, at least. Less drowns in rounding, more
@@ -59,7 +59,7 @@ def with_advantages(examples: Sequence[Example], advantages: np.ndarray) -> list
 
 
 def measure(
-    trainee: Trainee,
+    context: TrainContext,
     examples: Sequence[Example],
     advantages: Tensor,
     how: str,
@@ -76,15 +76,15 @@ def measure(
     process of the run calls it and gets the same. Raises NonFinite.
     """
     if how == "directional":
-        found = Directional(trainee, examples, advantages, pattern, check)
-        for passed in passes(trainee, found.examples, check, recompute=True):
-            found.add(passed)
+        found = Directional(context, examples, advantages, pattern, check)
+        for forward in forward_passes(context, found.examples, check, train_mode=True):
+            found.add(forward)
         found.gathered()
         return Influences(found.influences, {})
-    trained = trainee.engine.parameters
+    trained = context.engine.parameters
     chosen = chosen_parameters(trained, pattern)
     parts = with_advantages(examples, advantages.cpu().numpy())
-    gram, norms = _gram(trainee, parts, advantages.shape[1], chosen, chosen if max_norm is None else trained, check)
+    gram, norms = _gram(context, parts, advantages.shape[1], chosen, chosen if max_norm is None else trained, check)
     metrics = {f"gradient/norm_{name}": float(norms[k]) for k, name in enumerate(names)}
     angles = cosines(gram)
     for i, first in enumerate(names):
@@ -101,7 +101,7 @@ def _finite(values: Tensor, examples: Sequence[Example]) -> Tensor:
 
 
 def _gram(
-    trainee: Trainee,
+    context: TrainContext,
     examples: Sequence[Example],
     num: int,
     chosen: Mapping[str, Tensor],
@@ -109,11 +109,11 @@ def _gram(
     check: Callable[[], None],
 ) -> tuple[Tensor, Tensor]:
     """Inner products [K, K] over the chosen weights, and norms [K] over all that are wanted; float64 on the CPU."""
-    engine = measuring(trainee.engine)
+    engine = measuring(context.engine)
     gradients = engine.gradients(list(wanted), num)
-    cotangents = Cotangents(trainee, examples, _columns(num))
-    for passed in passes(trainee, examples, check, recompute=False):
-        gradients.add(passed.policy.token_logps, cotangents(passed).unbind(1), passed.own)
+    cotangents = Cotangents(context, examples, _columns(num))
+    for forward in forward_passes(context, examples, check, train_mode=False):
+        gradients.add(forward.policy.token_logps, cotangents(forward).unbind(1), forward.own)
     totals = gradients.total()
     everything = products(engine, totals, list(wanted))
     inside = everything if chosen.keys() == wanted.keys() else products(engine, totals, list(chosen))
@@ -153,7 +153,7 @@ class Directional(StepHook):
 
     def __init__(
         self,
-        trainee: Trainee,
+        context: TrainContext,
         examples: Sequence[Example],
         advantages: Tensor,
         pattern: str | None,
@@ -162,26 +162,26 @@ class Directional(StepHook):
         num = advantages.shape[1]
         self.examples = with_advantages(examples, advantages.cpu().numpy())
         self.influences = torch.zeros(num, dtype=torch.float64)
-        self._trainee, self._check = trainee, check
-        self._engine = measuring(trainee.engine)
+        self._context, self._check = context, check
+        self._engine = measuring(context.engine)
         self._names = list(chosen_parameters(self._engine.parameters, pattern))
         self._gradients = self._engine.gradients(self._names, 1)
-        self._cotangents = Cotangents(trainee, self.examples, _columns(num))
+        self._cotangents = Cotangents(context, self.examples, _columns(num))
         self._slopes: dict[int, np.ndarray] = {}  # of this process's examples: dL_k/dlogp [their C, K]
 
-    def backward(self, passed: Pass, loss: Tensor, last: bool) -> None:
+    def backward(self, forward: ForwardPass, loss: Tensor, last: bool) -> None:
         """See StepHook."""
         self._engine.backward(loss, last, keep_graph=True)
-        self.add(passed)
+        self.add(forward)
 
-    def add(self, passed: Pass) -> None:
+    def add(self, forward: ForwardPass) -> None:
         """Its share of the gradient and of the derivatives by log-probs; its graph is used up."""
-        found = self._cotangents(passed)
-        self._gradients.add(passed.policy.token_logps, [found.sum(1)], passed.own)
-        if passed.own:
-            rows = (self.examples[i].rows for i in passed.part)
+        found = self._cotangents(forward)
+        self._gradients.add(forward.policy.token_logps, [found.sum(1)], forward.own)
+        if forward.own:
+            rows = (self.examples[i].rows for i in forward.part)
             borders = np.cumsum([sum(int(row.targets.sum()) for row in own) for own in rows])[:-1]
-            self._slopes |= dict(zip(passed.part, np.split(found.double().cpu().numpy(), borders), strict=True))
+            self._slopes |= dict(zip(forward.part, np.split(found.double().cpu().numpy(), borders), strict=True))
 
     def gathered(self) -> None:
         """See StepHook. Raises NonFinite."""
@@ -203,7 +203,7 @@ class Directional(StepHook):
     @torch.no_grad()
     def _difference(self, along: Mapping[str, Tensor], length: float) -> list[np.ndarray]:
         """(logp(w + length g) - logp(w - length g)) / 2 length of each example's tokens [its C]."""
-        trainee, engine = self._trainee, self._engine
+        context, engine = self._context, self._engine
         engine.policy.eval()
         found = []
         with engine.moving(along) as move:
@@ -212,8 +212,8 @@ class Directional(StepHook):
                 values = token_values(
                     lambda batch: engine.forward(batch, frozenset()),
                     self.examples,
-                    trainee.layout,
-                    trainee.max_tokens,
+                    context.layout,
+                    context.max_tokens,
                     engine.policy.device,
                     check=self._check,
                     world=engine.world,
@@ -226,8 +226,8 @@ class Measurements:
     """When an online step's influences are measured: by passes of their own before the update, or, of an update of one
     step, by its own passes. beside: whether those serve for it."""
 
-    def __init__(self, trainee: Trainee, composer: Composer, beside: bool, check: Callable[[], None]):
-        self.trainee = trainee
+    def __init__(self, context: TrainContext, composer: Composer, beside: bool, check: Callable[[], None]):
+        self.context = context
         self.composer = composer
         self.beside = beside and composer.apply == "next" and composer.measure == "directional"
         self.check = check
@@ -248,13 +248,13 @@ class Measurements:
             return None
         prepared = with_columns(examples, Estimate(others), columns)  # a value head's loss reads returns
         c = self.composer
-        return measure(self.trainee, prepared, streams, c.measure, c.max_norm, c.parameters, self.check, names=c.names)
+        return measure(self.context, prepared, streams, c.measure, c.max_norm, c.parameters, self.check, names=c.names)
 
     def hook(self, examples: list[Example]) -> Directional | None:
         """What the update over these examples takes to measure what `before` has left to it."""
         objectives, self._objectives = self._objectives, None
         if objectives is not None:
-            self._hook = Directional(self.trainee, examples, objectives, self.composer.parameters, self.check)
+            self._hook = Directional(self.context, examples, objectives, self.composer.parameters, self.check)
         return self._hook
 
     def measured(self) -> Tensor | None:

@@ -87,7 +87,7 @@ def plan(config: TrainerConfig, num_examples: int, schedule_steps: int | None) -
 
 
 @dataclass(frozen=True)
-class Anchor:
+class ReferenceModel:
     """A fixed network that log-probs are compared with: cached by row, or asked at each batch."""
 
     cached: Callable[[Sequence[Row]], list[np.ndarray]] | None
@@ -95,19 +95,20 @@ class Anchor:
 
 
 @dataclass(frozen=True)
-class Trainee:
+class TrainContext:
     """What the loop works with."""
 
     engine: Engine
     objective: Objective
     layout: Layout
     max_tokens: int  # of a micro-batch
-    reference: Anchor | None
-    anchors: Mapping[str, Anchor] = field(default_factory=dict)  # whose log-probs are these extras of a batch
+    reference: ReferenceModel | None
+    # by the extra of a batch that holds their log-probs
+    extra_references: Mapping[str, ReferenceModel] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Pass:
+class ForwardPass:
     """A micro-batch that has been through the policy, with the graph."""
 
     part: list[int]  # its examples
@@ -120,7 +121,7 @@ class Pass:
 class StepHook(Protocol):
     """What watches a step from inside; it leaves the step as it would have been."""
 
-    def backward(self, passed: Pass, loss: torch.Tensor, last: bool) -> None:
+    def backward(self, forward: ForwardPass, loss: torch.Tensor, last: bool) -> None:
         """In the place of the engine's, which it calls before all else: what is kept of a forward serves the first."""
         ...
 
@@ -130,33 +131,33 @@ class StepHook(Protocol):
 
 
 def train_step(
-    trainee: Trainee, examples: Sequence[Example], lr: float, hook: StepHook | None = None
+    context: TrainContext, examples: Sequence[Example], lr: float, hook: StepHook | None = None
 ) -> dict[str, float]:
     """One optimiser step over all of `examples`; returns its metrics.
 
     Raises NonFinite before the weights are touched.
     """
-    engine = trainee.engine
-    values = _step_values(trainee, examples)
+    engine = context.engine
+    values = _step_values(context, examples)
     engine.policy.train()
     totals = _Totals(examples)
-    blamed = []
-    parts = _parts(trainee, examples)
+    nonfinite = []
+    parts = _parts(context, examples)
     for number, (part, own) in enumerate(parts, 1):
-        passed = _passed(trainee, examples, part, own, values, _asked(trainee.objective))
-        batch, out = passed.batch, trainee.objective(passed.policy, passed.reference, passed.batch)
-        loss = totals.add(batch, out) if own else totals.nothing(out)
+        forward = _forward_pass(context, examples, part, own, values, _needed_outputs(context.objective))
+        batch, out = forward.batch, context.objective(forward.policy, forward.reference, forward.batch)
+        loss = totals.add(batch, out) if own else totals.zero_loss(out)
         if not torch.isfinite(loss.detach()):
-            blamed += _blame(batch, out)
+            nonfinite += _nonfinite_rows(batch, out)
             if engine.world.size == 1:
                 continue
         if hook is None:
             engine.backward(loss, last=number == len(parts))
         else:
-            hook.backward(passed, loss, last=number == len(parts))
-    blamed = [source for found in engine.world.gather(blamed) for source in found]
-    if blamed:
-        raise NonFinite(f"the loss is not a number for {', '.join(blamed[:8])}")
+            hook.backward(forward, loss, last=number == len(parts))
+    nonfinite = [source for found in engine.world.gather(nonfinite) for source in found]
+    if nonfinite:
+        raise NonFinite(f"the loss is not a number for {', '.join(nonfinite[:8])}")
     norm = engine.gradient_norm()
     if not math.isfinite(norm):
         rows = ", ".join(e.source for e in examples[:8])
@@ -169,35 +170,35 @@ def train_step(
 
 @torch.no_grad()
 def evaluate(
-    trainee: Trainee, examples: Sequence[Example], check: Callable[[], None] = lambda: None
+    context: TrainContext, examples: Sequence[Example], check: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
     """Metrics over held-out examples, taken as one step. check is called between micro-batches and may raise."""
-    trainee.engine.policy.eval()
-    values = _step_values(trainee, examples, check)
+    context.engine.policy.eval()
+    values = _step_values(context, examples, check)
     totals = _Totals(examples)
-    for part, own in _parts(trainee, examples):
+    for part, own in _parts(context, examples):
         check()
-        passed = _passed(trainee, examples, part, own, values, _asked(trainee.objective))
-        found = trainee.objective(passed.policy, passed.reference, passed.batch)
+        forward = _forward_pass(context, examples, part, own, values, _needed_outputs(context.objective))
+        found = context.objective(forward.policy, forward.reference, forward.batch)
         if own:
-            totals.add(passed.batch, found)
-    metrics = totals.metrics("heldout", trainee.engine.world)
+            totals.add(forward.batch, found)
+    metrics = totals.metrics("heldout", context.engine.world)
     return {k: v for k, v in metrics.items() if not k.startswith("tokens/")}
 
 
 @torch.no_grad()
-def reference_gap(trainee: Trainee, examples: Sequence[Example]) -> float:
+def reference_gap(context: TrainContext, examples: Sequence[Example]) -> float:
     """Largest difference between policy and reference over the rows of the examples, nats per target token."""
-    trainee.engine.policy.eval()
+    context.engine.policy.eval()
     gap = 0.0
-    for part, _ in _parts(trainee, examples):
+    for part, _ in _parts(context, examples):
         chosen = [examples[i] for i in part]
-        packed = to_device(pack(chosen, trainee.layout), trainee.engine.policy.device)
-        batch = _with_anchors(trainee, packed, [row for e in chosen for row in e.rows])
-        policy, reference = trainee.engine.forward(batch, frozenset()), _reference(trainee, batch)
+        packed = to_device(pack(chosen, context.layout), context.engine.policy.device)
+        batch = _with_reference_logps(context, packed, [row for e in chosen for row in e.rows])
+        policy, reference = context.engine.forward(batch, frozenset()), _reference(context, batch)
         assert reference is not None
         gap = max(gap, float(((policy.logps - reference.logps).abs() / positive(policy.lengths)).max()))
-    return max(trainee.engine.world.gather(gap))
+    return max(context.engine.world.gather(gap))
 
 
 @torch.no_grad()
@@ -234,61 +235,63 @@ def token_values(
 
 
 @torch.no_grad()
-def score_rows(trainee: Trainee, examples: Sequence[Example], check: Callable[[], None]) -> np.ndarray | None:
+def score_rows(context: TrainContext, examples: Sequence[Example], check: Callable[[], None]) -> np.ndarray | None:
     """A reward model's outputs [N, D] float64 of all rows of the examples; None without examples."""
-    trainee.engine.policy.eval()
+    context.engine.policy.eval()
     out = []
-    for part, own in _parts(trainee, examples):
+    for part, own in _parts(context, examples):
         check()
-        batch = to_device(pack([examples[i] for i in part], trainee.layout), trainee.engine.policy.device)
-        scores = trainee.engine.forward(batch, frozenset()).scores
+        batch = to_device(pack([examples[i] for i in part], context.layout), context.engine.policy.device)
+        scores = context.engine.forward(batch, frozenset()).scores
         assert scores is not None
         if own:
             out.append(scores.double().cpu().numpy())
-    out = [scores for found in trainee.engine.world.gather(out) for scores in found]
+    out = [scores for found in context.engine.world.gather(out) for scores in found]
     return np.concatenate(out) if out else None
 
 
-def _parts(trainee: Trainee, examples: Sequence[Example]) -> list[tuple[list[int], bool]]:
+def _parts(context: TrainContext, examples: Sequence[Example]) -> list[tuple[list[int], bool]]:
     """This process's micro-batches, see packing.shares."""
-    return _shared(trainee, [e.rows for e in examples], [e.source for e in examples])
+    return _shared(context, [e.rows for e in examples], [e.source for e in examples])
 
 
-def _shared(trainee: Trainee, groups: Sequence[Sequence[Row]], sources: Sequence[str]) -> list[tuple[list[int], bool]]:
-    world = trainee.engine.world
-    parts = micro_batches(groups, sources, trainee.layout, trainee.max_tokens, world.size)
+def _shared(
+    context: TrainContext, groups: Sequence[Sequence[Row]], sources: Sequence[str]
+) -> list[tuple[list[int], bool]]:
+    world = context.engine.world
+    parts = micro_batches(groups, sources, context.layout, context.max_tokens, world.size)
     return shares(parts, world.rank, world.size)
 
 
 @torch.no_grad()
 def _step_values(
-    trainee: Trainee, examples: Sequence[Example], check: Callable[[], None] = lambda: None
+    context: TrainContext, examples: Sequence[Example], check: Callable[[], None] = lambda: None
 ) -> torch.Tensor | None:
     """What the objective must know of the whole step before its first loss [B, K], or None.
 
     A point that all losses of a step share (KTO's) or an order among them (AOT's) would depend on the split into
     micro-batches if each of these made its own.
     """
-    objective = trainee.objective
+    objective = context.objective
     which = objective.step_rows
     if which is None:
         return None
     own = which == "examples"
     groups = [e.rows if own else (e.extras[which],) for e in examples]
     sources = [e.source for e in examples]
-    engine = trainee.engine
+    engine = context.engine
     engine.policy.eval()
     found: list[tuple[list[int], torch.Tensor]] = []
-    for part, mine in _shared(trainee, groups, sources):
+    for part, mine in _shared(context, groups, sources):
         check()
         rows = [row for i in part for row in groups[i]]
         if own:
-            packed = pack([examples[i] for i in part], trainee.layout)
+            packed = pack([examples[i] for i in part], context.layout)
         else:
-            packed = pack_groups([groups[i] for i in part], trainee.layout, [sources[i] for i in part])
-        batch = _with_anchors(trainee, to_device(packed, engine.policy.device), rows)
-        policy = engine.forward(batch, _asked(objective))
-        values = objective.step_values(policy, _reference(trainee, batch), batch)
+            packed = pack_groups([groups[i] for i in part], context.layout, [sources[i] for i in part])
+        batch = _with_reference_logps(context, to_device(packed, engine.policy.device), rows)
+        policy = engine.forward(batch, _needed_outputs(objective))
+        values = objective.step_values(policy, _reference(context, batch), batch)
         if mine:
             found.append((part, values if engine.world.size == 1 else values.cpu()))
     found = [piece for part in engine.world.gather(found) for piece in part]
@@ -298,53 +301,55 @@ def _step_values(
     return out
 
 
-def _asked(objective: Objective) -> frozenset[str]:
+def _needed_outputs(objective: Objective) -> frozenset[str]:
     """Of the network, beside log-probs; names that it does not know are others'."""
     return frozenset((*objective.needs, *objective.extras))
 
 
-def _passed(
-    trainee: Trainee,
+def _forward_pass(
+    context: TrainContext,
     examples: Sequence[Example],
     part: list[int],
     own: bool,
     step_values: torch.Tensor | None,
     needs: frozenset[str],
-) -> Pass:
-    device = trainee.engine.policy.device
+) -> ForwardPass:
+    device = context.engine.policy.device
     chosen = [examples[i] for i in part]
     rows = [row for e in chosen for row in e.rows]
-    batch = _with_anchors(trainee, to_device(pack(chosen, trainee.layout), device), rows)
+    batch = _with_reference_logps(context, to_device(pack(chosen, context.layout), device), rows)
     if step_values is not None:
         batch = with_extras(batch, {"step_values": step_values, "step_index": torch.tensor(part, device=device)})
-    reference = _reference(trainee, batch)
-    return Pass(part, own, batch, trainee.engine.forward(batch, needs), reference)
+    reference = _reference(context, batch)
+    return ForwardPass(part, own, batch, context.engine.forward(batch, needs), reference)
 
 
-def _with_anchors(trainee: Trainee, batch: PackedBatch, rows: Sequence[Row]) -> PackedBatch:
+def _with_reference_logps(context: TrainContext, batch: PackedBatch, rows: Sequence[Row]) -> PackedBatch:
     """The batch with the log-probs that are cached, or that only a network of its own can give."""
-    if trainee.reference is not None and trainee.reference.cached is not None:
-        batch = replace(batch, reference_token_logps=token_column(trainee.reference.cached(rows), batch))
-    return with_extras(batch, {name: _anchored(anchor, batch, rows) for name, anchor in trainee.anchors.items()})
+    if context.reference is not None and context.reference.cached is not None:
+        batch = replace(batch, reference_token_logps=token_column(context.reference.cached(rows), batch))
+    return with_extras(
+        batch, {name: _reference_token_logps(model, batch, rows) for name, model in context.extra_references.items()}
+    )
 
 
 @torch.no_grad()
-def _anchored(anchor: Anchor, batch: PackedBatch, rows: Sequence[Row]) -> torch.Tensor:
+def _reference_token_logps(model: ReferenceModel, batch: PackedBatch, rows: Sequence[Row]) -> torch.Tensor:
     """Its log-probs of the targets [C]."""
-    if anchor.cached is not None:
-        return token_column(anchor.cached(rows), batch)
-    assert anchor.network is not None
-    return anchor.network(batch).token_logps
+    if model.cached is not None:
+        return token_column(model.cached(rows), batch)
+    assert model.network is not None
+    return model.network(batch).token_logps
 
 
-def _reference(trainee: Trainee, batch: PackedBatch) -> Stats | None:
-    if trainee.reference is None:
+def _reference(context: TrainContext, batch: PackedBatch) -> Stats | None:
+    if context.reference is None:
         return None
     if batch.reference_token_logps is not None:
         return cached_stats(batch.reference_token_logps, batch)
-    assert trainee.reference.network is not None
+    assert context.reference.network is not None
     with torch.no_grad():
-        return trainee.reference.network(batch)
+        return context.reference.network(batch)
 
 
 class _Totals:
@@ -378,7 +383,7 @@ class _Totals:
                     self._mean(f"{name}_{origin or 'unnamed'}", [value])
         return loss
 
-    def nothing(self, out: Losses) -> torch.Tensor:
+    def zero_loss(self, out: Losses) -> torch.Tensor:
         """The loss of a micro-batch that is another process's: 0, with a graph, as every process must have one."""
         loss = sum(torch.nan_to_num(term.losses).sum() * 0.0 for term in out.terms)
         assert isinstance(loss, torch.Tensor)
@@ -386,8 +391,8 @@ class _Totals:
 
     def _mean(self, name: str, values: Sequence[float]) -> None:
         total, count = self.means.get(name, (0.0, 0))
-        given = [v for v in values if not math.isnan(v)]
-        self.means[name] = (total + sum(given), count + len(given))
+        present = [v for v in values if not math.isnan(v)]
+        self.means[name] = (total + sum(present), count + len(present))
 
     def _count(self, term: Term) -> float:
         key = (term.unit, term.column)
@@ -397,8 +402,8 @@ class _Totals:
             else:
                 rows = [row for e in self.examples for row in _column_of(e.rows, term.column)]
                 # a sequence without targets is in no mean over sequences
-                spoken = [row for row in rows if row.targets.any()]
-                count = len(spoken) if term.unit == "row" else sum(_target_weight(row) for row in spoken)
+                with_targets = [row for row in rows if row.targets.any()]
+                count = len(with_targets) if term.unit == "row" else sum(_target_weight(row) for row in with_targets)
             self.counts[key] = count or 1.0
         return self.counts[key]
 
@@ -446,7 +451,7 @@ def _target_weight(row: Row) -> float:
     return float(row.weights[row.targets].sum(dtype=np.float64))
 
 
-def _blame(batch: PackedBatch, out: Losses) -> list[str]:
+def _nonfinite_rows(batch: PackedBatch, out: Losses) -> list[str]:
     """The rows of a micro-batch whose own loss is not finite, or all of them if none is singled out."""
     bad = []
     for term in out.terms:
@@ -469,18 +474,20 @@ def token_plan(examples: Sequence[Example], layout: Layout, max_tokens: int) -> 
     return stream, sum(num_tokens(e.rows, "packed") for e in examples)
 
 
-def passes(trainee: Trainee, examples: Sequence[Example], check: Callable[[], None], recompute: bool) -> Iterator[Pass]:
+def forward_passes(
+    context: TrainContext, examples: Sequence[Example], check: Callable[[], None], train_mode: bool
+) -> Iterator[ForwardPass]:
     """The micro-batches of a step, without the step. check is called between them and may raise.
 
     recompute: as in the step, if that is how its activations are kept; then a graph serves for one backward. There must
     be no dropout.
     """
-    values = _step_values(trainee, examples, check)
-    trainee.engine.policy.train(recompute)
-    needs = _asked(trainee.objective) - {"entropy"}  # which is only watched
-    for part, own in _parts(trainee, examples):
+    values = _step_values(context, examples, check)
+    context.engine.policy.train(train_mode)
+    needs = _needed_outputs(context.objective) - {"entropy"}  # which is only watched
+    for part, own in _parts(context, examples):
         check()
-        yield _passed(trainee, examples, part, own, values, needs)
+        yield _forward_pass(context, examples, part, own, values, needs)
 
 
 class Cotangents:
@@ -490,14 +497,14 @@ class Cotangents:
     What a loss has beside functions of log-probs, entropy and values, is the same for all of them and left out.
     """
 
-    def __init__(self, trainee: Trainee, examples: Sequence[Example], columns: Sequence[str | None]):
-        self._objective = trainee.objective
+    def __init__(self, context: TrainContext, examples: Sequence[Example], columns: Sequence[str | None]):
+        self._objective = context.objective
         self._columns = columns
         self._totals = _Totals(examples)
 
-    def __call__(self, passed: Pass) -> torch.Tensor:
+    def __call__(self, forward: ForwardPass) -> torch.Tensor:
         """Of each token of a micro-batch, one for each column [C, K]."""
-        policy, batch = passed.policy, passed.batch
+        policy, batch = forward.policy, forward.batch
         leaf = policy.token_logps.detach().requires_grad_()
         still = {name: v.detach() for name, v in vars(policy).items() if isinstance(v, torch.Tensor)}
         stats = replace(policy, **{**still, "token_logps": leaf})
@@ -507,6 +514,6 @@ class Cotangents:
             if column is not None:
                 own = replace(batch, columns={**batch.columns, "advantages": batch.columns[column]})
             with torch.enable_grad():
-                loss = self._totals.add(own, self._objective(stats, passed.reference, own))
+                loss = self._totals.add(own, self._objective(stats, forward.reference, own))
             found.append(torch.autograd.grad(loss, leaf)[0])
         return torch.stack(found, 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 from align import checkpoint
 from align.jsons import Fields, Json
 from align.trainers.session import Session
-from align.trainers.trained import Whole
+from align.trainers.trained import FullModel
 
 OBSERVERS = "observers"  # their key in a checkpoint's progress; other keys are the loop's and the task's
 
@@ -68,7 +68,7 @@ class Retention(Observer):
             checkpoint.retain(self.session.out.checkpoints, self.session.config.trainer.keep_checkpoints)
 
 
-class Idle(Observer):
+class StallDetector(Observer):
     """Says of a run that it learns nothing, after some such steps in a row and at its end."""
 
     name = "idle"
@@ -80,7 +80,7 @@ class Idle(Observer):
         self.idle = 0
         self.streak = 0
         self.why = ""
-        self.told = False
+        self.warned = False
 
     def stepped(self, number: int, row: Fields) -> None:
         """See Observer."""
@@ -90,22 +90,22 @@ class Idle(Observer):
             self.streak = 0
             return
         self.idle, self.streak, self.why = self.idle + 1, self.streak + 1, why
-        if self.streak == self.patience and not self.told:
-            self.told = True
+        if self.streak == self.patience and not self.warned:
+            self.warned = True
             self.session.log.say(f"warning: step {number}: nothing was learnt in {self.streak} steps: {why}")
 
     def state(self) -> Json:
         """See Observer."""
-        return {"all": self.all, "idle": self.idle, "streak": self.streak, "why": self.why, "told": self.told}
+        return {"all": self.all, "idle": self.idle, "streak": self.streak, "why": self.why, "told": self.warned}
 
     def restore(self, state: Fields, directory: Path) -> None:  # noqa: ARG002
         """See Observer."""
         self.all, self.idle, self.streak = state["all"], state["idle"], state["streak"]
-        self.why, self.told = state["why"], state["told"]
+        self.why, self.warned = state["why"], state["told"]
 
     def summary(self) -> Json:
         """See Observer."""
-        if not self.told and (self.idle < self.all or self.all == 0):
+        if not self.warned and (self.idle < self.all or self.all == 0):
             return {}
         return {"nothing_learnt": {"steps": self.idle, "of": self.all, "why": self.why}}
 
@@ -120,17 +120,17 @@ def _idle(row: Fields) -> str:
 
 
 def observers_of(
-    session: Session, whole: Whole, num_steps: int, form: Callable[[], Json] | None = None
+    session: Session, full_model: FullModel, num_steps: int, form: Callable[[], Json] | None = None
 ) -> list[Observer]:
     """Those that the settings ask for. whole: what is trained; form: what is written beside a reward model."""
     t = session.config.trainer
-    out: list[Observer] = [Retention(session), Idle(session)]
+    out: list[Observer] = [Retention(session), StallDetector(session)]
     if any(value is not None for value in (t.ema, t.keep_best, t.export_every, t.export_at)):
         from align.trainers.snapshots import snapshots_of
 
-        out += snapshots_of(session, whole, form)
+        out += snapshots_of(session, full_model, form)
     if session.config.callbacks:
-        from align.trainers.told import Told
+        from align.trainers.callback_observer import CallbackObserver
 
-        out.append(Told.by(session, whole.engine.policy, num_steps))
+        out.append(CallbackObserver.by(session, full_model.engine.policy, num_steps))
     return out

@@ -21,15 +21,15 @@ from align.models.pretrained import Pretrained
 from align.objectives.base import RewardObjective
 from align.rollout.base import Rollout
 from align.trainers import resume, selfcheck, trained
-from align.trainers.anchors import Anchors
-from align.trainers.answers import Answers
 from align.trainers.final import summarise
-from align.trainers.loop import Plan, Trainee, evaluate, reference_gap, score_rows, token_plan, train_step
+from align.trainers.heldout_samples import HeldoutSamples
+from align.trainers.loop import Plan, TrainContext, evaluate, reference_gap, score_rows, token_plan, train_step
 from align.trainers.observers import observers_of
+from align.trainers.references import ReferenceModels
 from align.trainers.rollouts import Rollouts
 from align.trainers.session import SelfCheckError, Session, start
 from align.trainers.steploop import Metrics, StepLoop, Task, size_of
-from align.trainers.trained import Whole
+from align.trainers.trained import FullModel
 from align.types import Example, Layout
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def train(config: Config, command: str) -> int:
 
 
 @dataclass(frozen=True)
-class Given:
+class LoadedModel:
     """A model that is loaded already, and is what the settings name; foreign: a reference that they cannot name."""
 
     model: Any
@@ -59,18 +59,18 @@ class Given:
 class _Parts:
     """What is made before the first step, of the model as the run found it."""
 
-    whole: Whole
+    full_model: FullModel
     model_hash: str
-    anchors: Anchors
-    trainee: Trainee
-    answers: Answers
-    form: Form | None  # of a reward model
+    references: ReferenceModels
+    context: TrainContext
+    heldout_samples: HeldoutSamples
+    form: RewardModelInfo | None  # of a reward model
 
 
-def run(session: Session, given: Given | None = None) -> int:
+def run(session: Session, loaded: LoadedModel | None = None) -> int:
     """Everything from data to final/; returns the exit code."""
     config = session.config
-    model = given.model if given is not None else None
+    model = loaded.model if loaded is not None else None
     rollouts = Rollouts(session)
     settings = config.data
     if config.collect is not None:
@@ -87,15 +87,15 @@ def run(session: Session, given: Given | None = None) -> int:
     if resume.nothing_left(session, state, plan.num_steps):
         return 0
     plan, agreement = mixed(session, plan, data, target)
-    parts = _parts(session, model or trained.load(session), data, plan, state, rollouts, given, target)
-    trainee, engine = parts.trainee, parts.trainee.engine
-    parts.answers.before()
-    _loss_before(session, trainee, data.heldout)
+    parts = _parts(session, model or trained.load(session), data, plan, state, rollouts, loaded, target)
+    context, engine = parts.context, parts.context.engine
+    parts.heldout_samples.before()
+    _loss_before(session, context, data.heldout)
     resume.restore(session, engine, state, plan)
     fixed = {"schedule_steps": plan.schedule_steps, "data": hashes, "model": parts.model_hash}
-    observers = observers_of(session, parts.whole, plan.num_steps, parts.form)
+    observers = observers_of(session, parts.full_model, plan.num_steps, parts.form)
     loop = StepLoop(session, plan.num_steps, state, fixed, observers, engine.write, size_of(engine))
-    step = loop.run(Offline(session, trainee, plan, data.train, data.heldout, agreement))
+    step = loop.run(Offline(session, context, plan, data.train, data.heldout, agreement))
     session.signals.agree_again()
     rollout = _sync(session, parts, rollouts)
     summary = _summary(session, parts, data, step)
@@ -106,24 +106,24 @@ def run(session: Session, given: Given | None = None) -> int:
         out = session.out.path
         summary["problems"] = session.world.share(by_lead(session.world, lambda: solved_summary(out, out)))
     summary |= loop.summary()
-    parts.whole.write(session.out.final, summary, None if parts.form is None else parts.form())
+    parts.full_model.write(session.out.final, summary, None if parts.form is None else parts.form())
     loop.end(summary)
     return 0
 
 
-def train_part(session: Session, settings: Config, given: Given | None = None, compare: bool = True) -> Metrics:
+def train_part(session: Session, settings: Config, loaded: LoadedModel | None = None, compare: bool = True) -> Metrics:
     """A run that is part of this one, in a directory of its own, from where it was; returns its steps and its last
     metrics, train/ before their names. compare: see RunDirectory."""
     part = session.part(settings, compare)
     try:
-        run(part, given)
+        run(part, loaded)
         rows = part.out.read("metrics.jsonl")
     finally:
         part.close()
     assert rows is not None
     last = json.loads(rows.splitlines()[-1])
-    told = {name: value for name, value in last.items() if name.startswith(_TOLD) and value is not None}
-    return {"train/steps": last["step"]} | {f"train/{name.replace('/', '_')}": v for name, v in told.items()}
+    metrics = {name: value for name, value in last.items() if name.startswith(_TOLD) and value is not None}
+    return {"train/steps": last["step"]} | {f"train/{name.replace('/', '_')}": v for name, v in metrics.items()}
 
 
 # ---------------------------------------------------------------------- the loop
@@ -135,7 +135,7 @@ class Offline(Task):
     def __init__(
         self,
         session: Session,
-        trainee: Trainee,
+        context: TrainContext,
         plan: Plan,
         train: Sequence[Example],
         heldout: Sequence[Example],
@@ -143,7 +143,7 @@ class Offline(Task):
     ):
         self.session = session
         self.config = session.config
-        self.trainee = trainee
+        self.context = context
         self.plan = plan
         self.train = train
         self.heldout = heldout
@@ -152,12 +152,12 @@ class Offline(Task):
     def step(self, number: int) -> Metrics:
         """See Task."""
         start = time.perf_counter()
-        plan, seed, told = self.plan, self.config.seed, {}
+        plan, seed, metrics = self.plan, self.config.seed, {}
         if self.agreement is not None:
-            told = self.agreement.before(number, self.trainee, plan.batch_size, seed, self.session.signals.check)
+            metrics = self.agreement.before(number, self.context, plan.batch_size, seed, self.session.signals.check)
         indices = plan.indices(number, seed)
         lr = learning_rate(self.config.optimizer, number, plan.schedule_steps)
-        row: Metrics = dict(train_step(self.trainee, [self.train[i] for i in indices], lr)) | told
+        row: Metrics = dict(train_step(self.context, [self.train[i] for i in indices], lr)) | metrics
         row["data/epoch"] = min(number * plan.batch_size, plan.limit) / plan.num_examples
         row["time/step_s"] = time.perf_counter() - start
         return row
@@ -166,7 +166,7 @@ class Offline(Task):
         """See Task."""
         if not self.heldout:
             return {}
-        return dict(evaluate(self.trainee, self.heldout, self.session.signals.check))
+        return dict(evaluate(self.context, self.heldout, self.session.signals.check))
 
     def state(self) -> Fields:
         """See Task."""
@@ -235,7 +235,7 @@ def _collected(session: Session, rollouts: Rollouts) -> tuple[str, Any]:
     place, None where an engine reads its shards from the files again."""
     from align.trainers.collect import collected
 
-    model = trained.load_whole(session)
+    model = trained.load_unsharded(session)
     selfcheck.check_tokens_of(session, model, [])
     key = {"model": weights_hash(model), "precision": str(session.precision)}
     collector = _collector(session, rollouts.of(Policy(model, "padded")))
@@ -260,26 +260,26 @@ def _parts(
     plan: Plan,
     state: checkpoint.State | None,
     rollouts: Rollouts,
-    given: Given | None,
+    loaded: LoadedModel | None,
     target: Sequence[Example],
 ) -> _Parts:
     everything = (*data.train, *data.heldout, *target)
     selfcheck.check_tokens_of(session, model, (row.token_ids for e in everything for row in e.rows))
     made = _prepared(session, model, data, plan, target)
     engine = make_engine(session.config, made.network, session.precision, session.world)
-    whole = Whole(made, engine)
-    model_hash = whole.hash()
+    full_model = FullModel(made, engine)
+    model_hash = full_model.hash()
     resume.check_weights(session, state, model_hash)
-    anchors = _anchors(session, engine, data, plan, model_hash, given, target)
-    reference, further = anchors.of(session.objective)
+    references = _references(session, engine, data, plan, model_hash, loaded, target)
+    reference, extra_references = references.of(session.objective)
     budget = session.config.trainer.micro_batch_tokens
-    trainee = Trainee(engine, session.objective, made.layout, budget, reference, further)
-    _self_check(session, trainee, data.train[:2], anchors.foreign is None)
+    context = TrainContext(engine, session.objective, made.layout, budget, reference, extra_references)
+    _self_check(session, context, data.train[:2], references.foreign is None)
     form = None
     if "scores" in session.objective.needs:
-        form = Form(session, trainee, {row.chat for row in data.train_rows}, data.heldout)
-    answers = Answers(session, engine, whole, rollouts, data.heldout)
-    return _Parts(whole, model_hash, anchors, trainee, answers, form)
+        form = RewardModelInfo(session, context, {row.chat for row in data.train_rows}, data.heldout)
+    heldout_samples = HeldoutSamples(session, engine, full_model, rollouts, data.heldout)
+    return _Parts(full_model, model_hash, references, context, heldout_samples, form)
 
 
 def _prepared(session: Session, model: object, data: Data, plan: Plan, target: Sequence[Example]) -> trained.Trained:
@@ -317,15 +317,15 @@ def _network(session: Session, model: Any, layout: Layout) -> Network:
     return Scorer(model, layout, network.new_head(objective, width, config.head, config.seed))
 
 
-def _anchors(
+def _references(
     session: Session,
     engine: Any,
     data: Data,
     plan: Plan,
     model_hash: str,
-    given: Given | None,
+    loaded: LoadedModel | None,
     target: Sequence[Example],
-) -> Anchors:
+) -> ReferenceModels:
     # A run of few steps over many rows pays for the rows it will see; the first two are the self-check's. Where shares
     # are learnt, which rows these are is not known.
     visited = set(range(len(data.train))) if target else {0, min(1, len(data.train) - 1)}
@@ -333,7 +333,7 @@ def _anchors(
         visited |= set(plan.indices(step, session.config.seed))
         if len(visited) == len(data.train):
             break
-    return Anchors(
+    return ReferenceModels(
         session.config,
         engine,
         session.pretrained,
@@ -342,17 +342,17 @@ def _anchors(
         session.log,
         session.signals.agree,
         lambda network: selfcheck.check_layout(session, network, data.train[:2]),
-        given.foreign if given is not None else None,
+        loaded.foreign if loaded is not None else None,
     )
 
 
-def _self_check(session: Session, trainee: Trainee, first: Sequence[Example], own_reference: bool) -> None:
+def _self_check(session: Session, context: TrainContext, first: Sequence[Example], own_reference: bool) -> None:
     """The policy must be its own reference before training, and its layout the model's own attention."""
-    own = selfcheck.check_layout(session, trainee.engine.policy, first)
-    if trainee.reference is None or not own_reference:
+    own = selfcheck.check_layout(session, context.engine.policy, first)
+    if context.reference is None or not own_reference:
         session.log.say(f"self-check passed: {own}")
         return
-    ratio = reference_gap(trainee, first)
+    ratio = reference_gap(context, first)
     if not ratio <= selfcheck.TOLERANCE[session.precision]:
         raise SelfCheckError(
             f"self-check: policy and reference differ by {ratio:.2g} nats per token before training; "
@@ -361,10 +361,10 @@ def _self_check(session: Session, trainee: Trainee, first: Sequence[Example], ow
     session.log.say(f"self-check passed: {own}; policy = reference to {ratio:.1e}")
 
 
-def _loss_before(session: Session, trainee: Trainee, heldout: Sequence[Example]) -> None:
+def _loss_before(session: Session, context: TrainContext, heldout: Sequence[Example]) -> None:
     """Where the loss before training is not known beforehand, as it is (ln 2) with policy = reference."""
-    if heldout and trainee.reference is None and session.out.read_json("before.json") is None:
-        metrics = evaluate(trainee, heldout, session.signals.check)
+    if heldout and context.reference is None and session.out.read_json("before.json") is None:
+        metrics = evaluate(context, heldout, session.signals.check)
         session.out.write_json("before.json", {"loss/heldout": metrics["loss/heldout"]})
 
 
@@ -373,17 +373,17 @@ def _loss_before(session: Session, trainee: Trainee, heldout: Sequence[Example])
 
 def _sync(session: Session, parts: _Parts, rollouts: Rollouts) -> Rollout | None:
     """Give the trained weights to whatever answers, which is returned."""
-    if not parts.answers.prompts and session.config.collect is None:
+    if not parts.heldout_samples.prompts and session.config.collect is None:
         return None
-    policy = parts.whole()
+    policy = parts.full_model()
     rollout = rollouts.of(policy)
     together(session.world, lambda: rollout.sync(policy))
     return rollout
 
 
 def _summary(session: Session, parts: _Parts, data: Data, step: int) -> Json:
-    samples = parts.answers.after(step)
-    kl = parts.answers.kl(parts.anchors.network(parts.trainee.reference)) if samples else None
+    samples = parts.heldout_samples.after(step)
+    kl = parts.heldout_samples.kl(parts.references.network(parts.context.reference)) if samples else None
     last = json.loads((session.out.read("metrics.jsonl") or "").splitlines()[-1])
     summary = {
         "step": step,
@@ -396,12 +396,12 @@ def _summary(session: Session, parts: _Parts, data: Data, step: int) -> Json:
     return summary if before is None else summary | {"before": before}
 
 
-class Form:
+class RewardModelInfo:
     """What reward_model.json says. Mean and deviation are of raw scores of held-out answers, for information."""
 
-    def __init__(self, session: Session, trainee: Trainee, chat: set[bool], heldout: Sequence[Example]):
+    def __init__(self, session: Session, context: TrainContext, chat: set[bool], heldout: Sequence[Example]):
         self.session = session
-        self.trainee = trainee
+        self.context = context
         self.chat = chat  # whether prompts were conversations, of those there are
         self.heldout = heldout
 
@@ -417,7 +417,7 @@ class Form:
         # how a prompt that comes as a text is to be written when it is scored
         form["prompts"] = "both" if len(self.chat) > 1 else "chat" if True in self.chat else "text"
         form |= objective.metadata()
-        scores = score_rows(self.trainee, self.heldout, self.session.signals.check)
+        scores = score_rows(self.context, self.heldout, self.session.signals.check)
         if scores is not None and len(scores) > 1:
             form |= {"mean": scores.mean(0).tolist(), "std": scores.std(0, ddof=1).tolist(), "count": len(scores)}
         return form

@@ -55,7 +55,7 @@ def nothing_left(session: Session, state: checkpoint.State | None, num_steps: in
     if state is None or state.step < num_steps and not stopped(state) or not complete(session, state.step):
         return False
     why = "; a larger trainer.max_steps goes on" if unit == "step" else ""
-    why = "; trainer.stop_after ended it" if state.step < num_steps else why
+    why = "; trainer.early_stopping_patience ended it" if state.step < num_steps else why
     session.log.say(f"{session.out.path} is complete at {unit} {state.step}{why}")
     return True
 

@@ -9,7 +9,7 @@ from align import build
 from align.engine.world import by_lead
 from align.models.policy import Policy, is_peft
 from align.rollout.base import Host, Rollout
-from align.trainers.drawing import Led
+from align.trainers.generation import LeadRollout
 from align.trainers.session import Session
 
 
@@ -45,7 +45,7 @@ class Rollouts:
             session.log.say,
         )
         if world.size > 1 and build.serves_all(session.config):
-            return Led(by_lead(world, lambda: build.rollout(session.config, host)), world)
+            return LeadRollout(by_lead(world, lambda: build.rollout(session.config, host)), world)
         return build.rollout(session.config, host)
 
     @contextlib.contextmanager

@@ -13,13 +13,13 @@ from align import checkpoint
 from align.jsons import Fields, Json
 from align.trainers.observers import Observer
 from align.trainers.session import Session
-from align.trainers.trained import Whole
+from align.trainers.trained import FullModel
 
 Form = Callable[[], Json]
 
 
-class Written(Protocol):
-    """A model that can be written in Hugging Face form, as it is; see Whole.write."""
+class WritableModel(Protocol):
+    """A model that can be written in Hugging Face form, as it is; see FullModel.write."""
 
     def write(self, target: Path, summary: Json, form: Json | None = None) -> None:
         """All processes must ask."""
@@ -29,9 +29,9 @@ class Written(Protocol):
 class Exports(Observer):
     """The model in Hugging Face form at some steps, see trainer.export_every and trainer.export_at."""
 
-    def __init__(self, session: Session, whole: Whole, form: Form | None):
+    def __init__(self, session: Session, full_model: FullModel, form: Form | None):
         self.session = session
-        self.whole = whole
+        self.full_model = full_model
         self.form = form
         self.folder = session.out.path / "exports"
 
@@ -47,26 +47,26 @@ class Exports(Observer):
         """See Observer."""
         t = self.session.config.trainer
         if number in (t.export_at or ()) or (t.export_every is not None and number % t.export_every == 0):
-            export(self.whole, self.form, self.folder, number)
+            export(self.full_model, self.form, self.folder, number)
 
 
-def export(whole: Written, form: Form | None, folder: Path, number: int) -> None:
+def export(full_model: WritableModel, form: Form | None, folder: Path, number: int) -> None:
     """The model as it is, in a directory of its step."""
-    whole.write(folder / f"step-{number:06d}", _card(number), None if form is None else form())
+    full_model.write(folder / f"step-{number:06d}", _card(number), None if form is None else form())
 
 
 def _card(number: int) -> Json:
     return {"step": number, "metrics": {}, "kl": None, "heldout": ""}
 
 
-class Best(Observer):
+class BestModel(Observer):
     """The model of the best evaluation, see trainer.keep_best, and the end of a run that gets no better."""
 
     name = "best"
 
-    def __init__(self, session: Session, whole: Written, form: Form | None, metric: str):
+    def __init__(self, session: Session, full_model: WritableModel, form: Form | None, metric: str):
         self.session = session
-        self.whole = whole
+        self.full_model = full_model
         self.form = form
         self.metric = metric
         self.sign = -1.0 if any(word in metric for word in ("loss", "kl")) else 1.0
@@ -78,7 +78,7 @@ class Best(Observer):
     @property
     def stops(self) -> bool:  # type: ignore[override]
         """See Observer."""
-        limit = self.session.config.trainer.stop_after
+        limit = self.session.config.trainer.early_stopping_patience
         return limit is not None and self.waited >= limit
 
     def start(self, number: int) -> None:
@@ -94,7 +94,7 @@ class Best(Observer):
             self.waited += 1
             return
         self.value, self.step, self.waited = value, number, 0
-        export(self.whole, self.form, self.folder, number)
+        export(self.full_model, self.form, self.folder, number)
 
     def saved(self, number: int) -> None:  # noqa: ARG002
         """The best ones of before are removed once a checkpoint knows of the better one."""
@@ -120,15 +120,15 @@ class Best(Observer):
         return {"best": best | {"path": f"best/step-{self.step:06d}"}}
 
 
-class Average(Observer):
+class EMA(Observer):
     """An exponential average of the trained weights, float32, in the lead's memory, see trainer.ema."""
 
     name = "ema"
     file = "ema.safetensors"  # of a checkpoint
 
-    def __init__(self, session: Session, whole: Whole, form: Form | None, decay: float):
+    def __init__(self, session: Session, full_model: FullModel, form: Form | None, decay: float):
         self.session = session
-        self.whole = whole
+        self.full_model = full_model
         self.form = form
         self.decay = decay
         self.weights: dict[str, Tensor] = {}
@@ -144,7 +144,7 @@ class Average(Observer):
 
     def _follow(self, take: Callable[[str, Tensor], object]) -> None:
         """All processes take part in gathering, the lead alone keeps what it is given."""
-        engine = self.whole.engine
+        engine = self.full_model.engine
         for name, weight in engine.weights():
             if self.session.world.lead and name in engine.parameters:
                 take(name, weight)
@@ -161,23 +161,23 @@ class Average(Observer):
     def restore(self, state: Fields, directory: Path) -> None:  # noqa: ARG002
         """See Observer."""
         if self.session.world.lead:
-            self.weights.update(load_file(directory / self.file, str(self.whole.engine.policy.device)))
+            self.weights.update(load_file(directory / self.file, str(self.full_model.engine.policy.device)))
 
     def end(self, summary: Fields) -> None:
         """See Observer. What is known of the last weights' scores is not known of these."""
         form = (
             None if self.form is None else {k: v for k, v in self.form().items() if k not in ("mean", "std", "count")}
         )
-        self.whole.write_of(self.weights, self.session.out.path / "ema", _card(summary["step"]), form)
+        self.full_model.write_of(self.weights, self.session.out.path / "ema", _card(summary["step"]), form)
 
 
-def snapshots_of(session: Session, whole: Whole, form: Form | None) -> list[Observer]:
+def snapshots_of(session: Session, full_model: FullModel, form: Form | None) -> list[Observer]:
     """Those that the settings ask for. whole: what is trained; form: what is written beside a reward model."""
     t, out = session.config.trainer, list[Observer]()
     if t.ema is not None:
-        out.append(Average(session, whole, form, t.ema))
+        out.append(EMA(session, full_model, form, t.ema))
     if t.keep_best is not None:
-        out.append(Best(session, whole, form, t.keep_best))
+        out.append(BestModel(session, full_model, form, t.keep_best))
     if t.export_every is not None or t.export_at:
-        out.append(Exports(session, whole, form))
+        out.append(Exports(session, full_model, form))
     return out

@@ -17,8 +17,8 @@ from align.config import Config
 from align.engine.base import Engine, shape_of
 from align.engine.world import by_lead, together
 from align.jsons import Json
-from align.models.device import available_bytes, memory_plan, pick_device, pick_recompute
-from align.models.policy import Network, choose_layout, enable_recompute, lora, weights_hash
+from align.models.device import available_bytes, memory_plan, pick_activation_checkpointing, pick_device
+from align.models.policy import Network, choose_layout, enable_activation_checkpointing, lora, weights_hash
 from align.trainers.final import write_final
 from align.trainers.session import Session
 from align.types import Layout
@@ -30,14 +30,14 @@ def load(session: Session) -> Any:
     """The model as it is before training."""
     c = session.config
     if c.engine.stage != 3:
-        return load_whole(session)
+        return load_unsharded(session)
     from align.engine.loading import load_sharded
 
     whole = c.lora.rank == 0 and not c.head.only
     return load_sharded(session.pretrained, c.engine, c.optimizer, session.world, whole, session.log.say)
 
 
-def load_whole(session: Session) -> Any:
+def load_unsharded(session: Session) -> Any:
     """The same with all its weights in this process, whatever the engine."""
     return session.pretrained.model().to(pick_device())
 
@@ -51,7 +51,7 @@ class Trained:
     generation_config: Any
     make: Make
     layout: Layout
-    recompute: str
+    activation_checkpointing: str
     lines: tuple[str, ...]  # what was chosen, and why
 
     def copy(self, device: torch.device) -> Network:
@@ -74,21 +74,24 @@ def prepare(session: Session, model: Any, stream_tokens: int, make: Make) -> Tra
     tokens = min(config.trainer.micro_batch_tokens, stream_tokens)
     held = round(trained * _held(config.engine.stage, session.world.size))
     memory = memory_plan(network.causal_lm.config, held, tokens, session.precision)
-    wanted = config.trainer.recompute
+    wanted = config.trainer.activation_checkpointing
     wanted = session.out.resolved().get("recompute", wanted) if wanted == "auto" else wanted
     device = pick_device()
     # on one node processes on the host share its memory
     free = available_bytes(device) // (session.world.size if device.type == "cpu" else 1)
-    recompute, recompute_why = session.world.share(pick_recompute(wanted, memory, free))
-    enable_recompute(network, recompute)
-    session.out.resolve(recompute=recompute, layout=layout)
+    activation_checkpointing, checkpointing_why = session.world.share(
+        pick_activation_checkpointing(wanted, memory, free)
+    )
+    enable_activation_checkpointing(network, activation_checkpointing)
+    session.out.resolve(recompute=activation_checkpointing, layout=layout)
     name, precision = session.pretrained.name, session.precision_name
     lines = (
         f"model {name}: {total / 1e6:.1f}M weights, {trained / 1e6:.2f}M trained, on {device.type}",
         f"layout {layout} ({layout_why})",
-        f"precision {precision} ({session.precision_why}); recompute {recompute} ({recompute_why})",
+        f"precision {precision} ({session.precision_why}); "
+        f"activation checkpointing {activation_checkpointing} ({checkpointing_why})",
     )
-    return Trained(session, network, generation_config, make, layout, recompute, lines)
+    return Trained(session, network, generation_config, make, layout, activation_checkpointing, lines)
 
 
 def _network(config: Config, model: Any, make: Make, layout: Layout) -> Network:
@@ -120,7 +123,7 @@ def _held(stage: int | None, processes: int) -> float:
     return (4 + 8 / processes) / 12 if stage == 1 else 1 / processes
 
 
-class Whole:
+class FullModel:
     """The policy of an engine with all its weights in one process."""
 
     def __init__(self, trained: Trained, engine: Engine):

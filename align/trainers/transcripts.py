@@ -12,7 +12,7 @@ import numpy as np
 
 from align import checkpoint
 from align.evaluate.heldout import changes
-from align.files import write_whole
+from align.files import write_atomic
 from align.jsons import Json
 from align.rundir import RunDirectory
 from align.trainers.experience import Group
@@ -77,7 +77,7 @@ class Transcripts:
             return
         text = "".join(json.dumps(line) + "\n" for line in self.lines(step, groups))
         try:
-            write_whole(path, text)
+            write_atomic(path, text)
         except OSError as error:
             raise checkpoint.WriteFailed(path, error, len(text)) from error
 

@@ -94,8 +94,10 @@ class Members(Task):
 
     def console(self, number: int, row: Metrics) -> str:
         """See Task."""
-        told = f", held-out {row['train/accuracy_heldout']:.3f}" if "train/accuracy_heldout" in row else ""
-        return f"member {number}/{self.trainer.members}  {row['train/steps']} steps{told}  {row['time/step_s']:.0f} s"
+        accuracy = f", held-out {row['train/accuracy_heldout']:.3f}" if "train/accuracy_heldout" in row else ""
+        return (
+            f"member {number}/{self.trainer.members}  {row['train/steps']} steps{accuracy}  {row['time/step_s']:.0f} s"
+        )
 
 
 def directory_of(config: Config, number: int) -> Path:

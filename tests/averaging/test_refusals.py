@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from align.averaging.words import METHODS, parse
+from align.averaging.arguments import METHODS, parse
 from tests.averaging.build import adapter, average, model, rewrite
 
 

@@ -31,12 +31,18 @@ import torch
 from align.config import OptimizerConfig
 from align.engine.local import LocalEngine
 from align.models import attention
-from align.models.policy import Recompute, enable_recompute, lora, own_attention_name, probe_layout
+from align.models.policy import (
+    ActivationCheckpointing,
+    enable_activation_checkpointing,
+    lora,
+    own_attention_name,
+    probe_layout,
+)
 from align.models.reference import ReferenceCache
 from align.objectives.losses import Sigmoid
 from align.objectives.preference import WPO
 from align.packing import common_prefix_length
-from align.trainers.loop import Anchor, Trainee, train_step
+from align.trainers.loop import ReferenceModel, TrainContext, train_step
 from align.types import Example, Layout
 from tests.bench import data, measure, report, scale_table
 from tests.bench.sides import BETA, Trl, in_layout, stand_in_tokenizer
@@ -59,7 +65,7 @@ OBJECTIVES = {  # WPO's weight without a limit: TRL has none
     "dpo": plain_dpo(beta=BETA, loss=Sigmoid(0.0)),
 }
 TRL = ("trl default", "trl no recompute", "trl best")
-ALIGN: dict[str, tuple[Layout, Recompute]] = {  # the reference is cached in all of them
+ALIGN: dict[str, tuple[Layout, ActivationCheckpointing]] = {  # the reference is cached in all of them
     "align packed": ("packed", "off"), "align": ("shared", "off"),
     "align selective": ("shared", "selective"), "align full": ("shared", "full"),
 }  # fmt: skip
@@ -122,29 +128,29 @@ class OnDevice(Trl):
         collate = self.trainer.data_collator
         self.trainer.data_collator = lambda pairs: {k: v.to(device) for k, v in collate(pairs).items()}
 
-    def step(self, trainee: Trainee, variant: str, pairs: Sequence[Example]) -> tuple[float, float]:
+    def step(self, context: TrainContext, variant: str, pairs: Sequence[Example]) -> tuple[float, float]:
         """Loss and gradient norm of one optimiser step."""
         self.policy.config._attn_implementation = own_attention_name(self.policy)
         total = 0.0
         for start in range(0, len(pairs), self.batch):
             part = pairs[start : start + self.batch]
-            with trainee.engine.autocast():
+            with context.engine.autocast():
                 loss = self.loss(variant, part) * (len(part) / len(pairs))
             loss.backward()
             total += float(loss.detach())
-        norm = trainee.engine.gradient_norm()
-        trainee.engine.step(0.0)
+        norm = context.engine.gradient_norm()
+        context.engine.step(0.0)
         return total, norm
 
 
-def align_step(trainee: Trainee, variant: str, pairs: Sequence[Example]) -> tuple[float, float]:
+def align_step(context: TrainContext, variant: str, pairs: Sequence[Example]) -> tuple[float, float]:
     """Loss and gradient norm of one optimiser step by align's own train_step."""
     layout, recompute = ALIGN[variant]
-    model = trainee.engine.policy.model
+    model = context.engine.policy.model
     model.gradient_checkpointing_disable()
-    trainee.engine.policy = in_layout(model, layout)
-    enable_recompute(trainee.engine.policy, recompute)
-    metrics = train_step(replace(trainee, layout=layout), pairs, lr=0.0)
+    context.engine.policy = in_layout(model, layout)
+    enable_activation_checkpointing(context.engine.policy, recompute)
+    metrics = train_step(replace(context, layout=layout), pairs, lr=0.0)
     return metrics["loss/total"], metrics["optimizer/gradient_norm"]
 
 
@@ -214,13 +220,13 @@ def side_by_side(arguments: argparse.Namespace, objective: str) -> dict[str, Any
         with engine.policy.as_reference() if reference is None else torch.no_grad():
             cache.fill(groups, names, network, network.layout, max_tokens, device, lambda steps, _: steps)
     trl.cache = {p.source: np.concatenate(cache(p.rows)) for p in pairs}
-    trainee = Trainee(engine, OBJECTIVES[objective], "shared", max_tokens, Anchor(cache, None))
+    context = TrainContext(engine, OBJECTIVES[objective], "shared", max_tokens, ReferenceModel(cache, None))
     variants: dict[str, dict[str, Any]] = {}
     for number in range(arguments.rounds + 1):  # the first compares, and makes the optimiser's states and the kernels
         for variant in arguments.variants[:: -1 if number % 2 else 1]:
             if reference is not None:  # the GPU keeps it only for those who ask it
                 reference.to(device if variant in REFERENCE_IN_STEP else "cpu")
-            step = partial(trl.step if variant in TRL else align_step, trainee, variant, pairs)
+            step = partial(trl.step if variant in TRL else align_step, context, variant, pairs)
             gc.collect()
             if gpu:
                 torch.cuda.reset_peak_memory_stats()

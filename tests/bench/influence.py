@@ -26,7 +26,7 @@ from align.models.policy import Policy
 from align.packing import pack
 from align.trainers import influence
 from align.trainers.experience import examples, with_columns
-from align.trainers.loop import Trainee, train_step
+from align.trainers.loop import TrainContext, train_step
 from align.types import Estimate, Example
 from tests.bench.data import policy_model_alone
 from tests.bench.measure import summary
@@ -56,17 +56,17 @@ def measured(model: str, rounds: int, precision: str = "float32") -> dict[str, A
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
-    trainee, parts, num_tokens = made(model, device, precision)
+    context, parts, num_tokens = made(model, device, precision)
     generator = torch.Generator().manual_seed(0)
     advantages = torch.randn(num_tokens, max(OBJECTIVES), generator=generator, dtype=torch.float64)
     ordinary = with_columns(parts, Estimate({"advantages": advantages[:, 0]}), {})
-    works: dict[str, Callable[[], Any]] = {"step": lambda: train_step(trainee, ordinary, 0.0)}
+    works: dict[str, Callable[[], Any]] = {"step": lambda: train_step(context, ordinary, 0.0)}
     for k in OBJECTIVES:
-        works[f"naive {k}"] = lambda k=k: naive(trainee, parts, advantages[:, :k])
+        works[f"naive {k}"] = lambda k=k: naive(context, parts, advantages[:, :k])
         for how in ("exact", "directional"):
-            works[f"{how} {k}"] = lambda k=k, how=how: told(trainee, parts, advantages[:, :k], how)
+            works[f"{how} {k}"] = lambda k=k, how=how: told(context, parts, advantages[:, :k], how)
         for apply, update in (("now", told_before), ("next", told_beside)):
-            works[f"update {apply} {k}"] = lambda k=k, update=update: update(trainee, ordinary, advantages[:, :k])
+            works[f"update {apply} {k}"] = lambda k=k, update=update: update(context, ordinary, advantages[:, :k])
     for work in works.values():
         work()
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -74,14 +74,14 @@ def measured(model: str, rounds: int, precision: str = "float32") -> dict[str, A
         for name, work in works.items():
             times[name].append(clocked(work, device))
     step = summary(times["step"])["median"]
-    truth = naive(trainee, parts, advantages[:, :4], torch.float64)
-    errors = {"exact": apart(told(trainee, parts, advantages[:, :4], "exact"), truth)}
+    truth = naive(context, parts, advantages[:, :4], torch.float64)
+    errors = {"exact": apart(told(context, parts, advantages[:, :4], "exact"), truth)}
     usual = dict(influence.STEPS)
     for size in STEPS:
-        influence.STEPS[trainee.engine.precision] = size
-        errors[f"directional {size:g}"] = apart(told(trainee, parts, advantages[:, :4], "directional"), truth)
+        influence.STEPS[context.engine.precision] = size
+        errors[f"directional {size:g}"] = apart(told(context, parts, advantages[:, :4], "directional"), truth)
     influence.STEPS.update(usual)
-    errors["update next"] = apart(told_beside(trainee, ordinary, advantages[:, :4]), truth)
+    errors["update next"] = apart(told_beside(context, ordinary, advantages[:, :4]), truth)
     return {
         "model": model,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "one CPU core",
@@ -94,41 +94,41 @@ def measured(model: str, rounds: int, precision: str = "float32") -> dict[str, A
     }
 
 
-def made(model: str, device: torch.device, precision: str) -> tuple[Trainee, list[Example], int]:
+def made(model: str, device: torch.device, precision: str) -> tuple[TrainContext, list[Example], int]:
     """A policy with GRPO's objective, and a step's completions without advantages."""
     regime = QUICK if model == "nano" else replace(REGIMES["mixed n=8"], model=model)
     policy = Policy(policy_model_alone(model).to(device), "shared")
     optimizer = OptimizerConfig(1e-6, [0.9, 0.95], 1e-8, 0.0, None, "constant", 0.0, 1.0)
     engine = LocalEngine(policy, optimizer, getattr(torch, precision))
-    trainee = Trainee(engine, clipped(), "shared", MICRO_BATCH_TOKENS, None)
+    context = TrainContext(engine, clipped(), "shared", MICRO_BATCH_TOKENS, None)
     parts = examples(make_groups(regime), "keep", "shared", MICRO_BATCH_TOKENS)
-    return trainee, parts, int(pack(parts, "shared").lengths.sum())
+    return context, parts, int(pack(parts, "shared").lengths.sum())
 
 
-def told(trainee: Trainee, parts: list[Example], advantages: torch.Tensor, how: str) -> torch.Tensor:
+def told(context: TrainContext, parts: list[Example], advantages: torch.Tensor, how: str) -> torch.Tensor:
     """Influences as a run has them, without clipping."""
-    return influence.measure(trainee, parts, advantages, how, None, None).influences
+    return influence.measure(context, parts, advantages, how, None, None).influences
 
 
-def told_before(trainee: Trainee, parts: list[Example], advantages: torch.Tensor) -> torch.Tensor:
+def told_before(context: TrainContext, parts: list[Example], advantages: torch.Tensor) -> torch.Tensor:
     """An update as composer.apply=now has it: influences, then the step."""
-    found = told(trainee, parts, advantages, "directional")
-    train_step(trainee, parts, 0.0)
+    found = told(context, parts, advantages, "directional")
+    train_step(context, parts, 0.0)
     return found
 
 
-def told_beside(trainee: Trainee, parts: list[Example], advantages: torch.Tensor) -> torch.Tensor:
+def told_beside(context: TrainContext, parts: list[Example], advantages: torch.Tensor) -> torch.Tensor:
     """An update as composer.apply=next has it: influences from the passes of the step."""
-    beside = influence.Directional(trainee, parts, advantages, None)
-    train_step(trainee, beside.examples, 0.0, beside)
+    beside = influence.Directional(context, parts, advantages, None)
+    train_step(context, beside.examples, 0.0, beside)
     return beside.influences
 
 
 def naive(
-    trainee: Trainee, parts: list[Example], advantages: torch.Tensor, dtype: torch.dtype = torch.float32
+    context: TrainContext, parts: list[Example], advantages: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """K steps whose gradients are kept as they are, and multiplied flat as the authors' code does; float64 is right."""
-    engine, kept = trainee.engine, []
+    engine, kept = context.engine, []
 
     def keep(_: float) -> None:
         kept.append(torch.cat([p.grad.flatten() for p in engine.parameters.values()]))
@@ -137,7 +137,7 @@ def naive(
     step, engine.step = engine.step, keep  # type: ignore[method-assign]
     try:
         for k in range(advantages.shape[1]):
-            train_step(trainee, with_columns(parts, Estimate({"advantages": advantages[:, k]}), {}), 0.0)
+            train_step(context, with_columns(parts, Estimate({"advantages": advantages[:, k]}), {}), 0.0)
     finally:
         engine.step = step  # type: ignore[method-assign]
     rows = [g.to(dtype) for g in kept]

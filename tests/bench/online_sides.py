@@ -20,7 +20,7 @@ from align.config import OptimizerConfig
 from align.engine.local import LocalEngine
 from align.models.policy import Policy, is_peft
 from align.trainers.experience import Group, episodes, examples, with_columns
-from align.trainers.loop import Anchor, Trainee, token_values, train_step
+from align.trainers.loop import ReferenceModel, TrainContext, token_values, train_step
 from align.types import Example, Layout
 from tests.bench.online_data import Algorithm
 from tests.bench.sides import in_layout, score_completions_only, stand_in_tokenizer
@@ -106,9 +106,9 @@ class Align:
         parts = self.prepared(how, groups)
         cached = None
         if "reference" in self.algorithm.objective.needs:
-            cached = Anchor(lambda rows: [row.columns["reference_logps"] for row in rows], None)
-        trainee = Trainee(self.engine, self.algorithm.objective, how.layout, MICRO_BATCH_TOKENS, cached)
-        return train_step(trainee, parts, lr=0.0)["loss/total"]
+            cached = ReferenceModel(lambda rows: [row.columns["reference_logps"] for row in rows], None)
+        context = TrainContext(self.engine, self.algorithm.objective, how.layout, MICRO_BATCH_TOKENS, cached)
+        return train_step(context, parts, lr=0.0)["loss/total"]
 
     def prepared(self, how: AlignVariant, groups: Sequence[Group]) -> list[Example]:
         """The examples with all columns that the objective reads, as align.trainers.online makes them."""

@@ -15,7 +15,7 @@ import torch
 
 from align.engine.settings import offload_bytes
 from align.models.device import memory_plan
-from align.models.policy import Recompute
+from align.models.policy import ActivationCheckpointing
 
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 BEGIN, END = "<!-- begin: python -m tests.bench.scale_table --write -->\n", "<!-- end -->\n"
@@ -23,7 +23,7 @@ BEGIN, END = "<!-- begin: python -m tests.bench.scale_table --write -->\n", "<!-
 GIB = 1 << 30
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MEMORIES = (24, 80, 139)  # GiB of a GPU
-USABLE = 0.8  # of it, as models.device.pick_recompute leaves; the rest: the head's tiles, buckets, fragments, CUDA
+USABLE = 0.8  # of it, as models.device.pick_activation_checkpointing leaves; the rest: tiles, buckets, fragments, CUDA
 TOKENS = 8192  # of a micro-batch on one GPU
 RANK = 16  # of LoRA, on all linear layers
 GATHERED = 1e9  # weights that ZeRO-3 holds whole at a time: DeepSpeed 0.19.8's stage3_max_live_parameters
@@ -66,7 +66,7 @@ class Shape:
         """Weights of LoRA on every linear layer."""
         return self.num_hidden_layers * rank * sum(a + b for a, b in self.linear())
 
-    def activations(self, recompute: Recompute, tokens: int) -> int:
+    def activations(self, recompute: ActivationCheckpointing, tokens: int) -> int:
         """Bytes that align's own estimate counts for a micro-batch in bfloat16."""
         return memory_plan(self, 0, tokens, torch.bfloat16).activations[recompute]
 
@@ -230,7 +230,8 @@ def state_lines() -> list[str]:
 def activation_lines() -> list[str]:
     """What the backward needs of the forward."""
     rows = [[s.name, *(size(s.activations(mode, TOKENS)) for mode in ("off", "selective", "full"))] for s in SHAPES]
-    title = f"**Activations of a micro-batch of {TOKENS} tokens, bfloat16, GiB on each GPU, by `trainer.recompute`**"
+    what = f"Activations of a micro-batch of {TOKENS} tokens, bfloat16, GiB on each GPU"
+    title = f"**{what}, by `trainer.activation_checkpointing`**"
     return [title, "", *table(["model", "off", "selective", "full"], rows)]
 
 

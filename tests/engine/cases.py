@@ -14,7 +14,7 @@ from align.engine.deepspeed import DeepSpeedEngine
 from align.engine.local import LocalEngine
 from align.engine.world import World
 from align.models.logprobs import cached_stats
-from align.models.policy import Network, Policy, ScoreHead, Scorer, enable_recompute, lora
+from align.models.policy import Network, Policy, ScoreHead, Scorer, enable_activation_checkpointing, lora
 from align.objectives.losses import Sigmoid
 from align.objectives.reward_model import BradleyTerry
 from align.packing import pack
@@ -65,7 +65,7 @@ def dropout() -> Network:
 def recomputed() -> Network:
     """A policy that computes its activations again in the backward."""
     network = tied()
-    enable_recompute(network, "full")
+    enable_activation_checkpointing(network, "full")
     return network
 
 

@@ -19,7 +19,7 @@ NORMS = ("norm.weight", "layernorm.weight")
 def optimizer(**changes) -> OptimizerConfig:
     values = dict(
         lr=1e-3, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.0, max_grad_norm=1.0, schedule="cosine",
-        warmup_fraction=0.0, final_fraction=0.1,
+        warmup_ratio=0.0, min_lr_ratio=0.1,
     )  # fmt: skip
     return OptimizerConfig(**(values | changes))
 
@@ -170,7 +170,7 @@ RATES = [
 
 @pytest.mark.parametrize("schedule,warmup,steps,final,expected", RATES)
 def test_learning_rate_by_hand(schedule, warmup, steps, final, expected):
-    config = optimizer(lr=2e-3, schedule=schedule, warmup_fraction=warmup, final_fraction=final)
+    config = optimizer(lr=2e-3, schedule=schedule, warmup_ratio=warmup, min_lr_ratio=final)
     for step, share in expected.items():
         assert learning_rate(config, step, steps) == pytest.approx(2e-3 * share, abs=1e-15), step
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from align.files import whole
+from align.files import atomic_writer
 
 PROMPT = "Write a sentence.\n"
 MIN_GAP = 0.2  # of the gold scores of a pair: below it the label would be a matter of a word or two
@@ -191,6 +191,6 @@ def scored(of: Sequence[Text], proxies: Mapping[str, Sequence[float]], seed: int
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with whole(path) as stream:
+    with atomic_writer(path) as stream:
         for line in rows:
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")

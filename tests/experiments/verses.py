@@ -91,7 +91,7 @@ def components(counted: Sequence[str], measured: Sequence[str]) -> list[str]:
 
 def taught(directory: Path) -> list[str]:
     """Settings that name the taught model and the prompts, made where they are not there."""
-    from align.files import write_whole
+    from align.files import write_atomic
 
     directory.mkdir(parents=True, exist_ok=True)
     rest, held = split()
@@ -104,7 +104,7 @@ def taught(directory: Path) -> list[str]:
     files = {name: (directory / f"{name}.jsonl").resolve() for name in contents}
     for name, content in contents.items():
         if not files[name].exists():
-            write_whole(files[name], "".join(json.dumps(row) + "\n" for row in content))
+            write_atomic(files[name], "".join(json.dumps(row) + "\n" for row in content))
     if not (directory / "random").exists():
         _random([row["prompt"] + row["completion"] for row in rest], directory / "random")
     run = directory / "taught"

@@ -28,7 +28,7 @@ from align.averaging.command import run as average
 from align.checkpoint import atomic_directory
 from align.evaluate.best_of_n import best_of_n
 from align.evaluate.overoptimisation import student
-from align.files import write_whole
+from align.files import write_atomic
 from align.models.pretrained import CHATML
 from align.rewards.combine import mean
 from align.rewards.network import load
@@ -155,7 +155,7 @@ def scores(data: kjv.Dataset, model: Path, sets: tuple[str, ...] = ("train", "va
         found[name] = np.stack([values[:, 0] for values in network.scores(groups, 8192)[0]])
     if "pool" in found:
         found["pool"] = found["pool"][:, 0]
-    write_whole(path, json.dumps({name: values.tolist() for name, values in found.items()}))
+    write_atomic(path, json.dumps({name: values.tolist() for name, values in found.items()}))
     return found
 
 

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from align.launch.local import Held, launch
+from align.launch.local import DeferredSignals, launch
 from align.launch.place import CODES, VARIABLES, Place
 from align.launch.worker import run
 
@@ -80,7 +80,7 @@ def _up(out: Path, rank: int) -> bool:
 def main(words: list[str]) -> int:
     """A process, or those of a launcher."""
     if words[0] == "launch":
-        with Held() as held:
+        with DeferredSignals() as held:
             where = Place(1, 0, "127.0.0.1", None)
             tell = lambda text: print(f"align: {text}", file=sys.stderr, flush=True)  # noqa: E731
             return launch(words[2:], int(words[1]), where, None, held, tell, "tests.launch.parts")

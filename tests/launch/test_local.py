@@ -68,7 +68,7 @@ def test_each_process_is_told_its_place(tmp_path):
 def test_nodes_of_a_job_count_on(tmp_path):
     """Two launchers with the variables that a template and srun set, two processes each: ranks 0 to 3 of one run."""
     for node in (0, 1):
-        with local.Held() as held:
+        with local.DeferredSignals() as held:
             where = place.Place(2, node, "first-node", 12345)
             code = local.launch(["report", str(tmp_path)], 2, where, 3, held, print, "tests.launch.parts")
         assert code == 0

@@ -116,7 +116,7 @@ def test_templates_and_what_becomes_of_them_pass_shellcheck(capsys):
         dry(capsys, *TWO, "launch.container=[apptainer,exec,image.sif]", "launch.srun_options=['--mpi=none']"),
         dry(capsys, "-m", "seed=1,2").partition("# ---- ")[0],
         dry(capsys, 'launch.setup=["module load cuda","export A=1"]', "log.wandb_project='a b'"),
-        dry(capsys, *SERVED, "launch.server_nodes=1", "launch.server_words=[--model,'/models/a b']"),
+        dry(capsys, *SERVED, "launch.server_nodes=1", "launch.server_args=[--model,'/models/a b']"),
     )
 
 
@@ -193,7 +193,7 @@ printf '%s\\0' "$@" > "$LOG/train"
 """)
     node.chmod(0o755)
     more = [*SERVED, "launch.server_nodes=1", "launch.server_port=8123", f"launch.container=[{node}]",
-            "launch.server_words=[--model,'/models/a b']"]  # fmt: skip
+            "launch.server_args=[--model,'/models/a b']"]  # fmt: skip
     assert main([*WORDS, *more]) == 0
     assert "#SBATCH --nodes=2" in submitted(tmp_path).read_text()
     done = run_script(submitted(tmp_path))
@@ -211,10 +211,10 @@ printf '%s\\0' "$@" > "$LOG/train"
     ("words", "text"),
     [
         (("rollout=hf", "launch.server_nodes=1"), "launch.server_nodes=1 has no effect without rollout=vllm_server"),
-        (("launch.server_nodes=1",), "launch.server_words: say which model is served"),
-        (("launch.server_words=[--model,m]",), "launch.server_words has no effect without launch.server_nodes"),
-        (("launch.server_nodes=1", "launch.server_words=[--model,m,--port,1]"), "use launch.server_port"),
-        (("-m", "seed=1,2", "launch.server_nodes=1", "launch.server_words=[--model,m]"), "is for one run"),
+        (("launch.server_nodes=1",), "launch.server_args: say which model is served"),
+        (("launch.server_args=[--model,m]",), "launch.server_args has no effect without launch.server_nodes"),
+        (("launch.server_nodes=1", "launch.server_args=[--model,m,--port,1]"), "use launch.server_port"),
+        (("-m", "seed=1,2", "launch.server_nodes=1", "launch.server_args=[--model,m]"), "is for one run"),
     ],
 )
 @pytest.mark.usefixtures("programs")

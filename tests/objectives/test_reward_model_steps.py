@@ -15,7 +15,7 @@ from align.models.policy import ScoreHead, Scorer
 from align.models.pretrained import byte_tokenizer
 from align.packing import pack
 from align.rewards import network
-from align.trainers.loop import Trainee, train_step
+from align.trainers.loop import TrainContext, train_step
 from align.types import Example, Row
 from tests.conftest import VOCABULARY, pair_of, tiny_model
 from tests.engine.test_local import optimizer
@@ -63,12 +63,12 @@ def head_of(objective, width: int) -> torch.nn.Module:
     return head
 
 
-def trainee(objective, layout: str, max_tokens: int, limit: float | None = None) -> Trainee:
+def context(objective, layout: str, max_tokens: int, limit: float | None = None) -> TrainContext:
     lm = tiny_model("llama")
     width = lm.config.hidden_size
     head = head_of(objective, width)
     engine = LocalEngine(Scorer(lm, layout, head), optimizer(max_grad_norm=limit), torch.float32)
-    return Trainee(engine, objective, layout, max_tokens, None)
+    return TrainContext(engine, objective, layout, max_tokens, None)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -92,7 +92,7 @@ def test_a_saved_model_scores_the_same(name, tmp_path):
 
 def step(objective, layout: str = "shared", max_tokens: int = 10_000, shuffled: bool = False):
     """Metrics and gradient of one step."""
-    own = trainee(objective, layout, max_tokens)
+    own = context(objective, layout, max_tokens)
     rows = rows_of(objective.kind, 12)
     if shuffled:
         rows = [rows[i] for i in np.random.default_rng(1).permutation(len(rows))]
@@ -120,7 +120,7 @@ def test_split_order_and_layout_do_not_change_the_step(name):
 @pytest.mark.parametrize("name", CASES)
 def test_the_loss_falls(name):
     objective = objective_of(name)
-    own = trainee(objective, "shared", 10_000, limit=1.0)
+    own = context(objective, "shared", 10_000, limit=1.0)
     rows = rows_of(objective.kind, 12)
     losses = [train_step(own, rows, 3e-3)["loss/total"] for _ in range(40)]
     assert losses[-1] < 0.5 * losses[0]

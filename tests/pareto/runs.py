@@ -21,7 +21,7 @@ def write_run(
     drawn: list[int] | None = None,
 ) -> None:
     """evaluations: step -> held-out means. epochs: data/epoch of each step; a tenth of a pass a prompt without.
-    drawn: prompts of each step, which with trainer.extra_draws are more than BATCH."""
+    drawn: prompts of each step, which with trainer.dynamic_sampling are more than BATCH."""
     directory.mkdir(parents=True)
     rows: list[dict[str, Any]] = []
     for step in range(1, steps + 1):

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from align.cli import main
+from align.pareto.arguments import parse
 from align.pareto.plan import planned, write_plan
-from align.pareto.words import parse
 from tests.killer import Hook, leftovers, shared
 from tests.trainers.online_runs import rows_of, words_of
 from tests.trainers.test_composing import RLOO_WORDS

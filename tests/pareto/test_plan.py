@@ -11,8 +11,8 @@ import pytest
 
 from align.cli import main
 from align.config import ConfigError, compose
+from align.pareto.arguments import parse
 from align.pareto.plan import Plan, check_reading, lattice, planned, read_plan, write_plan
-from align.pareto.words import parse
 from tests.trainers.online_runs import REWARDS, words_of
 from tests.trainers.test_composing import KL, RLOO_WORDS, TWO
 

@@ -48,16 +48,16 @@ REMAX = ("objective=policy_gradient", "advantage=remax", "trainer.kl_in_reward=0
 FAMILY = {
     "remax": (*REMAX, f"reward.flaky._target_={REWARDS}flaky"),
     "grpo": (
-        "objective=clipped", "advantage=grpo", "sampling.n=3", "trainer.inner_batches=2", "trainer.inner_epochs=2",
+        "objective=clipped", "advantage=grpo", "sampling.n=3", "trainer.num_minibatches=2", "trainer.ppo_epochs=2",
         "objective.kl_coefficient=0.01",
     ),
     "ppo": (
         "objective=clipped", "advantage=ppo", "objective.value_coefficient=0.5", "trainer.kl_in_reward=0.05",
-        "trainer.inner_batches=2", "lora.rank=4",
+        "trainer.num_minibatches=2", "lora.rank=4",
     ),
     "dynamic": (
-        "objective=policy_gradient", "advantage=rloo", "trainer.extra_draws=2", f"reward.coin._target_={REWARDS}coin",
-        "trainer.max_steps=null", "trainer.epochs=2", "lora.rank=4",
+        "objective=policy_gradient", "advantage=rloo", "trainer.dynamic_sampling=2",
+        f"reward.coin._target_={REWARDS}coin", "trainer.max_steps=null", "trainer.epochs=2", "lora.rank=4",
     ),
 }  # fmt: skip
 
@@ -94,20 +94,20 @@ class Ready:
     def __init__(self, session: Session, task: Online):
         self.session = session
         self.task = task
-        self.draws = task.draws
+        self.sampler = task.sampler
         self.learner = task.learner
         self.experience = task.experience
-        self.engine = task.learner.trainee.engine
+        self.engine = task.learner.context.engine
         self.advantage = task.learner.advantage
         self.composing = task.composing
         self.rewards = task.experience.rewards
         self.tokenizer = session.tokenizer
-        self.sampling = task.draws.sampling
-        self.train = task.draws.train
+        self.sampling = task.sampler.sampling
+        self.train = task.sampler.train
 
     def budget(self, max_tokens: int) -> None:
         """Other micro-batches from here on."""
-        self.learner.trainee = replace(self.learner.trainee, max_tokens=max_tokens)
+        self.learner.context = replace(self.learner.context, max_tokens=max_tokens)
 
     def close(self) -> None:
         """See Session."""

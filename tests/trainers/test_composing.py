@@ -44,7 +44,7 @@ FAMILY = {
     "tchebycheff": (*RLOO_WORDS[:1], "advantage=remax", *TWO, "composer=tchebycheff_smooth", "lora.rank=4"),
     "ppo": (
         "objective=clipped", "advantage=ppo", *TWO, *KL, *MU, "objective.value_coefficient=0.5",
-        "objective.value_clip=0.2", "trainer.inner_batches=2", "lora.rank=4",
+        "objective.value_clip=0.2", "trainer.num_minibatches=2", "lora.rank=4",
     ),
 }  # fmt: skip
 
@@ -102,8 +102,8 @@ def test_advantages_are_estimated_alone_whitened_and_mixed(tmp_path, name):
     try:
         training.composing.advantage = ESTIMATORS[name]
         greedy = name == "remax"
-        training.draws.greedy = greedy
-        groups, _ = training.draws.of(1)
+        training.sampler.greedy = greedy
+        groups, _ = training.sampler.of(1)
         rewards = torch.from_numpy(np.concatenate([g.rewards for g in groups]))
         counts = torch.tensor([len(c.token_ids) for g in groups for c in g.completions])
         penalties = torch.randn(int(counts.sum()), dtype=torch.float64)
@@ -276,7 +276,7 @@ BAD_SETTINGS = [
     ((*RLOO_WORDS[:2], TWO[0], "composer=fixed"), "composer: 1 component with a weight, nothing to compose"),
     ((*RLOO_WORDS, "composer=fixed", "reward.coin.weight=0.5"), "reward.coin.weight=0.5 has no effect with composer="),
     ((*RLOO_WORDS, "composer=fixed", "composer.weights.mixed=1"), "composer.weights.coin is missing"),
-    ((*RLOO_WORDS, *KL, *MU, "trainer.extra_draws=1"), "with composer=lagrangian_mu every prompt teaches the KL"),
+    ((*RLOO_WORDS, *KL, *MU, "trainer.dynamic_sampling=1"), "with composer=lagrangian_mu every prompt teaches the KL"),
     ((*RLOO_WORDS, "composer=hypervolume", "trainer.eval_every=0"), "set trainer.eval_every, for example to 5"),
     ((*RLOO_WORDS, "composer=hypervolume", "trainer.num_samples=0"), "set data.heldout, and trainer.num_samples above"),
     (

@@ -52,7 +52,7 @@ def at_work():
 
 
 @pytest.mark.parametrize(
-    "rewards, greedy, settled",
+    "rewards, greedy, zero_variance",
     [
         ([(1, 0), (1, 0)], None, True),
         ([(1, 0), (0, 1)], None, False),  # the same in sum
@@ -65,14 +65,14 @@ def at_work():
         ([(1, 0), (0, 1)], (math.nan, 1), True),  # nothing to compare with
     ],
 )
-def test_a_prompt_teaches_if_a_component_differs(at_work, rewards, greedy, settled):
-    assert at_work.settled(group(rewards, greedy)) is settled
+def test_a_prompt_teaches_if_a_component_differs(at_work, rewards, greedy, zero_variance):
+    assert at_work.zero_variance(group(rewards, greedy)) is zero_variance
 
 
 def test_prompts_equal_in_sum_are_kept(tmp_path):
     """up + down is 1 for every completion: by the sum all prompts would be replaced."""
-    words = (*RLOO, *OPPOSITE, *FIXED, "composer.weights.up=0.8", "composer.weights.down=0.2", "trainer.extra_draws=2",
-             "trainer.max_steps=2")  # fmt: skip
+    words = (*RLOO, *OPPOSITE, *FIXED, "composer.weights.up=0.8", "composer.weights.down=0.2",
+             "trainer.dynamic_sampling=2", "trainer.max_steps=2")  # fmt: skip
     assert main(["train", *words_of(tmp_path, f"run.dir={tmp_path / 'run'}", *words)]) == 0
     for row in rows_of(tmp_path / "run"):
         assert row["reward/total_std"] == pytest.approx(0, abs=1e-12)
@@ -84,7 +84,7 @@ def test_prompts_equal_in_sum_are_kept(tmp_path):
 def test_settled_prompts_are_replaced(tmp_path):
     """coin is one of two numbers: of two completions half agree, and others are drawn for them."""
     coins = (f"reward.a._target_={REWARDS}coin", f"reward.b._target_={REWARDS}same")
-    words = (*RLOO, *coins, *FIXED, "trainer.extra_draws=3", "trainer.max_steps=3")
+    words = (*RLOO, *coins, *FIXED, "trainer.dynamic_sampling=3", "trainer.max_steps=3")
     assert main(["train", *words_of(tmp_path, f"run.dir={tmp_path / 'run'}", *words)]) == 0
     rows = rows_of(tmp_path / "run")
     assert max(row["rollout/drawn_prompts"] for row in rows) > 4
@@ -95,12 +95,12 @@ def test_settled_prompts_are_replaced(tmp_path):
 
 def test_a_kl_to_be_learnt_from_settles_nothing(tmp_path, capsys):
     words = (
-        *RLOO, *OPPOSITE, "trainer.extra_draws=1", "trainer.kl_in_reward=0.05", "composer=lagrangian_mu",
+        *RLOO, *OPPOSITE, "trainer.dynamic_sampling=1", "trainer.kl_in_reward=0.05", "composer=lagrangian_mu",
         "composer.thresholds.up=0.9", "composer.thresholds.down=0.1",
     )  # fmt: skip
     assert main(["train", *words_of(tmp_path, f"run.dir={tmp_path / 'run'}", *words)]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert (
-        "trainer.extra_draws=1: with composer=lagrangian_mu every prompt teaches the KL, none is replaced; use 0"
+        "trainer.dynamic_sampling=1: with composer=lagrangian_mu every prompt teaches the KL, none is replaced; use 0"
         in said
     )

@@ -18,7 +18,7 @@ from align.models.policy import Policy
 from align.models.pretrained import byte_tokenizer
 from align.objectives.base import RewardObjective
 from align.packing import pack
-from align.trainers.loop import Anchor, Trainee, train_step
+from align.trainers.loop import ReferenceModel, TrainContext, train_step
 from align.types import Extras
 from tests.conftest import tiny_model
 from tests.data.helpers import examples
@@ -108,10 +108,10 @@ def gradient_of(case: str, split: int, layout: str = "shared", shuffled: bool = 
         tiny_model("llama", torch.float64, seed=1, **settings), layout, value_head="values" in objective.needs
     )
     engine = LocalEngine(policy, optimizer(max_grad_norm=None), torch.float32)
-    network = Anchor(None, torch.no_grad()(lambda batch: reference(batch)))
+    network = ReferenceModel(None, torch.no_grad()(lambda batch: reference(batch)))
     taken = {}
     engine.step = lambda lr: taken.update(g=torch.cat([p.grad.flatten() for p in policy.parameters()]).clone())  # noqa: ARG005
-    own = Trainee(
+    own = TrainContext(
         engine, objective, layout, split, network if "reference" in objective.needs else None,
         {name: network for name in objective.extras},
     )  # fmt: skip

@@ -12,9 +12,9 @@ from align import build
 from align.composers.gradient import influences
 from align.config import compose
 from align.engine.local import LocalEngine
-from align.models.policy import Policy, enable_recompute, lora
+from align.models.policy import Policy, enable_activation_checkpointing, lora
 from align.trainers.influence import Directional, chosen_parameters, measure
-from align.trainers.loop import Anchor, NonFinite, Trainee, train_step
+from align.trainers.loop import NonFinite, ReferenceModel, TrainContext, train_step
 from tests.conftest import tiny_model
 from tests.engine.test_local import optimizer
 from tests.trainers.test_family import TOKENIZER, data
@@ -51,8 +51,8 @@ def trainee_of(case, split=100_000, layout="shared", rank=0, dtype=torch.float64
     if rank:
         model = lora(model, rank=rank, alpha=8, dropout=0.0, targets="all-linear", seed=0)
     engine = LocalEngine(Policy(model, layout), optimizer(max_grad_norm=None), torch.float32)
-    anchor = Anchor(None, torch.no_grad()(lambda batch: reference(batch)))
-    return Trainee(engine, objective, layout, split, anchor if "reference" in objective.needs else None)
+    anchor = ReferenceModel(None, torch.no_grad()(lambda batch: reference(batch)))
+    return TrainContext(engine, objective, layout, split, anchor if "reference" in objective.needs else None)
 
 
 def advantages_of(count):
@@ -64,10 +64,10 @@ def naive(case, max_norm=None, pattern=None, **how):
     _, count = rows_with()
     advantages, grads, norms = advantages_of(count), [], []
     for k in range(K):
-        trainee = trainee_of(case.replace(" objective.entropy_coefficient=0.01", ""), **how)
-        engine, kept = trainee.engine, {}
+        context = trainee_of(case.replace(" objective.entropy_coefficient=0.01", ""), **how)
+        engine, kept = context.engine, {}
         engine.step = lambda _, e=engine, kept=kept: kept.update({n: p.grad.double() for n, p in e.parameters.items()})
-        train_step(trainee, rows_with(advantages[:, k])[0], 0.0)
+        train_step(context, rows_with(advantages[:, k])[0], 0.0)
         norms.append(torch.cat([g.flatten() for g in kept.values()]).norm())
         named = chosen_parameters(engine.parameters, pattern)
         grads.append(torch.cat([kept[n].flatten() for n in named]))
@@ -76,10 +76,10 @@ def naive(case, max_norm=None, pattern=None, **how):
 
 
 def found(case, how="exact", max_norm=None, pattern=None, **more):
-    trainee = trainee_of(case, **more)
+    context = trainee_of(case, **more)
     rows, count = rows_with()
     return measure(
-        trainee, rows, torch.from_numpy(advantages_of(count)).double(), how, max_norm, pattern, names=("a", "b", "c")
+        context, rows, torch.from_numpy(advantages_of(count)).double(), how, max_norm, pattern, names=("a", "b", "c")
     )
 
 
@@ -115,12 +115,12 @@ def test_a_difference_finds_the_products(case, rank):
 
 def stepped(case, measured, dtype=torch.float32, **more):
     """A trainee after an optimiser step, the step's metrics, and what was measured beside it."""
-    trainee = trainee_of(case, dtype=dtype, **more)
+    context = trainee_of(case, dtype=dtype, **more)
     advantages = advantages_of(rows_with()[1])
     rows = rows_with(advantages @ np.array([0.5, 0.2, 0.3], np.float32))[0]
-    beside = Directional(trainee, rows, torch.from_numpy(advantages), None) if measured else None
-    metrics = train_step(trainee, beside.examples if beside else rows, 0.01, beside)
-    return trainee.engine, metrics, beside.influences if beside else None
+    beside = Directional(context, rows, torch.from_numpy(advantages), None) if measured else None
+    metrics = train_step(context, beside.examples if beside else rows, 0.01, beside)
+    return context.engine, metrics, beside.influences if beside else None
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -151,10 +151,10 @@ def test_a_step_measures_what_is_measured_before_it(case):
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_activations_may_be_computed_again(mode):
     for how in ("exact", "directional"):
-        trainee = trainee_of(CASES[0], dtype=torch.float32)
-        enable_recompute(trainee.engine.policy, mode)
+        context = trainee_of(CASES[0], dtype=torch.float32)
+        enable_activation_checkpointing(context.engine.policy, mode)
         rows, count = rows_with()
-        told = measure(trainee, rows, torch.from_numpy(advantages_of(count)), how, None, None).influences
+        told = measure(context, rows, torch.from_numpy(advantages_of(count)), how, None, None).influences
         torch.testing.assert_close(told, found(CASES[0], how, dtype=torch.float32).influences, rtol=1e-6, atol=0)
 
 
@@ -165,29 +165,29 @@ def test_influences_of_a_difference_sum_to_the_square_of_the_gradient():
 
 @pytest.mark.parametrize("how", ["exact", "directional"])
 def test_nothing_is_left_behind(how):
-    trainee = trainee_of(CASES[1], dtype=torch.float32)
-    before = {n: p.detach().clone() for n, p in trainee.engine.parameters.items()}
+    context = trainee_of(CASES[1], dtype=torch.float32)
+    before = {n: p.detach().clone() for n, p in context.engine.parameters.items()}
     rows, count = rows_with()
     generator = torch.get_rng_state()
-    told = [measure(trainee, rows, torch.from_numpy(advantages_of(count)), how, None, None) for _ in range(2)]
+    told = [measure(context, rows, torch.from_numpy(advantages_of(count)), how, None, None) for _ in range(2)]
     assert torch.equal(told[0].influences, told[1].influences)
-    assert all(torch.equal(p, before[n]) for n, p in trainee.engine.parameters.items())
-    assert all(p.grad is None for p in trainee.engine.parameters.values())
+    assert all(torch.equal(p, before[n]) for n, p in context.engine.parameters.items())
+    assert all(p.grad is None for p in context.engine.parameters.values())
     assert torch.equal(generator, torch.get_rng_state())
 
 
 def test_a_stop_in_the_middle_of_a_difference_leaves_the_weights():
-    trainee = trainee_of(CASES[0], dtype=torch.float32, split=700)
-    before = {n: p.detach().clone() for n, p in trainee.engine.parameters.items()}
+    context = trainee_of(CASES[0], dtype=torch.float32, split=700)
+    before = {n: p.detach().clone() for n, p in context.engine.parameters.items()}
     rows, count = rows_with()
 
     def check():  # once the weights have been moved
-        if any(not torch.equal(p, before[n]) for n, p in trainee.engine.parameters.items()):
+        if any(not torch.equal(p, before[n]) for n, p in context.engine.parameters.items()):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure(trainee, rows, torch.from_numpy(advantages_of(count)), "directional", None, None, check)
-    assert all(torch.equal(p, before[n]) for n, p in trainee.engine.parameters.items())
+        measure(context, rows, torch.from_numpy(advantages_of(count)), "directional", None, None, check)
+    assert all(torch.equal(p, before[n]) for n, p in context.engine.parameters.items())
 
 
 @pytest.mark.parametrize("how", ["exact", "directional"])
@@ -202,14 +202,14 @@ def test_advantages_of_0_have_no_influence(how):
 
 @pytest.mark.parametrize("how", ["exact", "directional"])
 def test_a_gradient_that_is_no_number_names_the_rows_and_leaves_the_weights(how):
-    trainee = trainee_of(CASES[0], dtype=torch.float32)
+    context = trainee_of(CASES[0], dtype=torch.float32)
     rows, count = rows_with()
     with torch.no_grad():
-        next(p for n, p in trainee.engine.parameters.items() if "q_proj" in n).fill_(torch.inf)
-    before = {n: p.detach().clone() for n, p in trainee.engine.parameters.items()}
+        next(p for n, p in context.engine.parameters.items() if "q_proj" in n).fill_(torch.inf)
+    before = {n: p.detach().clone() for n, p in context.engine.parameters.items()}
     with pytest.raises(NonFinite, match=f"influences are no numbers; the batch holds {rows[0].source}"):
-        measure(trainee, rows, torch.from_numpy(advantages_of(count)), how, None, None)
-    assert all(torch.equal(p, before[n]) for n, p in trainee.engine.parameters.items())
+        measure(context, rows, torch.from_numpy(advantages_of(count)), how, None, None)
+    assert all(torch.equal(p, before[n]) for n, p in context.engine.parameters.items())
 
 
 def test_metrics_of_exact_are_norms_and_angles():

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.xdist_group("iterate")  # all are compared with the sam
 
 ITERATE = "align.trainers.iterate."
 ROUNDS = ITERATE + "run:Rounds."
-KEPT = "align.trainers.kept:"
+KEPT = "align.trainers.row_cache:"
 BIND = "align.trainers.steploop:StepLoop.bind"
 ENGINE = "align.engine.local:LocalEngine."
 HF = "align.rollout.hf:HFRollout."
@@ -312,7 +312,7 @@ def test_reference_is_what_the_setting_says(base, tmp_path, reference, rank, mod
         assert row["loss/total"] == pytest.approx(np.log(2), abs=1e-5)
 
 
-def test_inpo_has_both_anchors(base, tmp_path):
+def test_inpo_has_both_reference_models(base, tmp_path):
     """With policy = start at the first step h = tau/eta (d(start policy) - d(first model)), d chosen - rejected."""
     inpo = ["objective=inpo", "objective.beta=", "objective.eta=0.1", "objective.tau=0.025", "trainer.reference=fixed"]
     row, of_start, of_first = of_second_round(base, tmp_path / "run", *inpo)
@@ -514,7 +514,12 @@ def test_rounds_on_other_problems_are_refused(base, tmp_path):
 def test_the_best_round_is_kept_and_no_further_one_done(base, tmp_path):
     """At this rate no round changes the policy, so that the second is no better than the first."""
     whole, run = tmp_path / "whole", tmp_path / "run"
-    more = ("trainer.keep_best=heldout/total_greedy", "trainer.stop_after=1", "trainer.rounds=3", "optimizer.lr=1e-30")
+    more = (
+        "trainer.keep_best=heldout/total_greedy",
+        "trainer.early_stopping_patience=1",
+        "trainer.rounds=3",
+        "optimizer.lr=1e-30",
+    )
     assert shared().run(words(base, whole, *KINDS["pairs"], *more)).code == 0
     told = rows(whole / "metrics.jsonl")
     assert [row["round"] for row in told] == [1, 2]
@@ -527,12 +532,12 @@ def test_the_best_round_is_kept_and_no_further_one_done(base, tmp_path):
         left = whole / f"rounds/{number:02d}/train/final/model.safetensors"
         assert (whole / name / "model.safetensors").read_bytes() == left.read_bytes()
     command = words(base, run, *KINDS["pairs"], *more)
-    killed = shared().run(command, [Hook("align.trainers.snapshots:Best.evaluated", 2)])
+    killed = shared().run(command, [Hook("align.trainers.snapshots:BestModel.evaluated", 2)])
     assert killed.code == -9, killed.said
     assert shared().run(command).code == 0
     assert everything(run) == everything(whole)
     again = shared().run(command, [Hook(HF + "generate", 1)])
-    assert "is complete at round 2; trainer.stop_after ended it" in again.said
+    assert "is complete at round 2; trainer.early_stopping_patience ended it" in again.said
 
 
 # ---------------------------------------------------------------------- rounds that cannot be

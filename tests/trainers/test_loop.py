@@ -17,7 +17,7 @@ from align.models.policy import Policy
 from align.objectives.losses import Sigmoid
 from align.objectives.preference import WPO
 from align.packing import num_tokens
-from align.trainers.loop import Anchor, NonFinite, Trainee, evaluate, plan, token_plan, train_step
+from align.trainers.loop import NonFinite, ReferenceModel, TrainContext, evaluate, plan, token_plan, train_step
 from align.types import Example
 from tests.conftest import plain_dpo, tiny_model
 from tests.engine.test_local import optimizer
@@ -114,14 +114,14 @@ def named(pairs: list[Example]) -> list[Example]:
     return [replace(p, source=f"rows:{i}", origin=("a", "b", "")[i % 3]) for i, p in enumerate(pairs)]
 
 
-def trainee(reference, max_tokens=10_000, layout="shared", objective=None, dtype=torch.float64) -> Trainee:
+def context(reference, max_tokens=10_000, layout="shared", objective=None, dtype=torch.float64) -> TrainContext:
     policy = Policy(tiny_model("llama", dtype), layout)
     engine = LocalEngine(policy, optimizer(max_grad_norm=None), torch.float32)
     objective = objective or WPO(0.1, Sigmoid(0.0), "sampled", 1.0)
-    return Trainee(engine, objective, layout, max_tokens, Anchor(reference, None))
+    return TrainContext(engine, objective, layout, max_tokens, ReferenceModel(reference, None))
 
 
-def gradients_of_step(own: Trainee, pairs, lr=0.0):
+def gradients_of_step(own: TrainContext, pairs, lr=0.0):
     """Metrics and the gradient that reached the optimiser."""
     taken = {}
     step = own.engine.step
@@ -140,17 +140,17 @@ def gradients_of_step(own: Trainee, pairs, lr=0.0):
 def test_micro_batches_do_not_change_the_step(make_pairs, layout):
     pairs = named(make_pairs(11))
     reference = FixedReference(pairs)
-    whole, gradient = gradients_of_step(trainee(reference, layout=layout), pairs)
+    whole, gradient = gradients_of_step(context(reference, layout=layout), pairs)
     assert whole["tokens/micro_batches"] == 1
     for budget in (60, 90, 200):
-        parts, g = gradients_of_step(trainee(reference, budget, layout), pairs)
+        parts, g = gradients_of_step(context(reference, budget, layout), pairs)
         assert parts["tokens/micro_batches"] > 1
         torch.testing.assert_close(g, gradient, rtol=1e-5, atol=1e-8)
         for key in whole.keys() - {"tokens/micro_batches", "tokens/processed"}:
             assert parts[key] == pytest.approx(whole[key], rel=1e-5, abs=1e-8), key
 
 
-def by_hand(own: Trainee, pairs, name: str) -> list[float]:
+def by_hand(own: TrainContext, pairs, name: str) -> list[float]:
     """A metric of the objective, each pair on its own."""
     from align.packing import pack, token_column
 
@@ -167,7 +167,7 @@ def by_hand(own: Trainee, pairs, name: str) -> list[float]:
 
 def test_metrics_are_means_over_the_global_batch(make_pairs):
     pairs = named(make_pairs(11))
-    own = trainee(FixedReference(pairs), 60)
+    own = context(FixedReference(pairs), 60)
     expected = {name: by_hand(own, pairs, name) for name in ("loss", "accuracy", "reward/margin", "wpo/weight")}
     metrics = train_step(own, pairs, 0.0)
     assert metrics["tokens/micro_batches"] > 2
@@ -185,7 +185,7 @@ def test_metrics_are_means_over_the_global_batch(make_pairs):
 
 def test_means_by_origin(make_pairs):
     pairs = named(make_pairs(11))
-    own = trainee(FixedReference(pairs), 60)
+    own = context(FixedReference(pairs), 60)
     weights = by_hand(own, pairs, "wpo/weight")
     metrics = train_step(own, pairs, 0.0)
     for k, name in enumerate(("a", "b", "unnamed")):
@@ -198,7 +198,7 @@ def test_nonfinite_names_its_rows_and_touches_nothing(make_pairs, budget):
     reference = FixedReference(pairs)
     for bad, value in (("rows:4", np.nan), ("rows:7", np.inf)):
         reference.values[bad] = np.full_like(reference.values[bad], value)
-    own = trainee(reference, budget, objective=plain_dpo(0.1, Sigmoid(0.0)))
+    own = context(reference, budget, objective=plain_dpo(0.1, Sigmoid(0.0)))
     before = {k: v.clone() for k, v in own.engine.model_state().items()}
     with pytest.raises(NonFinite) as caught:
         train_step(own, pairs, 1e-3)
@@ -209,7 +209,7 @@ def test_nonfinite_names_its_rows_and_touches_nothing(make_pairs, budget):
 
 def test_nonfinite_gradient_of_a_finite_loss(make_pairs):
     pairs = named(make_pairs(3))
-    own = trainee(FixedReference(pairs))
+    own = context(FixedReference(pairs))
     weight = next(iter(own.engine.parameters.values()))
     weight.register_hook(lambda g: g * math.inf)
     before = {k: v.clone() for k, v in own.engine.model_state().items()}
@@ -220,7 +220,7 @@ def test_nonfinite_gradient_of_a_finite_loss(make_pairs):
 
 def test_training_prefers_the_chosen(make_pairs):
     pairs = named(make_pairs(8))
-    own = trainee(FixedReference(pairs), objective=plain_dpo(0.1, Sigmoid(0.0)))
+    own = context(FixedReference(pairs), objective=plain_dpo(0.1, Sigmoid(0.0)))
     first = train_step(own, pairs, 1e-3)
     for _ in range(15):
         last = train_step(own, pairs, 1e-3)
@@ -231,7 +231,7 @@ def test_training_prefers_the_chosen(make_pairs):
 
 def test_evaluation_can_be_stopped_and_leaves_no_gradient(make_pairs):
     pairs = named(make_pairs(9))
-    own = trainee(FixedReference(pairs), 60)
+    own = context(FixedReference(pairs), 60)
     calls = []
 
     def check() -> None:

@@ -177,12 +177,12 @@ def test_agreement_is_the_cosine_of_whole_gradients(sources, tmp_path, monkeypat
     seen = {}
     real = agreement.Agreement._cosines
 
-    def watched(self, step, trainee, size, seed, check):
-        found = real(self, step, trainee, size, seed, check)
+    def watched(self, step, context, size, seed, check):
+        found = real(self, step, context, size, seed, check)
         vectors = []
         for k, examples in enumerate(self._sets):
             places = np.random.default_rng([seed, step, k]).choice(len(examples), min(size, len(examples)), False)
-            model = trainee.engine.policy.model
+            model = context.engine.policy.model
             loss, count = 0.0, 0
             for i in places:
                 (row,) = examples[int(i)].rows

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.xdist_group("multiturn")  # all are compared with the s
 
 CHUNKS = 3
 COLLECT = "align.trainers.collect:"
-KEPT = "align.trainers.kept:"
+KEPT = "align.trainers.row_cache:"
 LOOP = "align.rollout.toolloop:ToolLoop."
 
 

@@ -122,14 +122,14 @@ def test_the_average_by_hand(base, tmp_path):
 DEATHS = [
     Hook(STEP, 1),
     Hook(STEP, 5, when="after"),
-    Hook(f"{OBSERVERS}Average.stepped", 5, when="after"),
+    Hook(f"{OBSERVERS}EMA.stepped", 5, when="after"),
     Hook(f"{OBSERVERS}export", 1, when="after"),
     Hook("align.trainers.trained:write_final", 3),
-    Hook(f"{OBSERVERS}Best.evaluated", 3, when="after"),
+    Hook(f"{OBSERVERS}BestModel.evaluated", 3, when="after"),
     Hook("align.checkpoint:remove", 1, when="after"),
     Hook("align.report.log:Log.row", 8),
-    Hook(f"{OBSERVERS}Average.end", 1),
-    Hook(f"{OBSERVERS}Average.end", 1, when="after"),
+    Hook(f"{OBSERVERS}EMA.end", 1),
+    Hook(f"{OBSERVERS}EMA.end", 1, when="after"),
     Hook("align.trainers.offline:evaluate", 3, int(signal.SIGTERM)),
     Hook(f"{OBSERVERS}export", 2, int(signal.SIGTERM)),
 ]
@@ -149,7 +149,7 @@ def test_killed_anywhere(base, whole, tmp_path, hook):
 def test_it_stops_when_it_gets_no_better(base, tmp_path):
     """At this rate no loss changes: the second evaluation is no better than the first."""
     run = tmp_path / "run"
-    more = ("trainer.keep_best=loss/heldout", "trainer.stop_after=1", "optimizer.lr=1e-30", "trainer.ema=")
+    more = ("trainer.keep_best=loss/heldout", "trainer.early_stopping_patience=1", "optimizer.lr=1e-30", "trainer.ema=")
     hook = Hook("align.trainers.trained:write_final", 4)  # after the best one and the exports of steps 3 and 4
     assert shared().run(words(base, run, *more), [hook]).code == -9
     done = shared().run(words(base, run, *more))
@@ -161,7 +161,7 @@ def test_it_stops_when_it_gets_no_better(base, tmp_path):
     assert summary["best"]["stopped_early"]
     again = shared().run(words(base, run, *more))
     assert again.code == 0
-    assert "is complete at step 4; trainer.stop_after ended it" in again.said
+    assert "is complete at step 4; trainer.early_stopping_patience ended it" in again.said
 
 
 def test_exports_are_models_that_can_be_averaged_and_started_from(base, tmp_path):
@@ -201,7 +201,7 @@ def test_an_online_run_that_learns_nothing_says_so(tmp_path, more, why):
 
 
 @pytest.mark.parametrize("word, said", [
-    ("trainer.stop_after=2", "trainer.stop_after=2 has no effect without trainer.keep_best"),
+    ("trainer.early_stopping_patience=2", "trainer.early_stopping_patience=2 has no effect without trainer.keep_best"),
     ("trainer.keep_best=loss/heldout trainer.eval_every=0", "needs evaluations: set data.heldout, and trainer.eval_"),
     ("trainer.export_at=[0]", "must be steps from 1 on"),
     ("trainer.ema=1", "trainer.ema=1"),

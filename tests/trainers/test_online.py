@@ -319,9 +319,12 @@ REFUSED = {
         "trainer.pass_component=other: must be one of",
     ),
     "pass of none": ((*REMAX, "trainer.pass_component=mixed", "trainer.heldout_n=0"), "has no effect with"),
-    "inner batches": ((*REMAX, "trainer.inner_batches=5"), "trainer.inner_batches=5: the trainer.batch_size=4 prompts"),
+    "inner batches": (
+        (*REMAX, "trainer.num_minibatches=5"),
+        "trainer.num_minibatches=5: the trainer.batch_size=4 prompts",
+    ),
     "draws of one": (
-        ("objective=policy_gradient", "advantage=reinforce", "sampling.n=1", "trainer.extra_draws=1"),
+        ("objective=policy_gradient", "advantage=reinforce", "sampling.n=1", "trainer.dynamic_sampling=1"),
         "use sampling.n=2 or more",
     ),
     "no weight": (
@@ -404,13 +407,13 @@ def test_engine_with_other_weights_stops_the_run(tmp_path, monkeypatch, capsys, 
     assert main(["train", *words_of(tmp_path, *REMAX, *SHORT, f"run.dir={tmp_path / 'run'}")]) == 1
     said = " ".join(capsys.readouterr().err.split())
     assert "step 0: the engine's log-probs differ from the trainer's by up to" in said
-    assert "trainer.engine_tolerance 0.001" in said
+    assert "trainer.rollout_logp_tolerance 0.001" in said
     assert "the engine has other weights, another precision or another attention" in said
 
 
 def test_tolerance_can_be_widened(tmp_path, monkeypatch):
     monkeypatch.setattr(HFRollout, "logps", _wrong(0.01))
-    words = words_of(tmp_path, *REMAX, *SHORT, "trainer.engine_tolerance=0.1", f"run.dir={tmp_path / 'run'}")
+    words = words_of(tmp_path, *REMAX, *SHORT, "trainer.rollout_logp_tolerance=0.1", f"run.dir={tmp_path / 'run'}")
     assert main(["train", *words]) == 0
     assert rows_of(tmp_path / "run")[0]["rollout/engine_logp_diff_max"] == pytest.approx(0.01, rel=0.01)
 
@@ -547,7 +550,7 @@ NAN = float("nan")
 
 
 @pytest.mark.parametrize(
-    "scores,greedy,settled,missing",
+    "scores,greedy,zero_variance,missing",
     [
         ([1, 1], None, True, 0),
         ([1, 0], None, False, 0),
@@ -559,17 +562,17 @@ NAN = float("nan")
         ([1, NAN], 0, False, 1),
     ],
 )
-def test_prompts_that_teach_nothing(scores, greedy, settled, missing):
+def test_prompts_that_teach_nothing(scores, greedy, zero_variance, missing):
     group = _group(None, [_completion([1])] * 2, scores, greedy)
-    assert group.settled == settled
+    assert group.zero_variance == zero_variance
     assert group.missing == missing
 
     class Named:
         names = ("r",)
 
-    row = reward_metrics([group], Named(), lambda g: g.settled)
+    row = reward_metrics([group], Named(), lambda g: g.zero_variance)
     assert row["reward/missing"] == missing
-    assert row["rollout/settled_prompts"] == settled
+    assert row["rollout/settled_prompts"] == zero_variance
     known = [s for s in scores if s == s]
     assert row.get("reward/r") == (np.mean(known) if known else None)
 

@@ -45,12 +45,12 @@ def move(t, size):
 
 def drawn(t):
     """The groups of the first step."""
-    return t.draws.of(1)[0]
+    return t.sampler.of(1)[0]
 
 
 def prepared(t, groups):
     """The examples of the groups with all their columns."""
-    parts = examples(groups, t.learner.trainer.truncated, t.engine.policy.layout, t.learner.trainee.max_tokens)
+    parts = examples(groups, t.learner.trainer.truncated, t.engine.policy.layout, t.learner.context.max_tokens)
     return t.learner.prepared(groups, parts)[0]
 
 
@@ -181,7 +181,7 @@ def test_clipped_grpo_away_from_the_policy_that_drew(training):
 
 
 def test_later_inner_epochs_compare_with_the_policy_before_the_first(training):
-    t = training(*GRPO, "trainer.inner_epochs=2", LETTERS, "optimizer.lr=1e-2")
+    t = training(*GRPO, "trainer.ppo_epochs=2", LETTERS, "optimizer.lr=1e-2")
     groups = drawn(t)
     parts = prepared(t, groups)
     old = detached(policy_logps(t, groups))
@@ -209,7 +209,7 @@ def test_auto_and_trainer_give_the_same_step(training):
 
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
 def test_not_the_layout_nor_the_micro_batch_nor_the_order(training, layout):
-    words = (*GRPO, LETTERS, "trainer.inner_epochs=2", f"trainer.layout={layout}", "objective.kl_coefficient=0.1")
+    words = (*GRPO, LETTERS, "trainer.ppo_epochs=2", f"trainer.layout={layout}", "objective.kl_coefficient=0.1")
     t = training(*words, "trainer.micro_batch_tokens=100000")
     groups = drawn(t)
     tokens, reference = policy_logps(t, groups), reference_logps(t, groups)
@@ -227,10 +227,10 @@ def test_not_the_layout_nor_the_micro_batch_nor_the_order(training, layout):
     equal(gradient(t, groups[::-1]), expected)
 
 
-def test_inner_batches_hold_whole_prompts_whatever_the_micro_batch(training):
+def test_minibatches_hold_whole_prompts_whatever_the_micro_batch(training):
     """Two steps on the completions of 4 prompts end at the same weights if a prompt's completions were several
     examples; the first of them sees the completions of two prompts."""
-    t = training(*GRPO, "trainer.inner_batches=2", LETTERS, "trainer.layout=packed", "optimizer.lr=1e-2")
+    t = training(*GRPO, "trainer.num_minibatches=2", LETTERS, "trainer.layout=packed", "optimizer.lr=1e-2")
     groups = drawn(t)
     start = {n: p.detach().clone() for n, p in named(t)}
     order = np.random.default_rng([0, 1, 0]).permutation(4)[:2]
@@ -282,7 +282,7 @@ def test_what_was_cut_counts_for_the_baseline_only(training):
 def test_step_in_which_all_was_cut(training):
     t = training(*PLAIN, "advantage=rloo", "trainer.truncated=mask", "trainer.kl_in_reward=0.1")
     groups = [replace(g, completions=tuple(replace(c, stop="length") for c in g.completions)) for g in drawn(t)]
-    t.draws.of = lambda _: (groups, groups)
+    t.sampler.of = lambda _: (groups, groups)
     row = t.task.step(1)
     assert row["optimizer/gradient_norm"] == 0
     assert row["tokens/targets"] == 0

@@ -33,7 +33,7 @@ DEATHS = [
     Hook(f"{ROLLOUT}sync", 3, when="after"),
     Hook(f"{HELDOUT}answers", 2),
     Hook(f"{HELDOUT}metrics", 2, when="after"),
-    Hook("align.trainers.transcripts:write_whole", 3, when="after"),
+    Hook("align.trainers.transcripts:write_atomic", 3, when="after"),
     Hook("align.engine.local:save_file", 3),
     Hook("os:rename", 2, when="after"),
     Hook("align.report.log:Log.row", 3),

@@ -161,7 +161,7 @@ def test_what_was_cut_has_no_tokens_and_no_part_in_the_baseline_per_token(traini
 def test_equal_scores_do_not_settle_a_prompt_with_steps(training):
     t = training("advantage=pure", "reward=steps", f"reward.steps.function={HERE}known", "sampling.n=2")
     lost = [("four", True, []), ("five", True, [])]
-    assert [g.settled for g in written(t, [*SCRIPT, lost])] == [False, False, True]
+    assert [g.zero_variance for g in written(t, [*SCRIPT, lost])] == [False, False, True]
 
 
 def trained(directory, *more):
@@ -172,7 +172,13 @@ def trained(directory, *more):
     "words",
     [
         (*PURE, "trainer.truncated=mask"),
-        (*PURE, "advantage.baseline=step", "trainer.inner_batches=2", "objective=clipped", "trainer.extra_draws=1"),
+        (
+            *PURE,
+            "advantage.baseline=step",
+            "trainer.num_minibatches=2",
+            "objective=clipped",
+            "trainer.dynamic_sampling=1",
+        ),
         ("objective=policy_gradient", "advantage=pure_min", "advantage.length=8", "trainer.kl_in_reward=0.05"),
     ],
 )

@@ -178,7 +178,7 @@ def test_killed_processes(base, pair, tmp_path, hook):
 @pytest.mark.parametrize(
     ("name", "hook"),
     [
-        ("rounds of pairs", Hook("align.trainers.kept:Kept.write", 3, rank=1)),
+        ("rounds of pairs", Hook("align.trainers.row_cache:RowCache.write", 3, rank=1)),
         ("rounds of pairs", Hook(STEP, 10, rank=1)),
         ("rounds of pairs", Hook("align.trainers.iterate.run:Rounds.evaluate", 1, 15, rank=1)),
         ("collecting", Hook("align.trainers.collect:Collector._chunk", 2, 10, rank=1)),

@@ -23,14 +23,14 @@ from align.rollout.base import Rollout
 from align.trainers import selfcheck
 from align.trainers.final import model_card
 from align.trainers.loop import token_values
-from align.trainers.online.probe import prove
+from align.trainers.online.probe import check_sync
 from align.trainers.rollouts import Rollouts
 from align.trainers.session import Session
 from align.types import Example
 
 
 @dataclass(frozen=True)
-class Held:
+class LoadedPolicy:
     """A policy in memory and in the rollout. number: of the round that left it; 0: what the run starts from."""
 
     number: int
@@ -51,7 +51,7 @@ class Policies:
         self.rollouts = Rollouts(session)
         self.rows = rows
         self.probe = probe
-        self.held: Held | None = None
+        self.held: LoadedPolicy | None = None
         self.newest = newest
 
     def directory(self, number: int) -> Path:
@@ -62,7 +62,7 @@ class Policies:
         """The model that a round left."""
         return self.directory(number) / "train" / "final"
 
-    def of(self, number: int) -> Held:
+    def of(self, number: int) -> LoadedPolicy:
         """What round `number` left."""
         if self.held is not None and self.held.number == number:
             return self.held
@@ -79,8 +79,8 @@ class Policies:
             rollout.sync(policy)
             return rollout
 
-        self.held = Held(number, policy, weights_hash(model), together(self.session.world, given))
-        self._prove(self.held)
+        self.held = LoadedPolicy(number, policy, weights_hash(model), together(self.session.world, given))
+        self._check_sync(self.held)
         return self.held
 
     def _source(self, number: int) -> Pretrained:
@@ -94,7 +94,7 @@ class Policies:
         return from_hub(str(path), None, trust, False, None, "auto")
 
     @torch.no_grad()
-    def _prove(self, held: Held) -> None:
+    def _check_sync(self, held: LoadedPolicy) -> None:
         """The engine must give the probe's prompts what the policy gives them. Raises SelfCheckError."""
         if not self.probe:
             return
@@ -105,7 +105,7 @@ class Policies:
 
         budget = max(self.session.config.trainer.micro_batch_tokens, *(len(e.rows[0].token_ids) for e in self.probe))
         here = token_values(network, self.probe, "padded", budget, held.policy.device, world=self.session.world)
-        prove(self.session, self.probe, held.rollout, here["token_logps"], "round", held.number)
+        check_sync(self.session, self.probe, held.rollout, here["token_logps"], "round", held.number)
 
     def to_train(self) -> Any:
         """The model in memory, to be trained in place; None where an engine reads its shards from the files: then

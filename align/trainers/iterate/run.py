@@ -18,8 +18,8 @@ from align.trainers.final import final_table
 from align.trainers.iterate.policies import Policies
 from align.trainers.iterate.samples import TRAIN
 from align.trainers.iterate.sources import Problems, Prompts
-from align.trainers.kept import Kept
 from align.trainers.observers import Observer, Retention
+from align.trainers.row_cache import RowCache
 from align.trainers.session import Session, start
 from align.trainers.steploop import Metrics, StepLoop, Task
 
@@ -47,16 +47,16 @@ def run(session: Session) -> int:
         resume.check_weights(session, state, model_hash)
     observers: list[Observer] = [Retention(session)]
     if t.keep_best is not None:
-        from align.trainers.snapshots import Best
+        from align.trainers.snapshots import BestModel
 
-        observers.append(Best(session, policies, None, t.keep_best))
+        observers.append(BestModel(session, policies, None, t.keep_best))
     loop = StepLoop(session, t.rounds, state, {"data": source.hashes, "model": model_hash}, observers)
     if done:
         log.say(f"resumed {session.out.path} after round {done}")
     else:
         source.before(policies)
     loop.run(Rounds(session, loop, source, policies))
-    rows = Kept(session.out.path, session.world).read("metrics.jsonl") or []
+    rows = RowCache(session.out.path, session.world).read("metrics.jsonl") or []
     summary = {
         "step": loop.number,
         "merged": config.merge,
@@ -66,9 +66,9 @@ def run(session: Session) -> int:
         **source.summary(policies),
         **loop.summary(),
     }
-    told = summary | {"step": sum(row["train/steps"] for row in rows)}  # optimiser steps
-    policies.write(session.out.final, told)
-    loop.end(summary, final_table(told))
+    final_summary = summary | {"step": sum(row["train/steps"] for row in rows)}  # optimiser steps
+    policies.write(session.out.final, final_summary)
+    loop.end(summary, final_table(final_summary))
     return 0
 
 
@@ -103,8 +103,8 @@ class Rounds(Task):
         self.session.log.say(f"round {number}/{self.trainer.rounds}: training in {settings.run.dir}")
         # the reference stays: from the second round on it is no longer what the training starts from
         stays = self.trainer.reference == "fixed" and number > 1 and self.config.reference.path is None
-        given = offline.Given(self.policies.to_train(), self.session.pretrained if stays else None)
-        row = offline.train_part(self.session, settings, given, compare=False)
+        loaded = offline.LoadedModel(self.policies.to_train(), self.session.pretrained if stays else None)
+        row = offline.train_part(self.session, settings, loaded, compare=False)
         self.policies.trained(number)
         return row
 
@@ -122,7 +122,15 @@ class Rounds(Task):
             "data.heldout_fraction": 0.0,
             "log.wandb": "off",
         }
-        rounds_own = ("collect", "reward", "pairs", "advantage", "composer", "trainer.keep_best", "trainer.stop_after")
+        rounds_own = (
+            "collect",
+            "reward",
+            "pairs",
+            "advantage",
+            "composer",
+            "trainer.keep_best",
+            "trainer.early_stopping_patience",
+        )
         data_own = ("heldout", "repeat", "gold", "format", "loader", "columns", "form")  # the rows are written here
         changed |= dict.fromkeys((*rounds_own, *(f"data.{name}" for name in data_own)))
         if number > 1:

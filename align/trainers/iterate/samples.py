@@ -13,7 +13,7 @@ from align.data.prompts import PromptRow
 from align.jsons import Json, Tokenizer
 from align.rollout.base import Completion
 from align.trainers.experience import Group
-from align.trainers.kept import Line
+from align.trainers.row_cache import Line
 
 ORIGIN = "on_policy"
 DRAW, TRAIN, HELDOUT = range(3)  # the first key of the seeds of each phase
@@ -28,14 +28,14 @@ def slices(count: int, rounds: int, per_round: int | None) -> list[range]:
 
 def line_of(group: Group, names: Sequence[str], tokenizer: Tokenizer) -> Line:
     """A group as it is written and as read_scored reads it; its greedy completion, if there is one, comes last."""
-    drawn = list(zip(group.completions, group.texts, group.rewards, group.scores, strict=True))
-    lines = [_completion(group.prompt, *one, names) for one in drawn]
+    sampled = list(zip(group.completions, group.texts, group.rewards, group.scores, strict=True))
+    lines = [_completion(group.prompt, *one, names) for one in sampled]
     if group.greedy is not None:
         assert group.greedy_rewards is not None
-        twin = _completion(
+        greedy_completion = _completion(
             group.prompt, group.greedy, group.greedy_text, group.greedy_rewards, group.greedy_score, names
         )
-        lines.append({**twin, "greedy": True})
+        lines.append({**greedy_completion, "greedy": True})
     return {"source": group.prompt.source, "prompt": _prompt(group.prompt, tokenizer), "completions": lines}
 
 
@@ -70,21 +70,21 @@ def _number(value: float) -> float | None:
 
 def sample_metrics(lines: Sequence[Line], names: Sequence[str]) -> dict[str, float]:
     """Means of what was drawn, over what has a reward; the greedy completions by themselves."""
-    drawn = [c for line in lines for c in line["completions"] if not c.get("greedy")]
+    sampled = [c for line in lines for c in line["completions"] if not c.get("greedy")]
     greedy = [c for line in lines for c in line["completions"] if c.get("greedy")]
-    scores = _known([c["score"] for c in drawn])
-    out = {f"reward/{name}": _mean([c["rewards"][name] for c in drawn]) for name in names}
+    scores = _known([c["score"] for c in sampled])
+    out = {f"reward/{name}": _mean([c["rewards"][name] for c in sampled]) for name in names}
     if greedy:
         out |= {f"reward/{name}_greedy": _mean([c["rewards"][name] for c in greedy]) for name in names}
     return out | {
         "reward/total": float(np.mean(scores)) if scores else math.nan,
         "reward/total_std": float(np.std(scores)) if scores else math.nan,
-        "reward/missing": len(drawn) - len(scores),
+        "reward/missing": len(sampled) - len(scores),
         "rollout/settled_prompts": float(
             np.mean([len(set(_known([c["score"] for c in line["completions"]]))) < 2 for line in lines])
         ),
-        "rollout/tokens": float(np.mean([c["spans"][-1][2] - c["spans"][-1][1] for c in drawn])),
-        "rollout/truncated": float(np.mean([not c["finished"] for c in drawn])),
+        "rollout/tokens": float(np.mean([c["spans"][-1][2] - c["spans"][-1][1] for c in sampled])),
+        "rollout/truncated": float(np.mean([not c["finished"] for c in sampled])),
     }
 
 

@@ -13,7 +13,7 @@ from align.data.scored import Sample, Scored
 from align.jsons import Json
 from align.rollout.base import seed_of
 from align.trainers.iterate.samples import ORIGIN
-from align.trainers.kept import Line
+from align.trainers.row_cache import Line
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ from align.rollout.base import seed_of
 from align.trainers.collect import Collector, collected, collector_of, problems_of, solved_summary
 from align.trainers.directions import directed, directed_rounds, directional, scorer
 from align.trainers.experience import Experience, Group
-from align.trainers.iterate.policies import Held, Policies
+from align.trainers.iterate.policies import LoadedPolicy, Policies
 from align.trainers.iterate.samples import DRAW, HELDOUT, line_of, sample_metrics, slices, split
 from align.trainers.iterate.select import select
-from align.trainers.kept import Kept, Line
 from align.trainers.online.probe import probe_of
+from align.trainers.row_cache import Line, RowCache
 from align.trainers.session import Session
 from align.trainers.steploop import Metrics
 
@@ -104,7 +104,7 @@ class Prompts:
         is read. Raises ValueError if they would teach nothing."""
         t = self.trainer
         prompts = [self.train[i] for i in self.slices[number - 1]]
-        kept = self._kept(number, prompts, policies)
+        cache = self._cache(number, prompts, policies)
         experience = self._experience(policies.of(number - 1))
 
         def chunk(k: int, places: range) -> list[Line]:
@@ -112,7 +112,7 @@ class Prompts:
             return self._lines(experience.draw(chosen, sampling, self.config.sampling.n, t.greedy))
 
         progress = self.session.shown(f"round {number}: completions")
-        lines = kept.drawn("samples", len(prompts), t.chunk_prompts, chunk, progress)
+        lines = cache.chunked("samples", len(prompts), t.chunk_prompts, chunk, progress)
         chosen = select(self.config, number, lines)
         row = sample_metrics(lines, self.rewards.names) | chosen.metrics()
         self.session.log.say(f"round {number}/{t.rounds}: reward {row['reward/total']:.3f}; {chosen.line()}")
@@ -123,11 +123,11 @@ class Prompts:
                 "raise sampling.n or sampling.temperature, or choose another rule with pairs=... or trainer.min_score"
                 + (" in another run.dir" if number > 1 else "")
             )
-        kept.write("data.jsonl", chosen.rows)
+        cache.write("data.jsonl", chosen.rows)
         seconds = {"time/generate_s": experience.generate_seconds, "time/score_s": experience.score_seconds}
-        return kept.directory / "data.jsonl", row | seconds
+        return cache.directory / "data.jsonl", row | seconds
 
-    def _kept(self, number: int, prompts: Sequence[PromptRow], policies: Policies) -> Kept:
+    def _cache(self, number: int, prompts: Sequence[PromptRow], policies: Policies) -> RowCache:
         """The place of a round's completions; what was drawn under another key is thrown away, which is said."""
         sources = "\n".join(p.source for p in prompts)
         key = {
@@ -137,20 +137,20 @@ class Prompts:
             "greedy": self.trainer.greedy,
             "chunk": self.trainer.chunk_prompts,
         }
-        kept = Kept(policies.directory(number), self.session.world)
-        if kept.begin(key | self._drawn_with(policies.of(number - 1))):
+        cache = RowCache(policies.directory(number), self.session.world)
+        if cache.begin(key | self._depends_on(policies.of(number - 1))):
             said = "was made with other settings, weights or prompts; it is begun anew"
-            self.session.log.say(f"{kept.directory} {said}")
-        return kept
+            self.session.log.say(f"{cache.directory} {said}")
+        return cache
 
-    def _drawn_with(self, held: Held) -> Json:
+    def _depends_on(self, held: LoadedPolicy) -> Json:
         """What all completions of a policy depend on."""
         tree = OmegaConf.to_container(self.config.tree, resolve=True)
         assert isinstance(tree, dict)
         settings = {name: tree.get(name) for name in ("seed", "sampling", "rollout", "reward", "composer")}
         return {"weights": held.hash, "precision": self.session.precision_name, **settings}
 
-    def _experience(self, held: Held) -> Experience:
+    def _experience(self, held: LoadedPolicy) -> Experience:
         by = None if self.composer is None else scorer(self.composer, self.rewards.names)
         return Experience(held.rollout, self.rewards, self.session.tokenizer, world=self.session.world, scorer=by)
 
@@ -162,16 +162,16 @@ class Prompts:
         if not self.heldout:
             return {}
         t, held = self.trainer, policies.of(number)
-        kept = self._answers(policies, number)
+        cache = self._answers(policies, number)
         key = {"prompts": prompts_fingerprint(self.heldout), "answers": [t.heldout_n, t.sample_tokens]}
-        kept.begin(key | self._drawn_with(held))
+        cache.begin(key | self._depends_on(held))
 
         def answers() -> list[Line]:
             sampling = replace(self.sampling, max_new_tokens=t.sample_tokens).at(HELDOUT)
             with policies.rollouts.showing(f"round {number}: held-out prompts"):
                 return self._lines(self._experience(held).draw(self.heldout, sampling, t.heldout_n, greedy=True))
 
-        lines = kept.rows(_ANSWERS, answers)
+        lines = cache.rows(_ANSWERS, answers)
         return dict(heldout_metrics(*split(lines), self.rewards.names, t.pass_component))
 
     def summary(self, policies: Policies) -> Json:
@@ -179,12 +179,12 @@ class Prompts:
         out: Json = {"heldout": f"{len(self.heldout)} prompts"}
         if self.heldout:
             places = (self._answers(policies, number) for number in (0, policies.newest))
-            before, after = (split(kept.read(_ANSWERS) or [])[0] for kept in places)
+            before, after = (split(cache.read(_ANSWERS) or [])[0] for cache in places)
             out["rewards"] = changes(before, after, self.rewards.names)
         return out
 
-    def _answers(self, policies: Policies, number: int) -> Kept:
-        return Kept(policies.directory(number) / "heldout", self.session.world)
+    def _answers(self, policies: Policies, number: int) -> RowCache:
+        return RowCache(policies.directory(number) / "heldout", self.session.world)
 
 
 class Problems:
@@ -213,8 +213,8 @@ class Problems:
         key = {"model": held.hash, "precision": self.session.precision_name, "problems": [part.start, part.stop]}
         found = collected(self.session, self._collector(number, policies), key, first=number == 1)
         kind, report = self.session.objective.kind, found.report
-        told = ("accuracy", "trajectories", "right", "wrong", "problems")
-        row: Metrics = {f"collect/{name}": report[name] for name in told}
+        reported = ("accuracy", "trajectories", "right", "wrong", "problems")
+        row: Metrics = {f"collect/{name}": report[name] for name in reported}
         row |= {f"data/dropped_{reason}": count for reason, count in report["dropped"].items()}
         row["data/rows"] = report["pairs" if kind == "pair" else "labelled"]
         return found.file(kind), row | {"time/generate_s": time.perf_counter() - start}

@@ -12,13 +12,13 @@ from align.data.prompts import PromptRow
 from align.engine.world import together
 from align.rollout.base import Rollout
 from align.trainers import selfcheck
-from align.trainers.loop import Trainee
+from align.trainers.loop import TrainContext
 from align.trainers.online.values import Forward, own, values
 from align.trainers.session import SelfCheckError, Session
 from align.types import Example, Prompt, Row
 
 PROBE_PROMPTS = 4  # on which engine and trainer are compared after each sync
-ENGINE_TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}  # nats per token, see trainer.engine_tolerance
+ROLLOUT_LOGP_TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}  # nats per token, see trainer.rollout_logp_tolerance
 
 
 def probe_of(train: Sequence[PromptRow], max_tokens: int) -> list[Example]:
@@ -47,15 +47,15 @@ def _branched(row: Row) -> Row:
     return Row(np.concatenate([row.token_ids[:half], row.token_ids[half:][::-1]]), row.targets)
 
 
-def self_check(session: Session, trainee: Trainee, probe: Sequence[Example], reference: Forward | None) -> None:
+def self_check(session: Session, context: TrainContext, probe: Sequence[Example], reference: Forward | None) -> None:
     """The policy's layout must compute what the model means, and the reference must be the untrained policy."""
     if not probe:
         session.log.say("self-check left out: no prompt has two tokens")
         return
-    said = f"self-check passed: {selfcheck.check_layout(session, trainee.engine.policy, branching(probe))}"
+    said = f"self-check passed: {selfcheck.check_layout(session, context.engine.policy, branching(probe))}"
     if reference is not None and session.config.reference.path is None:
         ours, theirs = (
-            values(session, trainee, network, probe)["token_logps"] for network in (own(trainee), reference)
+            values(session, context, network, probe)["token_logps"] for network in (own(context), reference)
         )
         ratio = max(float(np.abs(a - b).max()) for (a,), (b,) in zip(ours, theirs, strict=True))
         if not ratio <= selfcheck.TOLERANCE[session.precision]:
@@ -67,7 +67,7 @@ def self_check(session: Session, trainee: Trainee, probe: Sequence[Example], ref
     session.log.say(said)
 
 
-def prove(
+def check_sync(
     session: Session, probe: Sequence[Example], rollout: Rollout, here: list[list[np.ndarray]], unit: str, number: int
 ) -> dict[str, float]:
     """What the engine gives the probe's prompts against what the trainer gives them.
@@ -79,11 +79,11 @@ def prove(
     there = together(session.world, lambda: rollout.logps(sequences, [1] * len(probe)))
     differences = np.concatenate([np.abs(np.array(a) - b) for a, (b,) in zip(there, here, strict=True)])
     largest = max(session.world.gather(float(differences.max())))
-    t, tolerance = session.config.trainer, ENGINE_TOLERANCE[session.precision_name]
+    t, tolerance = session.config.trainer, ROLLOUT_LOGP_TOLERANCE[session.precision_name]
     if isinstance(t, OnlineConfig):
-        tolerance = t.engine_tolerance or tolerance
+        tolerance = t.rollout_logp_tolerance or tolerance
     if not largest <= tolerance:
-        name = "trainer.engine_tolerance" if isinstance(t, OnlineConfig) else "tolerance"
+        name = "trainer.rollout_logp_tolerance" if isinstance(t, OnlineConfig) else "tolerance"
         cause = (
             "the weights did not reach the engine whole, or it kept what it had computed with older ones"
             if number

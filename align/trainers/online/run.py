@@ -24,20 +24,20 @@ from align.jsons import Json
 from align.models.policy import Policy
 from align.rewards.build import RewardHost, Rewards, components
 from align.trainers import resume, selfcheck, trained
-from align.trainers.anchors import Anchors
 from align.trainers.experience import Experience
-from align.trainers.loop import Anchor, Plan, Trainee
+from align.trainers.loop import Plan, ReferenceModel, TrainContext
 from align.trainers.observers import observers_of
-from align.trainers.online.draws import Draws, Tally
 from align.trainers.online.heldout import Heldout
 from align.trainers.online.learner import Learner
 from align.trainers.online.probe import branching, probe_of, self_check
+from align.trainers.online.sampler import FailureCounts, GroupSampler
 from align.trainers.online.task import Online
 from align.trainers.online.values import Forward
+from align.trainers.references import ReferenceModels
 from align.trainers.rollouts import Rollouts
 from align.trainers.session import Session, start
 from align.trainers.steploop import StepLoop, size_of
-from align.trainers.trained import Trained, Whole
+from align.trainers.trained import FullModel, Trained
 from align.trainers.transcripts import Transcripts
 from align.types import Example
 
@@ -53,7 +53,7 @@ def train(config: Config, command: str) -> int:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptData:
     """The prompts of a run as it asks them, and the fingerprints of all that its data hold."""
 
     train: list[PromptRow]
@@ -67,26 +67,26 @@ class Parts:
     """What is made before the first step."""
 
     task: Online
-    whole: Whole
+    full_model: FullModel
     model_hash: str
 
 
 def run(session: Session, advantage: Advantage) -> int:
     """Everything from prompts to final/; returns the exit code."""
     composer = composer_of(session.config, advantage, session.log.say)
-    asked = prompts_of(session, composer)
-    session.account(asked.audit)
-    state = resume.restore_point(session, asked.hashes)
-    plan = resume.planned(session, state, len(asked.train))
+    data = prompts_of(session, composer)
+    session.account(data.audit)
+    state = resume.restore_point(session, data.hashes)
+    plan = resume.planned(session, state, len(data.train))
     if resume.nothing_left(session, state, plan.num_steps):
         return 0
-    parts = prepared(session, advantage, composer, asked, plan, state)
-    fixed = {"schedule_steps": plan.schedule_steps, "data": asked.hashes, "model": parts.model_hash}
-    engine, observers = parts.whole.engine, observers_of(session, parts.whole, plan.num_steps)
+    parts = prepared(session, advantage, composer, data, plan, state)
+    fixed = {"schedule_steps": plan.schedule_steps, "data": data.hashes, "model": parts.model_hash}
+    engine, observers = parts.full_model.engine, observers_of(session, parts.full_model, plan.num_steps)
     loop = StepLoop(session, plan.num_steps, state, fixed, observers, engine.write, size_of(engine))
     step = loop.run(parts.task)
     summary = _summary(session, parts.task, step) | loop.summary()
-    parts.whole.write(session.out.final, summary)
+    parts.full_model.write(session.out.final, summary)
     loop.end(summary)
     return 0
 
@@ -104,7 +104,7 @@ def prepared(
     session: Session,
     advantage: Advantage,
     composer: Composing | None,
-    asked: Asked,
+    data: PromptData,
     plan: Plan,
     state: checkpoint.State | None,
 ) -> Parts:
@@ -112,36 +112,36 @@ def prepared(
     config, t = session.config, session.config.trainer
     assert isinstance(t, OnlineConfig)
     model = trained.load(session)
-    selfcheck.check_tokens_of(session, model, (p.token_ids for p in (*asked.train, *asked.heldout)))
-    made = _policy(session, model, advantage, composer, asked.train, plan)
+    selfcheck.check_tokens_of(session, model, (p.token_ids for p in (*data.train, *data.heldout)))
+    made = _policy(session, model, advantage, composer, data.train, plan)
     engine = make_engine(config, made.network, session.precision, session.world, t.value_lr_scale)
-    whole = Whole(made, engine)
-    model_hash = whole.hash()
+    full_model = FullModel(made, engine)
+    model_hash = full_model.hash()
     resume.check_weights(session, state, model_hash)
-    probe = probe_of(asked.train, t.micro_batch_tokens)
+    probe = probe_of(data.train, t.micro_batch_tokens)
     reference = _reference(session, engine, model_hash, probe)
     cached = None
     if "reference" in session.objective.needs:
-        cached = Anchor(lambda rows: [row.columns["reference_logps"] for row in rows], None)
-    trainee = Trainee(engine, session.objective, made.layout, t.micro_batch_tokens, cached)
+        cached = ReferenceModel(lambda rows: [row.columns["reference_logps"] for row in rows], None)
+    context = TrainContext(engine, session.objective, made.layout, t.micro_batch_tokens, cached)
     if composer is not None:
         composer.check_parameters(engine.parameters)
     # the lead's word: only it is sure to read what it wrote
-    selective = session.world.share(made.recompute) == "selective"
-    learner = Learner(session, trainee, advantage, reference, composer, plan.schedule_steps, selective)
-    self_check(session, trainee, probe, reference)
+    selective = session.world.share(made.activation_checkpointing) == "selective"
+    learner = Learner(session, context, advantage, reference, composer, plan.schedule_steps, selective)
+    self_check(session, context, probe, reference)
     resume.restore(session, engine, state, plan)
-    rewards = _rewards(session, whole)
-    task = _task(session, asked, plan, learner, rewards, whole, probe)
+    rewards = _rewards(session, full_model)
+    task = _task(session, data, plan, learner, rewards, full_model, probe)
     task.transcripts.forget(state.step if state else 0)
-    task.prove(state.step if state else 0)
+    task.check_sync(state.step if state else 0)
     if state is None:
         task.heldout.before()
-        task.tally.take()
-    return Parts(task, whole, model_hash)
+        task.failure_counts.take()
+    return Parts(task, full_model, model_hash)
 
 
-def prompts_of(session: Session, composer: Composing | None) -> Asked:
+def prompts_of(session: Session, composer: Composing | None) -> PromptData:
     """What the data hold, and what is asked of it."""
     config = session.config
     prompts = load_prompts(config.data, session.tokenizer, config.sampling.max_new_tokens, config.seed)
@@ -153,7 +153,7 @@ def prompts_of(session: Session, composer: Composing | None) -> Asked:
         "data.train": prompts_fingerprint(prompts.train),
         "data.heldout": prompts_fingerprint(prompts.heldout),
     }
-    return Asked(train, heldout, hashes, prompts.audit)
+    return PromptData(train, heldout, hashes, prompts.audit)
 
 
 def _policy(
@@ -176,7 +176,7 @@ def _policy(
     made = trained.prepare(
         session, model, longest * t.batch_size * s.n, lambda model, layout: Policy(model, layout, value_head)
     )
-    steps = t.inner_epochs * t.inner_batches
+    steps = t.ppo_epochs * t.num_minibatches
     each = "" if steps == 1 else f", {steps} optimiser steps on each"
     first, *others = made.lines
     plan_line = (
@@ -200,7 +200,7 @@ def _reference(session: Session, engine: Engine, model_hash: str, probe: Sequenc
     assert isinstance(t, OnlineConfig)
     if "reference" not in session.objective.needs and t.kl_in_reward == 0:
         return None
-    return Anchors(
+    return ReferenceModels(
         session.config,
         engine,
         session.pretrained,
@@ -212,9 +212,9 @@ def _reference(session: Session, engine: Engine, model_hash: str, probe: Sequenc
     ).fresh()
 
 
-def _rewards(session: Session, whole: Whole) -> Rewards:
+def _rewards(session: Session, full_model: FullModel) -> Rewards:
     node = build.reward_node(session.config)
-    policy = whole()
+    policy = full_model()
     host = RewardHost(
         policy,
         session.tokenizer,
@@ -231,22 +231,22 @@ def _rewards(session: Session, whole: Whole) -> Rewards:
 
 def _task(
     session: Session,
-    asked: Asked,
+    data: PromptData,
     plan: Plan,
     learner: Learner,
     rewards: Rewards,
-    whole: Whole,
+    full_model: FullModel,
     probe: Sequence[Example],
 ) -> Online:
     config, t, s = session.config, session.config.trainer, session.config.sampling
     assert isinstance(t, OnlineConfig)
     sampling = build.sampling(config)
     transcripts = Transcripts(session.out, rewards.names, t.samples_every)
-    rollouts, policy, needs = Rollouts(session), whole(), learner.advantage.needs
+    rollouts, policy, needs = Rollouts(session), full_model(), learner.advantage.needs
     rollout = together(session.world, lambda: rollouts.of(policy))
     experience = Experience(rollout, rewards, session.tokenizer, "steps" in needs, session.world)
     limit = rollout.max_tokens
-    longest = max(len(p.token_ids) for p in (*asked.train, *asked.heldout)) + s.max_new_tokens
+    longest = max(len(p.token_ids) for p in (*data.train, *data.heldout)) + s.max_new_tokens
     if limit is not None and longest > limit:
         raise ValueError(
             f"a prompt and sampling.max_new_tokens={s.max_new_tokens} can make {longest} tokens, the "
@@ -254,11 +254,11 @@ def _task(
             "data.max_tokens with data.overlong=drop"
         )
     composer = learner.composing
-    settled = (lambda group: group.settled) if composer is None else composer.settled
-    draws = Draws(config, asked.train, plan, sampling, experience, settled, "greedy" in needs)
-    heldout = Heldout(t, asked.heldout, sampling, experience, transcripts, composer)
-    tally = Tally(session.world, rollout, rewards)
-    return Online(session, plan, draws, experience, learner, heldout, transcripts, tally, whole, probe)
+    zero_variance = (lambda group: group.zero_variance) if composer is None else composer.zero_variance
+    sampler = GroupSampler(config, data.train, plan, sampling, experience, zero_variance, "greedy" in needs)
+    heldout = Heldout(t, data.heldout, sampling, experience, transcripts, composer)
+    failure_counts = FailureCounts(session.world, rollout, rewards)
+    return Online(session, plan, sampler, experience, learner, heldout, transcripts, failure_counts, full_model, probe)
 
 
 def _summary(session: Session, task: Online, step: int) -> Json:

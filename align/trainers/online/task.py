@@ -15,14 +15,14 @@ from align.engine.world import together
 from align.jsons import Fields
 from align.trainers.experience import Experience, Group, examples, reward_metrics
 from align.trainers.loop import Plan
-from align.trainers.online.draws import Draws, Tally
 from align.trainers.online.heldout import Heldout
 from align.trainers.online.learner import Learner
-from align.trainers.online.probe import prove
+from align.trainers.online.probe import check_sync
+from align.trainers.online.sampler import FailureCounts, GroupSampler
 from align.trainers.online.values import own, values
 from align.trainers.session import Session
 from align.trainers.steploop import Metrics, Task
-from align.trainers.trained import Whole
+from align.trainers.trained import FullModel
 from align.trainers.transcripts import Transcripts
 from align.types import Example
 
@@ -43,46 +43,46 @@ class Online(Task):
         self,
         session: Session,
         plan: Plan,
-        draws: Draws,
+        sampler: GroupSampler,
         experience: Experience,
         learner: Learner,
         heldout: Heldout,
         transcripts: Transcripts,
-        tally: Tally,
-        whole: Whole,
+        failure_counts: FailureCounts,
+        full_model: FullModel,
         probe: Sequence[Example],
     ):
         assert isinstance(session.config.trainer, OnlineConfig)
         self.session = session
         self.trainer = session.config.trainer
         self.plan = plan
-        self.draws = draws
+        self.sampler = sampler
         self.experience = experience
         self.learner = learner
         self.composing: Composing | None = learner.composing
         self.heldout = heldout
         self.transcripts = transcripts
-        self.tally = tally
-        self.whole = whole
+        self.failure_counts = failure_counts
+        self.full_model = full_model
         self.probe = probe
 
     def step(self, number: int) -> Metrics:
         """See Task. Signals are heeded until the first weight changes."""
         t, e, learner = self.trainer, self.experience, self.learner
         start = time.perf_counter()
-        groups, drawn = self.draws.of(number)
-        row: Metrics = dict(reward_metrics(drawn, e.rewards, self.draws.settled))
-        self._check_missing(number, row, drawn)
-        if t.extra_draws > 0:
-            row |= {"rollout/drawn_prompts": len(drawn), "rollout/kept_prompts": len(groups)}
-        parts = examples(groups, t.truncated, learner.trainee.layout, learner.trainee.max_tokens)
+        groups, sampled = self.sampler.of(number)
+        row: Metrics = dict(reward_metrics(sampled, e.rewards, self.sampler.zero_variance))
+        self._check_missing(number, row, sampled)
+        if t.dynamic_sampling > 0:
+            row |= {"rollout/drawn_prompts": len(sampled), "rollout/kept_prompts": len(groups)}
+        parts = examples(groups, t.truncated, learner.context.layout, learner.context.max_tokens)
         before = time.perf_counter()
         # it may fail, and the step is then done again: not once a composer has learnt from it
         together(self.session.world, e.rollout.sleep)
         if self.composing is not None:
             self.composing.learning_rate = learner.rate(number)
         parts, more = learner.prepared(groups, parts)
-        self.transcripts.samples(number, drawn)
+        self.transcripts.samples(number, sampled)
         updating = time.perf_counter()
         row |= more | learner.update(number, parts, len(groups))
         row |= learner.learnt(row)
@@ -95,13 +95,13 @@ class Online(Task):
             "time/step_s": end - start,
         }
         e.generate_seconds = e.score_seconds = 0.0
-        self.tally.take()
-        return row | {"data/epoch": self.draws.position / len(self.draws.train)}
+        self.failure_counts.take()
+        return row | {"data/epoch": self.sampler.position / len(self.sampler.train)}
 
-    def _check_missing(self, step: int, row: Metrics, drawn: Sequence[Group]) -> None:
-        limit, total = self.trainer.max_missing_fraction, len(drawn) * (self.draws.n + self.draws.greedy)
+    def _check_missing(self, step: int, row: Metrics, sampled: Sequence[Group]) -> None:
+        limit, total = self.trainer.max_missing_fraction, len(sampled) * (self.sampler.n + self.sampler.greedy)
         if row["reward/missing"] > limit * total:
-            counts = self.tally.everyone(self.experience.rewards.counts)
+            counts = self.failure_counts.everyone(self.experience.rewards.counts)
             raise RewardsMissing(
                 f"step {step}: {row['reward/missing']} of {total} completions have no reward "
                 f"(trainer.max_missing_fraction={limit:g}); failures since this start: "
@@ -111,22 +111,22 @@ class Online(Task):
     def close(self, number: int, row: Metrics) -> Metrics:
         """Give the new weights to the rollout, and prove it."""
         start = time.perf_counter()
-        whole = self.whole()
-        together(self.session.world, lambda: self.experience.rollout.sync(whole))
-        row |= self.prove(number)
+        full_model = self.full_model()
+        together(self.session.world, lambda: self.experience.rollout.sync(full_model))
+        row |= self.check_sync(number)
         synced = time.perf_counter() - start
         parts = ("generate", "score", "reference", "update")
         row["time/sync_s"] = synced
         row["time/step_s"] += synced
         row["time/other_s"] = row["time/step_s"] - synced - sum(row[f"time/{part}_s"] for part in parts)
-        return row | self.tally.take()
+        return row | self.failure_counts.take()
 
-    def prove(self, step: int) -> dict[str, float]:
+    def check_sync(self, step: int) -> dict[str, float]:
         """See probe.prove."""
         if not self.probe:
             return {}
-        here = values(self.session, self.learner.trainee, own(self.learner.trainee), self.probe)["token_logps"]
-        return prove(self.session, self.probe, self.experience.rollout, here, "step", step)
+        here = values(self.session, self.learner.context, own(self.learner.context), self.probe)["token_logps"]
+        return check_sync(self.session, self.probe, self.experience.rollout, here, "step", step)
 
     @property
     def due(self) -> bool:
@@ -137,21 +137,21 @@ class Online(Task):
         """See Task."""
         if not self.heldout.prompts:
             return {}
-        return {**self.heldout.evaluate(number, last), **self.tally.take()}
+        return {**self.heldout.evaluate(number, last), **self.failure_counts.take()}
 
     def state(self) -> Fields:
         """See Task."""
         return {
-            "position": self.draws.position,
-            "failures": dict(self.tally.failures),
+            "position": self.sampler.position,
+            "failures": dict(self.failure_counts.failures),
             "composer": None if self.composing is None else self.composing.state_dict(),
             "kl_coefficient": self.learner.kl_coefficient,
         }
 
     def restore(self, progress: Fields) -> None:
         """See Task."""
-        self.draws.position = progress["position"]
-        self.tally.failures.update(progress["failures"])
+        self.sampler.position = progress["position"]
+        self.failure_counts.failures.update(progress["failures"])
         if self.composing is not None:
             self.composing.load_state_dict(progress["composer"])
         if self.trainer.kl_target is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from align.trainers.loop import Trainee, token_values
+from align.trainers.loop import TrainContext, token_values
 from align.trainers.session import Session
 from align.types import Example, PackedBatch, Stats
 
@@ -16,19 +16,19 @@ Forward = Callable[[PackedBatch], Stats]
 
 def values(
     session: Session,
-    trainee: Trainee,
+    context: TrainContext,
     network: Forward,
     parts: Sequence[Example],
     names: Sequence[str] = ("token_logps",),
 ) -> dict[str, list[list[np.ndarray]]]:
     """By name, for each example and each of its rows, an array [targets of the row]; all processes get all of them."""
-    engine = trainee.engine
+    engine = context.engine
     engine.policy.eval()
     return token_values(
         network,
         parts,
         engine.policy.layout,
-        trainee.max_tokens,
+        context.max_tokens,
         engine.policy.device,
         names,
         session.signals.check,
@@ -36,11 +36,11 @@ def values(
     )
 
 
-def own(trainee: Trainee, needs: frozenset[str] = frozenset()) -> Forward:
+def own(context: TrainContext, needs: frozenset[str] = frozenset()) -> Forward:
     """The policy as it is."""
 
     def forward(batch: Any) -> Any:
-        return trainee.engine.forward(batch, needs)
+        return context.engine.forward(batch, needs)
 
     return forward
 

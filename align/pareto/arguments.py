@@ -20,7 +20,7 @@ _DRY = "--dry-run"
 
 
 @dataclass(frozen=True)
-class Words:
+class FrontArguments:
     """What the command line says besides settings."""
 
     out: Path
@@ -36,7 +36,7 @@ class Words:
     dry: bool
 
 
-def parse(words: Sequence[str]) -> Words:
+def parse(words: Sequence[str]) -> FrontArguments:
     """Raises ConfigError for a word of ours that cannot be read."""
     own: dict[str, str] = {}
     named: dict[str, dict[str, str]] = {key: {} for key in _BY_NAME}
@@ -63,7 +63,7 @@ def parse(words: Sequence[str]) -> Words:
     }
     if "minimise" in own:
         reading["minimise"] = _listed(own["minimise"])
-    asked = Words(
+    arguments = FrontArguments(
         out=Path(own["out"]),
         composers=_families(own.get("composers", "")),
         points=_count("points", own["points"]) if "points" in own else None,
@@ -79,30 +79,34 @@ def parse(words: Sequence[str]) -> Words:
         settings=tuple(settings),
         dry=_DRY in words,
     )
-    _check_words(asked, own)
-    return asked
+    _check_arguments(arguments, own)
+    return arguments
 
 
-def _check_words(asked: Words, own: Mapping[str, str]) -> None:
-    if asked.report_only:
+def _check_arguments(arguments: FrontArguments, own: Mapping[str, str]) -> None:
+    if arguments.report_only:
         unused = [f"{key}=" for key in own if key not in ("out", "report_only", "minimise")]
-        unused += [f"thresholds.{name}=" for name in asked.thresholds] + [f"composers.{name}." for name in asked.own]
-        unused += [*asked.settings, *([_DRY] if asked.dry else [])]
+        unused += [f"thresholds.{name}=" for name in arguments.thresholds] + [
+            f"composers.{name}." for name in arguments.own
+        ]
+        unused += [*arguments.settings, *([_DRY] if arguments.dry else [])]
         if unused:
             raise ConfigError(f"{unused[0]} has no effect with report_only=true, which reads what is there; remove it")
         return
-    if not asked.composers:
+    if not arguments.composers:
         raise ConfigError("give composers=A,B: options of composer to compare, for example composers=fixed,gradient")
-    if asked.points is not None and asked.weights:
+    if arguments.points is not None and arguments.weights:
         raise ConfigError("points= spreads vectors evenly and weights= names them; give one of them")
-    if asked.points == 1:
+    if arguments.points == 1:
         raise ConfigError("points=1 is no front; use points=2 or more")
-    for name, values in asked.thresholds.items():
+    for name, values in arguments.thresholds.items():
         if not values:
             raise ConfigError(f"thresholds.{name}=: give one number or more, as in thresholds.{name}=0.2,0.4")
-    for label in asked.own:
-        if label not in asked.composers:
-            raise ConfigError(f"composers.{label}: composers= names no {label}; there are {', '.join(asked.composers)}")
+    for label in arguments.own:
+        if label not in arguments.composers:
+            raise ConfigError(
+                f"composers.{label}: composers= names no {label}; there are {', '.join(arguments.composers)}"
+            )
 
 
 def _families(value: str) -> dict[str, str]:

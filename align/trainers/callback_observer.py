@@ -13,7 +13,7 @@ from align.trainers.observers import Observer
 from align.trainers.session import Session
 
 
-class Told(Observer):
+class CallbackObserver(Observer):
     """The group callbacks: the lead tells each of them; what one raises ends the run."""
 
     def __init__(self, session: Session, callbacks: Sequence[Callback], run: Running):
@@ -22,7 +22,7 @@ class Told(Observer):
         self.run = run
 
     @classmethod
-    def by(cls, session: Session, policy: object, num_steps: int) -> Told:
+    def by(cls, session: Session, policy: object, num_steps: int) -> CallbackObserver:
         """Of the settings. Raises ValueError for callbacks that cannot be made."""
         run = Running(session.out.path, session.config, 0, num_steps, policy)
         return cls(session, build.callbacks(session.config), run)

@@ -15,13 +15,13 @@ from align.models.pretrained import Pretrained, from_hub
 from align.models.reference import ReferenceCache
 from align.objectives.base import Objective
 from align.report.log import Log
-from align.trainers.loop import Anchor
+from align.trainers.loop import ReferenceModel
 from align.types import Example, PackedBatch, Stats
 
 Forward = Callable[[PackedBatch], Stats]
 
 
-class Anchors:
+class ReferenceModels:
     """Builds them as reference.mode and reference.path say. Before a checkpoint is restored: until then the policy is
     what the run found.
 
@@ -54,7 +54,7 @@ class Anchors:
         # a reference that is not the model the run starts from
         self.foreign = foreign if path is None else from_hub(path, None, False, False, None, "auto")
 
-    def of(self, objective: Objective) -> tuple[Anchor | None, dict[str, Anchor]]:
+    def of(self, objective: Objective) -> tuple[ReferenceModel | None, dict[str, ReferenceModel]]:
         """The reference if an objective needs it, and the networks of its extras.
 
         Raises ValueError for a setting without effect.
@@ -71,7 +71,7 @@ class Anchors:
         start = self._own() if reference is None or self.foreign is not None else reference
         return reference, {"start_token_logps": start}
 
-    def network(self, reference: Anchor | None) -> Forward:
+    def network(self, reference: ReferenceModel | None) -> Forward:
         """The reference as a network, for batches that no cache knows."""
         if reference is not None and reference.network is not None:
             return reference.network
@@ -88,19 +88,19 @@ class Anchors:
             return self.network(None)
         return self._frozen(self._network(self.pretrained) if self.foreign is None else self._checked(self.foreign))
 
-    def _own(self) -> Anchor:
+    def _own(self) -> ReferenceModel:
         mode = self.config.reference.mode
         if mode == "cached":
-            return Anchor(self._cache(self.engine.policy, self.model_hash), None)
+            return ReferenceModel(self._cache(self.engine.policy, self.model_hash), None)
         if mode == "adapter":
-            return Anchor(None, self._adapter_off())
-        return Anchor(None, self._frozen(self._network(self.pretrained)))
+            return ReferenceModel(None, self._adapter_off())
+        return ReferenceModel(None, self._frozen(self._network(self.pretrained)))
 
-    def _other(self, foreign: Pretrained) -> Anchor:
+    def _other(self, foreign: Pretrained) -> ReferenceModel:
         network = self._checked(foreign)
         if self.config.reference.mode == "cached":
-            return Anchor(self._cache(network, weights_hash(network.model)), None)
-        return Anchor(None, self._frozen(network))
+            return ReferenceModel(self._cache(network, weights_hash(network.model)), None)
+        return ReferenceModel(None, self._frozen(network))
 
     def _network(self, source: Pretrained) -> Policy:
         """A model in the policy's layout, in float32; under stage 3 whole until `_frozen` shards it."""

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from align.cli import main
 from align.config import ConfigError, compose, keys_with_help, leaves, options, recipes
 from align.config.foreign import NAMES, hint
-from align.config.words import alternatives
+from align.config.overrides import alternatives
 from align.launch.sweep import elements
 
 PAGE = (Path(__file__).parents[1] / "docs" / "command_line.md").read_text()

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from align.checkpoint import WriteFailed
 from align.engine.world import World, by_lead
-from align.files import write_whole
+from align.files import write_atomic
 from align.jsons import Fields, Json
 
 Line = Json
 Progress = Callable[[Iterable[int], int], Iterable[int]]
 
 
-class Kept:
+class RowCache:
     """The lead reads and writes; all processes make the same calls and get the same rows."""
 
     def __init__(self, directory: Path, world: World):
@@ -56,7 +56,7 @@ class Kept:
         write(path, json.dumps(wanted, indent=1) + "\n")
         return stale
 
-    def drawn(
+    def chunked(
         self, name: str, count: int, size: int, draw: Callable[[int, range], Sequence[Line]], progress: Progress
     ) -> list[Line]:
         """The rows of `count` items, `size` items a chunk; draw: makes those of a chunk, by its number and items.
@@ -94,7 +94,7 @@ class Kept:
 def write(path: Path, text: str) -> None:
     """A file, whole or not there. Raises WriteFailed when the disk is full."""
     try:
-        write_whole(path, text)
+        write_atomic(path, text)
     except OSError as error:
         raise WriteFailed(path, error, len(text)) from error
 

@@ -15,7 +15,7 @@ from align.trainers.experience import Experience, Group
 from align.trainers.loop import Plan
 
 
-class Draws:
+class GroupSampler:
     """Prompts in the order of their passes, answered. settled: whether nothing is to be learnt from a group."""
 
     def __init__(
@@ -25,7 +25,7 @@ class Draws:
         plan: Plan,
         sampling: Sampling,
         experience: Experience,
-        settled: Callable[[Group], bool],
+        zero_variance: Callable[[Group], bool],
         greedy: bool,
     ):
         assert isinstance(config.trainer, OnlineConfig)
@@ -36,27 +36,27 @@ class Draws:
         self.plan = plan
         self.sampling = sampling
         self.experience = experience
-        self.settled = settled
+        self.zero_variance = zero_variance
         self.greedy = greedy  # whether each prompt has a greedy completion too
         self.position = 0  # prompts that were drawn since step 0
 
     def of(self, step: int) -> tuple[list[Group], list[Group]]:
-        """The groups that a step learns from, and all that were drawn; with extra_draws those that cannot teach are
-        replaced by further prompts', from the next pass where this one has no more."""
+        """The groups that a step learns from, and all that were drawn; with dynamic_sampling those that cannot teach
+        are replaced by further prompts', from the next pass where this one has no more."""
         # the last step of the epochs has what is left
         size = int(min(self.trainer.batch_size, self.plan.limit - (step - 1) * self.trainer.batch_size))
         kept: list[Group] = []
-        drawn: list[Group] = []
-        for draw in range(1 + self.trainer.extra_draws):
+        sampled: list[Group] = []
+        for draw in range(1 + self.trainer.dynamic_sampling):
             prompts = self._next(size - len(kept))
             groups = self.experience.draw(prompts, self.sampling.at(step, draw), self.n, self.greedy)
-            if self.trainer.extra_draws == 0:
+            if self.trainer.dynamic_sampling == 0:
                 return groups, groups
-            drawn += groups
-            kept += [g for g in groups if not self.settled(g)]
+            sampled += groups
+            kept += [g for g in groups if not self.zero_variance(g)]
             if len(kept) == size:
                 break
-        return kept or drawn[:size], drawn
+        return kept or sampled[:size], sampled
 
     def _next(self, count: int) -> list[PromptRow]:
         """The next prompts in the order of the passes; moves the position."""
@@ -65,7 +65,7 @@ class Draws:
         return [self.train[places.indices(k + 1, self.seed)[0]] for k in range(first, self.position)]
 
 
-class Tally:
+class FailureCounts:
     """Failures of rollout and rewards since step 0, of all processes, by metric."""
 
     def __init__(self, world: World, rollout: Rollout, rewards: Rewards):

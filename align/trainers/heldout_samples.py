@@ -10,24 +10,26 @@ from align.engine.base import Engine
 from align.engine.world import by_lead
 from align.evaluate.samples import Sample, sequence_kl
 from align.rollout.base import Completion, Sampling
-from align.trainers.drawing import drawn
+from align.trainers.generation import generate_distributed
 from align.trainers.rollouts import Rollouts
 from align.trainers.session import Session
-from align.trainers.trained import Whole
+from align.trainers.trained import FullModel
 from align.types import Example, PackedBatch, Stats
 
 # The KL needs samples of its own, at temperature 1; so many bound its cost.
 MAX_KL_PROMPTS = 32
 
 
-class Answers:
+class HeldoutSamples:
     """Asks the policy the first trainer.num_samples distinct held-out prompts."""
 
-    def __init__(self, session: Session, engine: Engine, whole: Whole, rollouts: Rollouts, heldout: Sequence[Example]):
+    def __init__(
+        self, session: Session, engine: Engine, full_model: FullModel, rollouts: Rollouts, heldout: Sequence[Example]
+    ):
         self.session = session
         self.config = session.config
         self.engine = engine
-        self.whole = whole
+        self.full_model = full_model
         self.rollouts = rollouts
         seen = dict.fromkeys((e.prompt.token_ids, e.prompt.text) for e in heldout if e.prompt.token_ids)
         self.prompts = list(seen)[: self.config.trainer.num_samples]
@@ -64,8 +66,8 @@ class Answers:
     def _answer(self, phase: str, step: int) -> list[Sample]:
         completions = self._generate([ids for ids, _ in self.prompts], f"samples {phase}", None)
         world = self.session.world
-        told = by_lead(world, lambda: self._samples(phase, step, completions))
-        return world.share(told)
+        samples = by_lead(world, lambda: self._samples(phase, step, completions))
+        return world.share(samples)
 
     def _samples(self, phase: str, step: int, completions: Sequence[Completion]) -> list[Sample]:
         out = []
@@ -80,8 +82,8 @@ class Answers:
         sampling = Sampling(limit, temperature=0.0) if seed is None else Sampling(limit, seed=seed)
         # before the first step there is nothing to save, after the last one it is saved: stopping is safe
         with self.rollouts.showing(what):
-            rollout = self.rollouts.of(self.whole())
-            return [row[0] for row in drawn(self.session.world, rollout, prompts, sampling)]
+            rollout = self.rollouts.of(self.full_model())
+            return [row[0] for row in generate_distributed(self.session.world, rollout, prompts, sampling)]
 
     def _read(self) -> list[Sample]:
         return [Sample(**json.loads(line)) for line in (self.session.out.read(self.path.name) or "").splitlines()]

@@ -10,7 +10,7 @@ from align.engine.world import World, divided, together
 from align.rollout.base import Completion, Rollout, Sampling
 
 
-def drawn(
+def generate_distributed(
     world: World,
     rollout: Rollout,
     prompts: Sequence[Sequence[int]],
@@ -19,7 +19,7 @@ def drawn(
     greedy: bool = False,
 ) -> list[list[Completion]]:
     """Rollout.generate for all processes, which all ask: what one process would draw."""
-    if isinstance(rollout, Led):
+    if isinstance(rollout, LeadRollout):
         return rollout.generate(prompts, sampling, n, greedy)
 
     def own(part: Sequence[Sequence[int]], first: int) -> list[list[Completion]]:
@@ -28,7 +28,7 @@ def drawn(
     return divided(world, prompts, own)
 
 
-class Led(Rollout):
+class LeadRollout(Rollout):
     """The rollout of the lead, whose answers all processes get; each call is made by all of them.
 
     For servers: they take weights from one client, and divide the prompts themselves. inner: None but for the lead.
@@ -48,25 +48,25 @@ class Led(Rollout):
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int = 1, greedy: bool = False
     ) -> list[list[Completion]]:
         """See Rollout."""
-        return self._by_the_lead("generate", prompts, sampling, n, greedy)
+        return self._on_lead("generate", prompts, sampling, n, greedy)
 
     def logps(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[float]]:
         """See Rollout."""
-        return self._by_the_lead("logps", sequences, starts)
+        return self._on_lead("logps", sequences, starts)
 
     def sync(self, policy: object) -> None:
         """See Rollout."""
-        self._by_the_lead("sync", policy)
+        self._on_lead("sync", policy)
 
     def sleep(self) -> None:
         """See Rollout."""
-        self._by_the_lead("sleep")
+        self._on_lead("sleep")
 
     def close(self) -> None:
         """See Rollout; the lead closes alone, also after an error."""
         if self.inner:
             self.inner.close()
 
-    def _by_the_lead(self, name: str, *arguments: object) -> Any:
+    def _on_lead(self, name: str, *arguments: object) -> Any:
         done = together(self.world, lambda: getattr(self.inner, name)(*arguments) if self.inner else None)
         return self.world.share(done)
