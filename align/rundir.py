@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from omegaconf import OmegaConf
 
 from align import checkpoint
-from align.config import Config, differences, leaves, saved_settings
+from align.config import Config, differences, former, leaves, saved_settings
 from align.config.schema import may_change
 from align.engine.world import World, by_lead, together
 from align.files import write_atomic
@@ -98,7 +98,8 @@ class RunDirectory:
                 if not (same and name == "resolved.json"):
                     (self.path / name).unlink(missing_ok=True)
         write_atomic(saved, OmegaConf.to_yaml(config.tree, resolve=False))
-        write_atomic(self.path / _HASHES, json.dumps(_hashes(config), indent=1) + "\n")
+        hashes = {key: _digest(key, value) for key, value in _from_environment(config).items()}
+        write_atomic(self.path / _HASHES, json.dumps(hashes, indent=1) + "\n")
         return resumed
 
     def write(self, name: str, text: str) -> None:
@@ -163,23 +164,29 @@ class RunDirectory:
         """Raises ValueError if an environment variable now says something else; a run of before kept no hashes."""
         saved = self.path / _HASHES
         there = json.loads(saved.read_text()) if saved.exists() else {}
-        for key, digest in _hashes(config).items():
-            if there.get(key, digest) != digest and not may_change(key):
+        for key, value in _from_environment(config).items():
+            old = former(key)
+            name = old if old is not None and old in there else key
+            if name in there and there[name] != _digest(name, value) and not may_change(key):
                 raise ValueError(
                     f"{self.path} holds a run in which {key} had another value: its environment variable has changed; "
                     "give another run.dir, or the same value to resume"
                 )
 
 
-def _hashes(config: Config) -> dict[str, str]:
-    """Of the settings that config.yaml names by an environment variable, what they were: their values may be secret."""
+def _from_environment(config: Config) -> dict[str, Any]:
+    """The values of the settings that config.yaml names by an environment variable."""
     found = {}
     for key, value in leaves(config.tree):
         if "${oc.env:" in str(value):
             now = OmegaConf.select(config.tree, key)
-            now = OmegaConf.to_container(now, resolve=True) if OmegaConf.is_config(now) else now
-            found[key] = hashlib.sha256(json.dumps([key, now]).encode()).hexdigest()
+            found[key] = OmegaConf.to_container(now, resolve=True) if OmegaConf.is_config(now) else now
     return found
+
+
+def _digest(key: str, value: object) -> str:
+    """What is kept of such a value, which may be secret."""
+    return hashlib.sha256(json.dumps([key, value]).encode()).hexdigest()
 
 
 def default_name(config: Config) -> Path:

@@ -2,7 +2,7 @@
 
 from align.config.compose import compose, compose_run, derived, differences, saved_model
 from align.config.explain import keys_with_help, leaves
-from align.config.moved import saved_settings
+from align.config.moved import former, saved_settings
 from align.config.overrides import alternatives, quoted
 from align.config.schema import (
     CollectConfig,
@@ -53,6 +53,7 @@ __all__ = [
     "compose_run",
     "derived",
     "differences",
+    "former",
     "keys_with_help",
     "leaves",
     "options",

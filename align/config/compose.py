@@ -23,7 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from align.config.explain import explain, leaves, nearest, one_line, written
-from align.config.moved import refuse_moved, saved_settings
+from align.config.moved import refuse_moved, refuse_renamed, saved_settings
 from align.config.overrides import read
 from align.config.plugs import absent, own_optimizer, plugged, put_in
 from align.config.schema import (
@@ -57,6 +57,7 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
     config_dir: a directory of your own with configs in the same groups and recipes in recipes/.
     Raises ConfigError, one line, for anything that is not a setting or not a possible value.
     """
+    refuse_renamed(overrides)
     words, gone = absent(read(overrides, config_dir))
     words, plugs = plugged(words)
     words = [f"++{word}" if _OPEN.match(word) else word for word in words]
@@ -76,8 +77,8 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
         known = hydra_compose("config", [f"{g}={o}" for g, o in groups.items()] + own) if own else shipped(groups)
     OmegaConf.set_struct(full, False)
     del full["hydra"]
-    _refuse_unknown(full, known, choices)
     refuse_moved(full)
+    _refuse_unknown(full, known, choices)
     for group in gone:
         full.pop(group, None)
         choices.pop(group, None)
@@ -116,6 +117,7 @@ def compose_run(overrides: Sequence[str]) -> Config:
 
     Raises ConfigError as compose does, and for a setting that is part of what the run is.
     """
+    refuse_renamed(overrides)
     given = {key: value for key, _, value in (word.partition("=") for word in overrides)}
     path = Path(given.pop("run.dir", "nowhere")) / "config.yaml"
     if not path.is_file():

@@ -55,9 +55,10 @@ def explain(words: Sequence[str], error: Exception, config_dir: Path | None) -> 
     for word in words:
         key = word.lstrip("+~").partition("=")[0]
         if word not in with_groups and key not in allowed | sections:
-            from align.config.foreign import hint  # a table of words that only a wrong one needs
+            from align.config.foreign import hint, misspelt  # a table of words that only a wrong one needs
 
-            tip = _elsewhere(key, config_dir) or hint(key) or nearest(key, allowed | set(found))
+            known = allowed | set(found)
+            tip = _elsewhere(key, config_dir) or hint(key) or misspelt(key, known) or nearest(key, known)
             return f"{key} is not a setting{tip}"
     return text
 

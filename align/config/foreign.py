@@ -6,6 +6,9 @@ is one of ours.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 _BATCH = "trainer.batch_size (of a step, over all processes) and trainer.micro_batch_tokens (of a forward)"
 _STEPS = "trainer.micro_batch_tokens; the batch is cut by itself, trainer.batch_size is the whole of a step"
 _SEVERAL = "engine=zero2 (or zero0, zero1, zero3), with launch.processes"
@@ -217,3 +220,11 @@ def hint(key: str) -> str:
     if found is None or key == found:
         return ""
     return f"; {found[1:]}" if found.startswith(":") else f"; here it is {found}"
+
+
+def misspelt(key: str, own: Iterable[str]) -> str:
+    """The same of a key whose last part is nearly a name of theirs, and nearer to it than to ours; "" of any other."""
+    ours = {name.rpartition(".")[2] for name in own}
+    near = difflib.get_close_matches(key.rpartition(".")[2], sorted(ours | NAMES.keys()), 1, 0.9)
+    found = NAMES.get(near[0], ":") if near else ":"
+    return "" if found.startswith(":") or near[0] in ours else f"; did you mean {found}?"

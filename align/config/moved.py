@@ -1,38 +1,81 @@
-"""Parts that have another place than they had: runs of before go on, and a user's file hears of it."""
+"""Parts and settings under their former names: read in the config.yaml of earlier runs, refused everywhere else."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from align.config.explain import leaves
+from align.config.explain import leaves, written
 from align.config.schema import ConfigError
 
 # beginning of a dotted path as it was -> as it is
 MOVED = {"align.pretrained.": "align.models.pretrained."}
 
+# setting as it was -> as it is
+RENAMED = {
+    "trainer.recompute": "trainer.activation_checkpointing",
+    "trainer.inner_epochs": "trainer.ppo_epochs",
+    "trainer.inner_batches": "trainer.num_minibatches",
+    "trainer.extra_draws": "trainer.dynamic_sampling",
+    "trainer.engine_tolerance": "trainer.rollout_logp_tolerance",
+    "trainer.stop_after": "trainer.early_stopping_patience",
+    "optimizer.warmup_fraction": "optimizer.warmup_ratio",
+    "optimizer.final_fraction": "optimizer.min_lr_ratio",
+    "launch.server_words": "launch.server_args",
+}
+_FORMER = {new: old for old, new in RENAMED.items()}
+_REFERENCE = re.compile(r"\$\{(" + "|".join(map(re.escape, RENAMED)) + r")\}")
 
-def _now(value: object) -> str | None:
-    """The dotted path of today, or None if it has not moved."""
-    for old, new in MOVED.items():
-        if isinstance(value, str) and value.startswith(old):
-            return new + value.removeprefix(old)
-    return None
+
+def former(key: str) -> str | None:
+    """The name that a setting had before, or None."""
+    return _FORMER.get(key)
 
 
 def saved_settings(path: Path) -> DictConfig:
-    """The settings of a run, of its config.yaml, with its parts where they stand today."""
+    """The settings of a run, of its config.yaml, with the parts and names of today."""
     tree = OmegaConf.load(path)
     assert isinstance(tree, DictConfig)
     for key, value in list(leaves(tree)):
-        if key.endswith("_target_") and (now := _now(value)):
-            OmegaConf.update(tree, key, now)
+        name = RENAMED.get(key, key)
+        now = _now(key, value)
+        if name == key and now is None:
+            continue
+        OmegaConf.update(tree, name, value if now is None else now)
+        if name != key:
+            section, _, last = key.rpartition(".")
+            del tree[section][last]
     return tree
 
 
+def refuse_renamed(words: Sequence[str]) -> None:
+    """Raises ConfigError for a word of the command line that sets a setting by its former name."""
+    for word in words:
+        key, equals, value = word.lstrip("+~").partition("=")
+        if key in RENAMED:
+            raise ConfigError(f"{key}{equals}{value} has another name; use {RENAMED[key]}{equals}{value}")
+
+
 def refuse_moved(tree: DictConfig) -> None:
-    """Raises ConfigError for a part of ours that has moved."""
+    """Raises ConfigError for a part of ours that has moved, and a setting by its former name, as a file has them."""
     for key, value in leaves(tree):
-        if key.endswith("_target_") and (now := _now(value)):
+        if key in RENAMED:
+            raise ConfigError(f"{key}={written(value)} has another name; use {RENAMED[key]}={written(value)}")
+        now = _now(key, value)
+        if now is not None:
             raise ConfigError(f"{key}={value} has moved; use {key}={now}")
+
+
+def _now(key: str, value: object) -> str | None:
+    """A value that names what has another name: as it is today; None for any other."""
+    if not isinstance(value, str):
+        return None
+    if key.endswith("_target_"):
+        for old, new in MOVED.items():
+            if value.startswith(old):
+                return new + value.removeprefix(old)
+    now = _REFERENCE.sub(lambda found: "${" + RENAMED[found[1]] + "}", value)
+    return None if now == value else now
