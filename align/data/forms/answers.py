@@ -39,7 +39,7 @@ def text_of(answer: object, name: str) -> str:
     return string(answer, name)
 
 
-def _best_first(prompt: Any, answers: Sequence[Scored]) -> Iterator[Json | BadRow]:
+def _best_first(prompt: object, answers: Sequence[Scored]) -> Iterator[Json | BadRow]:
     """One ranked row. Of answers that nothing tells apart the first is kept, the others are left out and counted."""
     kept: list[tuple[str, float]] = []
     for place, (text, score) in enumerate(answers, 1):
@@ -75,7 +75,7 @@ def _scored(rows: Sequence[Json]) -> Iterator[Json | BadRow]:
         yield from _best_first(prompt_of(row), list(zip(texts, _scores(row, name, answers), strict=True)))
 
 
-def _scores(row: Json, name: str, answers: Sequence[Any]) -> list[float | None]:
+def _scores(row: Json, name: str, answers: Sequence[object]) -> list[float | None]:
     """A score of each answer, from the answers themselves or a list beside them. Raises BadRow."""
     beside = next((key for key in _PARALLEL if row.get(key) is not None), None)
     if beside is not None:
@@ -142,7 +142,7 @@ def _attributes_of(row: Json) -> dict[str, float]:
     return known
 
 
-def _asked(row: Json) -> Any:
+def _asked(row: Json) -> str | list[Json]:
     return opened(string(given(row, "prompt"), "prompt"))
 
 

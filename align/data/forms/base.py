@@ -127,7 +127,7 @@ def number(value: object) -> float | None:
     return found if math.isfinite(found) else None
 
 
-def prompt_of(row: Json) -> Any:
+def prompt_of(row: Json) -> object:
     """The prompt of a row: a text, or messages. Raises BadRow if no column holds one."""
     for names in PROMPTS:
         value = row.get(names[0])

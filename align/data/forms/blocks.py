@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from align.data.forms.base import Form, given, listed, opened, single, string, transcript
 from align.data.sources import BadRow
@@ -70,11 +69,11 @@ def _result(block: Json, where: str) -> Json:
     return {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content}
 
 
-def _said(value: object, name: str) -> Any:
+def _said(value: object, name: str) -> object:
     return value if isinstance(value, str) else plain(value, name)
 
 
-def _tools(tools: object) -> Any:
+def _tools(tools: object) -> object:
     """Descriptions of tools with input_schema as those with function.parameters; others as they are."""
     if not isinstance(tools, list):
         return tools

@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from align.data.audit import LEFT_OUT, TIE
 from align.data.forms.answers import answers_of, text_of
@@ -50,7 +49,7 @@ _WINS = ("winner_model_a", "winner_model_b")
 _UNKNOWN = ("", "none", "null", "unknown", "neither", "invalid", "n/a")
 
 
-def _pair(prompt: Any, answers: Sequence[Any], better: int, **more: object) -> Json:
+def _pair(prompt: object, answers: Sequence[object], better: int, **more: object) -> Json:
     if isinstance(prompt, str) and any(isinstance(answer, list) for answer in answers):
         prompt = [{"role": "user", "content": prompt}]
     return {"prompt": prompt, "chosen": answers[better], "rejected": answers[1 - better], **more}
@@ -194,7 +193,7 @@ def _interleaved(row: Json, column: str) -> list[Json]:
     return [m for q, a in turns for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
 
 
-def _json_list(value: object, name: str) -> list[Any]:
+def _json_list(value: object, name: str) -> list[str]:
     try:
         found = json.loads(value) if isinstance(value, str) else value
     except ValueError:

@@ -23,7 +23,7 @@ def _gsm8k(row: Json) -> Json:
 
 
 def _math(row: Json) -> Json:
-    made = {"prompt": prompt_of(row)}
+    made: Json = {"prompt": prompt_of(row)}
     solution = row.get("solution")
     if solution is not None:
         made["completion"] = string(solution, "solution")
