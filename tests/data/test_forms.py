@@ -131,6 +131,7 @@ SAFE = {
     "better_response_id": 0,
     "safer_response_id": 1,
 }
+TWO = {"prompt": "?", "response_0": "Cod.", "response_1": "Oak."}
 CHAT = [ASKED, said("Cod."), said("Another?", "user")]
 ARENA = {
     "question_id": "58210e39",
@@ -188,6 +189,7 @@ def blocks(*messages):
             ("ranked", "Name a fish.", ["Cod.", "Oak."]),
         ),
         ("attributes", HELPSTEER[0], ("single", "Name a fish.", ["Oak."])),
+        ("comparison", TWO | {"prompt": "User: who?", "choice": 0}, ("pair", "User: who?", ["Cod.", "Oak."])),
         ("comparison", SAFE, ("pair", "Name a fish.", ["Cod.", "Oak."])),
         ("safer", SAFE, ("pair", "Name a fish.", ["Oak.", "Cod."])),
         (
@@ -344,6 +346,19 @@ def blocks(*messages):
             ("pair", (ASKED,), [["Cod.", "Heron."], ["Oak.", "Elm."]]),
         ),
         (
+            "hh",  # a turn begins with a line where none begins behind a blank one
+            {
+                "chosen": "### User: Name a fish.\n### Assistant: Cod.",
+                "rejected": "### User: Name a fish.\n### Assistant: Oak.",
+            },
+            ("pair", (ASKED,), [["Cod."], ["Oak."]]),
+        ),
+        (
+            "hh",
+            {"prompt": "Human: Name a fish.", "chosen": "Assistant: Cod.", "rejected": "Assistant: Oak."},
+            ("pair", (ASKED,), [["Cod."], ["Oak."]]),
+        ),
+        (
             "hh",  # with the prompt in a column
             {"prompt": HUMAN, "response": " Cod.", "chosen": " Cod.", "rejected": " Oak."},
             ("pair", (ASKED,), [["Cod."], ["Oak."]]),
@@ -456,9 +471,6 @@ def test_numbers_of_comparisons():
     assert parse(row).numbers == {"chosen_safe": 0.0, "rejected_safe": 1.0}
     (row,), _ = read("comparison", {"prompt": "?", "response1": "Cod.", "response2": "Oak.", "overall_preference": -3})
     assert parse(row).numbers == {"margin": 3.0}
-
-
-TWO = {"prompt": "?", "response_0": "Cod.", "response_1": "Oak."}
 
 
 @pytest.mark.parametrize(

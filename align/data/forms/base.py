@@ -19,10 +19,9 @@ _DECIDING = frozenset(
     ("prompt", "chosen", "rejected", "ranked", "completion", "label", "messages", "conversations", "text")
     + ("prompt_chosen", "prompt_rejected", "token_ids", "spans")
 )
-# A turn's header in the transcripts of HH and Nectar, and in prompts of HelpSteer2, whose first turn has none.
-_HEADER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-_MARK = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
-_ROLES = {"Human": "user", "User": "user", "Assistant": "assistant"}
+# How a transcript begins, with the name of the user and what stands before it: HH and Nectar, and others like them.
+_OPENING = re.compile(r"\A\s*(?P<mark>### ?)?(?P<user>Human|User|HUMAN|USER):")
+_MARK = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")  # in prompts of HelpSteer 2, whose first turn has none
 # Where a question stands, in the order in which they are looked for; a list is joined by a blank line.
 PROMPTS = (("prompt",), ("instruction", "input"), ("question",), ("problem",), ("query",), ("context",), ("history",))
 PROMPTS += (("input",),)
@@ -145,19 +144,35 @@ def prompt_of(row: Json) -> object:
 
 
 def opened(prompt: str) -> str | list[Json]:
-    """A prompt that is a transcript as messages, without the header of the answer to come; another as it is."""
-    turns = transcript(prompt)
-    if turns is None:
-        return prompt
+    """A prompt that is a transcript, with an answer or the header of one, as messages; another as it is."""
+    turns = transcript(prompt) or []
+    return unanswered(turns) if any(turn["role"] == "assistant" for turn in turns) else prompt
+
+
+def unanswered(turns: list[Json]) -> list[Json]:
+    """Turns without the header of the answer to come."""
     return turns[:-1] if turns[-1]["role"] == "assistant" and not turns[-1]["content"] else turns
 
 
 def transcript(text: str) -> list[Json] | None:
-    """The turns of "Human: ... Assistant: ...", white space around each taken off; None for a text that is none."""
-    header = _HEADER
-    if _MARK.search(text) and not _HEADER.match(text):
-        header, text = _MARK, f"<extra_id_1>User\n{text}"
-    if not header.match(text):
-        return None
+    """The turns of "Human: ... Assistant: ...", white space around each taken off; None for a text that is none.
+
+    A turn begins behind a blank line; where no answer does, behind the end of a line.
+    """
+    opening = _OPENING.match(text)
+    if opening is None:
+        return _turns(_MARK, f"<extra_id_1>User\n{text}") if _MARK.search(text) else None
+    mark, user = re.escape(opening["mark"] or ""), opening["user"]
+    names = f"{user}|{'ASSISTANT' if user.isupper() else 'Assistant'}"
+    turns: list[Json] = []
+    for gap in (r"\n\n", r"\n"):
+        turns = _turns(re.compile(rf"(?:\A\s*|{gap}){mark}({names}):"), text)
+        if any(turn["role"] == "assistant" for turn in turns):
+            break
+    return turns
+
+
+def _turns(header: re.Pattern[str], text: str) -> list[Json]:
     _, *parts = header.split(text)
-    return [{"role": _ROLES[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    said = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": "assistant" if who.lower() == "assistant" else "user", "content": t.strip()} for who, t in said]

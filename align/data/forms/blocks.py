@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from align.data.forms.base import Form, given, listed, opened, single, string, transcript
+from align.data.forms.base import Form, given, listed, single, string, transcript, unanswered
 from align.data.sources import BadRow
 from align.jsons import Json
 
@@ -114,13 +114,16 @@ def _hh(row: Json) -> Json:
     if None not in turns.values():
         return dict(turns)
     prompt = row.get("prompt")
-    asked = opened(prompt) if isinstance(prompt, str) else None
-    if not isinstance(asked, list) or any(turns.values()):
+    asked = transcript(prompt) if isinstance(prompt, str) else None
+    if asked is None or any(turns.values()):
         wrong = next(name for name, found in turns.items() if found is None)
         raise BadRow(
             "wrong_type", f"{wrong} must be a transcript, which begins with Human: and goes on with Assistant:"
         )
-    return {"prompt": asked, **{name: text.strip() for name, text in sides.items()}}
+    return {
+        "prompt": unanswered(asked),
+        **{name: text.strip().removeprefix("Assistant:").strip() for name, text in sides.items()},
+    }
 
 
 _ASKED = {"role": "user", "content": "Name a fish."}
