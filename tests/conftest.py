@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterable
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -35,6 +37,12 @@ def pytest_collection_finish() -> None:
     """All that was imported stays: the garbage collector need not look through it again and again."""
     gc.collect()
     gc.freeze()
+
+
+def mostly_slow(cases: Iterable[Any], *fast: int) -> list[Any]:
+    """Parameters of one test: those at these places are among the fast ones, the others only in the whole suite."""
+    rows = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*row, marks=[] if k in fast else pytest.mark.slow) for k, row in enumerate(rows)]
 
 
 def plain_dpo(beta, loss, f_divergence="reverse_kl", f_alpha=None, ld_alpha=None) -> DPO:

@@ -77,14 +77,10 @@ def test_settings_of_options_are_those_that_hydra_composes(words):
     }
 
 
-# each recipe with two models, each model with several recipes
+# each model with several recipes
 @pytest.mark.parametrize(
     ("recipe", "model"),
-    [
-        (recipe, options("model")[(i + shift) % len(options("model"))])
-        for i, recipe in enumerate(sorted(recipes()))
-        for shift in (0, 7)
-    ],
+    [(recipe, options("model")[i % len(options("model"))]) for i, recipe in enumerate(sorted(recipes()))],
 )
 def test_recipe_composes_with_model(recipe, model):
     """A recipe's choice of objective and its numbers survive the exchange of its model."""
@@ -442,7 +438,8 @@ def test_what_a_resumed_run_is(key):
 
 
 def test_epochs_of_the_command_line_take_the_place_of_the_recipes_steps():
-    with_steps = [name for name in recipes() if compose([f"recipe={name}", "model=tiny"]).trainer.max_steps]
+    written = {name: yaml.safe_load(path.read_text()).get("trainer", {}) for name, path in recipes().items()}
+    with_steps = [name for name, trainer in written.items() if trainer.get("max_steps")]
     assert len(with_steps) >= 10
     settings = compose([f"recipe={with_steps[0]}", "model=tiny", "trainer.epochs=2"])
     assert (settings.trainer.epochs, settings.trainer.max_steps) == (2, None)

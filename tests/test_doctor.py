@@ -43,6 +43,7 @@ def healthy(tmp_path_factory):
     return done, json.loads(out.read_text()), time.monotonic() - start
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("doctor")
 def test_a_healthy_machine_has_no_blocker(healthy):
     done, told, _ = healthy
@@ -51,6 +52,7 @@ def test_a_healthy_machine_has_no_blocker(healthy):
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("doctor")
 def test_the_report_is_one_screen_and_in_time(healthy):
     done, told, seconds = healthy
@@ -60,6 +62,7 @@ def test_the_report_is_one_screen_and_in_time(healthy):
     assert f"notes: {sum(f['level'] == 'note' for f in told['findings'])}" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("doctor")
 def test_two_real_processes_add_up_over_gloo(healthy):
     gloo = next(f for f in healthy[1]["findings"] if f["check"] == "gloo")
@@ -68,6 +71,7 @@ def test_two_real_processes_add_up_over_gloo(healthy):
     assert "add up to 3," in gloo["text"]  # 1 + 2
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("doctor")
 def test_every_check_has_its_line(healthy):
     assert {f["check"] for f in healthy[1]["findings"]} >= {
@@ -76,6 +80,7 @@ def test_every_check_has_its_line(healthy):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("doctor")
 def test_the_run_directory_is_not_made(healthy):
     text = next(f["text"] for f in healthy[1]["findings"] if f["check"] == "run directory")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import mostly_slow
 from tests.killer import rows_file, settings, shared
 from tests.trainers.online_runs import words_of as online_words
 from tests.trainers.test_iterate import words as iterate_words
@@ -223,7 +224,7 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", mostly_slow(KINDS, 0, 4, 9, 10))
 def test_every_kind_of_run_is_evaluated_by_what_it_learnt_or_refused(base, name):
     make, words, own, instead = KINDS[name]
     run = base / "kinds" / name

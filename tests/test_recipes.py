@@ -14,7 +14,7 @@ from align.config import compose, recipes
 from align.data.sources import locate_all
 from align.objectives import imitation, losses, preference, unpaired
 from align.rewards.shape import Format
-from tests.conftest import plain_dpo
+from tests.conftest import mostly_slow, plain_dpo
 
 ALL = sorted(recipes())
 # What the recipes that name a loss, or none, mean.
@@ -85,7 +85,7 @@ def test_recipes_with_several_rewards():
     }
 
 
-@pytest.mark.parametrize("name", COMPOSED)
+@pytest.mark.parametrize("name", mostly_slow(COMPOSED, 0))
 def test_recipe_with_several_rewards_runs(name, tmp_path):
     """As it is, on a random model and for two steps or rounds."""
     rounds = ("trainer.rounds=1", "trainer.prompts_per_round=4")

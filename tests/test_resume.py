@@ -14,6 +14,7 @@ import pytest
 
 from align.config import compose
 from align.rundir import RunDirectory
+from tests.conftest import mostly_slow
 from tests.killer import Hook, evidence, leftovers, rows_file, settings, shared
 
 pytestmark = pytest.mark.xdist_group("resume")  # all are compared with the same undisturbed runs
@@ -40,7 +41,7 @@ INSIDE_SAVE = [
 
 def _elsewhere() -> list[Hook]:
     seeded = random.Random(20)
-    hooks = [Hook(ENGINE + "step", seeded.randint(1, 30), when=w) for w in ("before", "after") for _ in range(3)]
+    hooks = [Hook(ENGINE + "step", seeded.randint(1, 30), when=w) for w in ("before", "after") for _ in range(2)]
     hooks += [Hook(ENGINE + "backward", seeded.randint(1, 60)) for _ in range(2)]
     hooks += [Hook("align.models.policy:Policy.forward", seeded.randint(1, 60)) for _ in range(2)]
     hooks += [Hook("align.report.log:Log.row", seeded.randint(1, 30), when=w) for w in ("before", "after")]
@@ -78,7 +79,7 @@ def _name(value: Hook | str) -> str:
     return value if isinstance(value, str) else f"{value.target.split(':')[1]}-{value.when}-{value.n}"
 
 
-@pytest.mark.parametrize("hook", INSIDE_SAVE + _elsewhere(), ids=_name)
+@pytest.mark.parametrize("hook", mostly_slow(INSIDE_SAVE + _elsewhere(), 1, 6, 9, 12, 18, 26), ids=_name)
 def test_killed_anywhere(base, whole, tmp_path, hook):
     # the pass over the reference is part of what is killed
     cache = tmp_path / "cache" if "reference" in hook.target else base / "cache"
@@ -92,7 +93,7 @@ def test_killed_anywhere(base, whole, tmp_path, hook):
     assert leftovers(tmp_path / "run") == []
 
 
-@pytest.mark.parametrize("layout", ["packed", "shared"])
+@pytest.mark.parametrize("layout", mostly_slow(["packed", "shared"], 1))
 def test_killed_again_and_again(base, tmp_path, layout):
     """From outside, at seeded times, until the run is complete; then once more."""
     more = ["lora.dropout=0" if layout == "shared" else "lora.dropout=0.2", "trainer.save_every=1"]
@@ -181,7 +182,7 @@ ENDS = [(name, DEATHS[(k + k // 6 + 3 * j) % 6]) for k, name in enumerate(FAMILY
 ENDS.append(("orpo", DEATHS[0]))
 
 
-@pytest.mark.parametrize("name, hook", ENDS, ids=_name)
+@pytest.mark.parametrize("name, hook", mostly_slow(ENDS, 0, 5, 10), ids=_name)
 def test_every_kind_of_objective_goes_on(base, straight, tmp_path, name, hook):
     whole = straight(name)
     of_cache = "reference" in hook.target
@@ -199,6 +200,7 @@ def test_every_kind_of_objective_goes_on(base, straight, tmp_path, name, hook):
     assert leftovers(tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_runs_of_the_family_differ(straight):
     """The proof above is of each objective, not of one that ignores its settings."""
     rows = [json.dumps(straight(name)["rows"][-1]) for name in FAMILY]
@@ -259,8 +261,12 @@ def _damage(path: Path, how: str) -> None:
     path.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize("how", ["empty", "half", "last byte", "deleted", "bit"])
-@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+# the manifest in every way, the files that it names, which are looked at alike, in each way once
+DAMAGES = [(CHECKPOINT_FILES[0], how) for how in ("empty", "half", "last byte", "deleted", "bit")]
+DAMAGES += [(CHECKPOINT_FILES[1 + k % 3], how) for k, (_, how) in enumerate(DAMAGES)]
+
+
+@pytest.mark.parametrize("name, how", DAMAGES)
 def test_damaged_newest_checkpoint(base, whole, copy, name, how):
     _damage(copy / "checkpoints" / "step-000030" / name, how)
     done = shared().run(settings(base, f"run.dir={copy}"))

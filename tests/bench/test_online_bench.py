@@ -15,6 +15,8 @@ from tests.bench.online_data import ALGORITHMS, QUICK, REGIMES, clipped, make_gr
 from tests.bench.online_sides import ALIGN, TRL, Align, Trl
 from tests.bench.online_worker import both_sides, check, sides_of
 
+pytestmark = pytest.mark.slow  # TRL and two networks of each side
+
 # float32 sums of about 240 tokens; what differs is their order. Of a gradient's norm, and of losses near 0.1.
 GRADIENT, LOSS = 1e-5, 2e-6
 SAMPLES = QUICK.n * QUICK.num_prompts

@@ -14,6 +14,7 @@ from align.composers.base import weighted, whitened
 from align.rollout.base import EngineFailed
 from align.rollout.hf import HFRollout
 from align.trainers.experience import episodes
+from tests.conftest import mostly_slow
 from tests.killer import Hook, shared
 from tests.trainers.online_runs import REWARDS, assert_survives, left, prompts_file, ready, rows_of, words_of
 
@@ -305,21 +306,23 @@ BAD_IN_A_RUN = [  # seen when a model, a composer or rewards are there
         "the mean reward of coin is no number: no completion of the step has a finite one",
     ),
 ]
-BAD = BAD_SETTINGS + BAD_IN_A_RUN
 
 
-@pytest.mark.parametrize("words, message", BAD, ids=[message[:50] for _, message in BAD])
-def test_refused(tmp_path, capsys, words, message):
+def refused(tmp_path, capsys, words) -> str:
     assert main(["train", *words_of(tmp_path, f"run.dir={tmp_path / 'run'}", *words)]) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert message in said
+    return " ".join(capsys.readouterr().err.split())
 
 
-def test_refused_without_a_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize("words, message", BAD_IN_A_RUN, ids=[message[:50] for _, message in BAD_IN_A_RUN])
+def test_refused(tmp_path, capsys, words, message):
+    assert message in refused(tmp_path, capsys, words)
+
+
+@pytest.mark.parametrize("words, message", BAD_SETTINGS, ids=[message[:50] for _, message in BAD_SETTINGS])
+def test_refused_without_a_model(tmp_path, capsys, monkeypatch, words, message):
     """What settings alone show is told before anything heavy."""
     monkeypatch.setattr("align.trainers.online.run.start", lambda *_: pytest.fail("a run was started"))
-    for words, _ in BAD_SETTINGS:
-        assert main(["train", *words_of(tmp_path, f"run.dir={tmp_path / 'run'}", *words)]) == 2
+    assert message in refused(tmp_path, capsys, words)
 
 
 def test_offline_training_has_no_composer(capsys):
@@ -338,24 +341,29 @@ def test_what_is_remarked_on_is_said_once(tmp_path):
 
 ENGINE = "align.engine.local:LocalEngine."
 HELDOUT = "align.trainers.online.heldout:Heldout."
-DEATHS = [
-    Hook("align.rollout.hf:HFRollout.generate", 1),
-    Hook("align.trainers.composing:Composing.estimate", 3, when="after"),
-    Hook("align.trainers.composing:Composing.learnt", 3, when="after"),
-    Hook("align.trainers.composing:Composing.evaluated", 1, when="after"),
-    Hook(f"{ENGINE}step", 4),
-    Hook(f"{HELDOUT}answers", 3, when="after"),
-    Hook("align.engine.local:save_file", 3),
-    Hook("align.report.log:Log.row", 3, when="after"),
+TOLD = "align.trainers.composing:Composing."
+ESTIMATED, LEARNT = (Hook(f"{TOLD}{name}", 3, when="after") for name in ("estimate", "learnt"))
+EVALUATED = Hook(f"{TOLD}evaluated", 1, when="after")
+# Each composer dies where it has been told something, the search at every place where it may be; where else a run can
+# die is proved without composers, in test_online_kills.py.
+CASES = [
+    *(("search", hook) for hook in (ESTIMATED, LEARNT, EVALUATED)),
+    ("search", Hook(f"{HELDOUT}answers", 3, when="after")),
+    ("search", Hook("align.engine.local:save_file", 3)),
+    ("mu", LEARNT),
+    ("hypervolume", EVALUATED),
+    ("gradient", ESTIMATED),
+    ("directional", Hook(f"{ENGINE}step", 4)),
+    ("tchebycheff", ESTIMATED),
+    ("ppo", LEARNT),
 ]
-CASES = [(name, h) for k, name in enumerate(FAMILY) for h in (DEATHS if name == "search" else DEATHS[k % 3 :: 3])]
 
 
 def _name(value):
     return f"{value.target.split(':')[1]}-{value.when}-{value.n}" if isinstance(value, Hook) else value
 
 
-@pytest.mark.parametrize("name,hook", CASES, ids=_name)
+@pytest.mark.parametrize("name,hook", mostly_slow(CASES, 2, 7), ids=_name)
 def test_killed_anywhere(straight, tmp_path, name, hook):
     base, whole = straight(name)
     words = ["train", *words_of(base, f"run.dir={tmp_path / 'run'}", *FAMILY[name])]
@@ -371,7 +379,7 @@ STOPS = [
 ]
 
 
-@pytest.mark.parametrize("name,hook", STOPS, ids=_name)
+@pytest.mark.parametrize("name,hook", mostly_slow(STOPS, 0, 2), ids=_name)
 def test_stopped_and_gone_on(straight, tmp_path, name, hook):
     base, whole = straight(name)
     words = ["train", *words_of(base, f"run.dir={tmp_path / 'run'}", *FAMILY[name])]

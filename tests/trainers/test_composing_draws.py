@@ -15,20 +15,10 @@ from align.trainers.composing import composing
 from align.trainers.experience import Group
 from tests.trainers.online_runs import REWARDS, rows_of, words_of
 
-HERE = "tests.trainers.test_composing_draws."
+TOYS = "tests.trainers.toy_rewards."
 RLOO = ("objective=policy_gradient", "advantage=rloo", "lora.rank=4")
-OPPOSITE = (f"reward.up._target_={HERE}up", f"reward.down._target_={HERE}down")
+OPPOSITE = (f"reward.up._target_={TOYS}up", f"reward.down._target_={TOYS}down")
 FIXED = ("composer=fixed", "composer.normalise=none", "composer.target=reward")
-
-
-def up(completion):
-    """Differs from text to text."""
-    return sum(ord(c) % 13 for c in completion) % 17 / 16
-
-
-def down(completion):
-    """What makes the sum with `up` 1."""
-    return 1 - up(completion)
 
 
 def group(rewards, greedy=None, measured=0.0) -> Group:

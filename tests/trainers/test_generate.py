@@ -16,21 +16,14 @@ from align.data.prompts import load_prompts
 from align.data.scored import read_scored
 from align.evaluate.generate import CHUNK_PROMPTS, summarise
 from align.models.pretrained import byte_tokenizer, tiny
+from tests.conftest import mostly_slow
 from tests.data.helpers import settings
 from tests.killer import Hook, shared
+from tests.trainers.toy_rewards import plain, wanted
 
+REWARDS = "tests.trainers.toy_rewards."
 PROMPTS = 150  # three parts: 64, 64 and 22 prompts
 MODEL = ["model=tiny", "model.hidden_size=16", "model.num_layers=1", "trainer.precision=float32"]
-
-
-def spaces(completion: str) -> float:
-    """A reward of the tests: the share of characters below code 128."""
-    return sum(ord(c) < 128 for c in completion) / max(1, len(completion))
-
-
-def wanted(completion: str, answer: str) -> float | None:
-    """A reward of the tests: 1 if the answer's letter is in the completion; none for an answer z."""
-    return None if answer == "z" else float(answer in completion)
 
 
 def write(path: Path, records: list[dict]) -> Path:
@@ -126,19 +119,18 @@ def test_every_row_is_a_prompt_and_the_seed_decides(tmp_path, whole):
     assert drawn[0] != drawn[CHUNK_PROMPTS]  # the first of two parts
 
 
-@pytest.mark.parametrize(
-    "hook",
-    [
-        Hook("align.rollout.hf:HFRollout.generate", 2),
-        Hook("align.rollout.hf:HFRollout.generate", 3, when="after"),
-        Hook("os:replace", 1),
-        Hook("os:replace", 3),
-        Hook("os:replace", 5),  # the file itself
-        Hook("os:replace", 5, when="after"),
-        Hook("align.evaluate.generate:_Work.summary", 1),
-    ],
-    ids=str,
-)
+KILLS = [
+    Hook("align.rollout.hf:HFRollout.generate", 2),
+    Hook("align.rollout.hf:HFRollout.generate", 3, when="after"),
+    Hook("os:replace", 1),
+    Hook("os:replace", 3),
+    Hook("os:replace", 5),  # the file itself
+    Hook("os:replace", 5, when="after"),
+    Hook("align.evaluate.generate:_Work.summary", 1),
+]
+
+
+@pytest.mark.parametrize("hook", mostly_slow(KILLS, 1, 4), ids=str)
 def test_a_killed_command_goes_on_and_writes_the_same_bytes(base, tmp_path, whole, hook):
     out = tmp_path / "out.jsonl"
     command = words(base / "many.jsonl", out, "n=2")
@@ -187,9 +179,9 @@ def scored_by_two(directory: Path, *more: str) -> list[dict]:
         write(directory / "p.jsonl", rows),
         "n=4",
         "sampling.max_new_tokens=12",
-        f"reward.plain._target_={__name__}.spaces",
+        f"reward.plain._target_={REWARDS}plain",
         "reward.plain.weight=2",
-        f"reward.letter._target_={__name__}.wanted",
+        f"reward.letter._target_={REWARDS}wanted",
         *more,
     )
 
@@ -197,9 +189,9 @@ def scored_by_two(directory: Path, *more: str) -> list[dict]:
 def test_rewards_and_their_weighted_sum_stand_beside_each_sample(tmp_path, capsys):
     found = scored_by_two(tmp_path)
     for line in found:
-        plain, letter = spaces(line["completion"]), wanted(line["completion"], line["answer"])
-        assert line["rewards"] == {"plain": pytest.approx(plain), "letter": letter}
-        assert line["score"] == (None if letter is None else pytest.approx(2 * plain + letter))
+        text, letter = plain(line["completion"]), wanted(line["completion"], line["answer"])
+        assert line["rewards"] == {"plain": pytest.approx(text), "letter": letter}
+        assert line["score"] == (None if letter is None else pytest.approx(2 * text + letter))
     assert {line["rewards"]["letter"] for line in found} >= {0.0, None}
     said = capsys.readouterr().out
     assert "generated 32 samples of 8 prompts" in said

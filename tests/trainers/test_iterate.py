@@ -18,6 +18,7 @@ from align.data.scored import read_scored
 from align.evaluate.passk import pass_at_k
 from align.trainers.iterate.samples import slices
 from align.trainers.iterate.select import best_of_n, labelled
+from tests.conftest import mostly_slow
 from tests.killer import Hook, evidence, leftovers, rows_file, shared
 from tests.trainers.toy_rewards import plain
 
@@ -369,16 +370,12 @@ DEATHS = {
     "before the summary": Hook(ITERATE + "run:final_table", 1),
 }
 # Each of these leaves other files behind; the rest is for the slow run.
-FAST = (
-    "in a chunk", "between chunks", "after the data", "in the pass over the reference", "in training",
-    "after the round's model", "before the round's evaluation", "after the round's line", "in the second training",
-    "while final is written",
-)  # fmt: skip
+FAST = ("in a chunk", "after the round's model", "in the second training", "while final is written")
 # other kinds where they are not like pairs
 KILLED = [pytest.param("pairs", where, marks=[] if where in FAST else pytest.mark.slow) for where in DEATHS] + [
-    pytest.param(kind, where, marks=[] if where == "in the second training" else pytest.mark.slow)
+    pytest.param(kind, where, marks=pytest.mark.slow)
     for kind in ("best_of_n", "labelled", "sides")
-    for where in ("in training", "while the second round draws", "in the second training")
+    for where in ("while the second round draws", "in the second training")
 ]
 OF_COLLECT = {
     "in the evaluation before": Hook("align.rollout.toolloop:ToolLoop._turn", 1),
@@ -409,27 +406,22 @@ def test_killed_anywhere(base, straight, tmp_path, kind, where):
     killed_and_resumed(base, tmp_path / "run", kind, DEATHS[where], everything(straight(kind)))
 
 
-SLOW_COLLECT = ("in the evaluation before", "between chunks", "in the second evaluation")
-
-
-@pytest.mark.parametrize(
-    "where", [pytest.param(w, marks=pytest.mark.slow if w in SLOW_COLLECT else []) for w in OF_COLLECT]
-)
+@pytest.mark.parametrize("where", mostly_slow(OF_COLLECT, 3))
 def test_collecting_killed_anywhere(base, straight, tmp_path, where):
     killed_and_resumed(base, tmp_path / "run", "collect", OF_COLLECT[where], everything(straight("collect")))
 
 
-@pytest.mark.parametrize(
-    "hook",
-    [
-        Hook(HF + "generate", 2, int(signal.SIGTERM)),
-        Hook(ENGINE + "step", 3, int(signal.SIGINT)),
-        Hook(ENGINE + "step", 10, int(signal.SIGUSR1)),
-        Hook("align.trainers.trained:write_final", 1, int(signal.SIGTERM)),
-    ],
-    ids=["drawing", "training", "second training", "after training"],
-)
-def test_stopped_and_goes_on(base, straight, tmp_path, hook):
+STOPS = {
+    "drawing": Hook(HF + "generate", 2, int(signal.SIGTERM)),
+    "training": Hook(ENGINE + "step", 3, int(signal.SIGINT)),
+    "second training": Hook(ENGINE + "step", 10, int(signal.SIGUSR1)),
+    "after training": Hook("align.trainers.trained:write_final", 1, int(signal.SIGTERM)),
+}
+
+
+@pytest.mark.parametrize("where", mostly_slow(STOPS, 0, 2))
+def test_stopped_and_goes_on(base, straight, tmp_path, where):
+    hook = STOPS[where]
     command = words(base, tmp_path / "run", *KINDS["pairs"])
     stopped = shared().run(command, [hook])
     assert stopped.code == (130 if hook.number == signal.SIGINT else 85), stopped.said

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import mostly_slow
 from tests.killer import Hook, evidence, leftovers, settings, shared
 
 pytestmark = pytest.mark.xdist_group("multiturn")  # all are compared with the same undisturbed runs
@@ -145,7 +146,8 @@ DEATHS = {
 KILLED = [("dpo", where) for where in DEATHS] + [("kto", "in training"), ("kto", "in the evaluation after")]
 
 
-@pytest.mark.parametrize("name,where", KILLED)
+# of what it collects, of its training, of what follows
+@pytest.mark.parametrize("name,where", mostly_slow(KILLED, 3, 9, 15))
 def test_killed_anywhere(base, straight, tmp_path, name, where):
     whole = evidence(straight(name))
     command = words(base, name, tmp_path / "run", f"reference.cache_dir={tmp_path / 'cache'}")
@@ -167,7 +169,7 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("where", STOPS)
+@pytest.mark.parametrize("where", mostly_slow(STOPS, 2))
 def test_stopped_and_goes_on(base, straight, tmp_path, where):
     hook, chunks = STOPS[where]
     number = signal.SIGINT if where == "between chunks" else signal.SIGTERM

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import mostly_slow
 from tests.killer import Hook, evidence, leftovers, settings, shared
 from tests.trainers.online_runs import REWARDS, rows_of, words_of
 
@@ -135,7 +136,9 @@ DEATHS = [
 ]
 
 
-@pytest.mark.parametrize("hook", DEATHS, ids=lambda h: f"{h.target.split(':')[1]}-{h.when}-{h.n}-{h.number}")
+@pytest.mark.parametrize(
+    "hook", mostly_slow(DEATHS, 1, 5, 11), ids=lambda h: f"{h.target.split(':')[1]}-{h.when}-{h.n}-{h.number}"
+)
 def test_killed_anywhere(base, whole, tmp_path, hook):
     run = tmp_path / "run"
     killed = shared().run(words(base, run), [hook])

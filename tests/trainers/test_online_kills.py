@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import mostly_slow
 from tests.killer import Hook, leftovers, shared
 from tests.trainers.online_runs import FAMILY, assert_survives, left, words_of
 
@@ -75,7 +76,7 @@ def straight(base):
 CASES = [(name, h) for name, every in (("remax", 1), ("grpo", 6), ("ppo", 7), ("dynamic", 9)) for h in DEATHS[::every]]
 
 
-@pytest.mark.parametrize("name,hook", CASES, ids=_name)
+@pytest.mark.parametrize("name,hook", mostly_slow(CASES, 4, 7, 15, 24), ids=_name)
 def test_killed_anywhere(base, straight, tmp_path, name, hook):
     whole = straight(name)
     words = ["train", *words_of(base, f"run.dir={tmp_path / 'run'}", *FAMILY[name])]
@@ -95,6 +96,7 @@ def test_runs_of_the_family_differ_and_learn(straight):
     assert any(row["rollout/drawn_prompts"] > 4 for row in straight("dynamic")["rows"])
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(base, straight, tmp_path):
     """At each of its stages once, in one run."""
     words = ["train", *words_of(base, f"run.dir={tmp_path / 'run'}", *FAMILY["remax"], "trainer.save_every=1")]
@@ -121,11 +123,11 @@ STAGES = {
 CODES = {signal.SIGTERM: 85, signal.SIGINT: 130}
 
 
-BOTH = ("rollout", "update", "sync", "evaluation")
+BOTH = ("rollout", "evaluation")
 SIGNALS = [(stage, n) for stage in STAGES for n in CODES if n == signal.SIGTERM or stage in BOTH]
 
 
-@pytest.mark.parametrize("stage,number", SIGNALS, ids=lambda v: getattr(v, "name", v))
+@pytest.mark.parametrize("stage,number", mostly_slow(SIGNALS, 2, 9), ids=lambda v: getattr(v, "name", v))
 def test_signal_saves_and_goes_on(base, straight, tmp_path, stage, number):
     hook, newest = STAGES[stage]
     run = tmp_path / "run"
@@ -141,8 +143,10 @@ def test_signal_saves_and_goes_on(base, straight, tmp_path, stage, number):
     assert left(run) == straight("remax")
 
 
-@pytest.mark.parametrize("name", ["grpo", "ppo", "dynamic"])
-@pytest.mark.parametrize("stage", ["rollout", "update", "evaluation"])
+# what differs: draws that go on in the order, a value head, several updates of a step
+@pytest.mark.parametrize(
+    "name,stage", mostly_slow([("dynamic", "rollout"), ("grpo", "update"), ("ppo", "update"), ("ppo", "evaluation")], 0)
+)
 def test_signal_in_every_kind_of_run(base, straight, tmp_path, name, stage):
     hook, _ = STAGES[stage]
     run = tmp_path / "run"
@@ -152,6 +156,7 @@ def test_signal_in_every_kind_of_run(base, straight, tmp_path, name, stage):
     assert left(run) == straight(name)
 
 
+@pytest.mark.slow
 def test_evaluation_interrupted_again_and_again(base, straight, tmp_path):
     """The pending row survives several signals, and a kill after them."""
     words = ["train", *words_of(base, f"run.dir={tmp_path / 'run'}", *FAMILY["remax"])]

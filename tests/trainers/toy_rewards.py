@@ -1,4 +1,4 @@
-"""Rewards of test_iterate.py, imported in worker processes: nothing heavy here."""
+"""Rewards of several tests, imported in worker processes: nothing heavy here."""
 
 from __future__ import annotations
 
@@ -16,6 +16,21 @@ def short(completion):
 def odd(prompt, completion):
     """Of prompts with an odd number the share of characters below 128; none for the others."""
     return plain(completion) if int(prompt.split()[-1]) % 2 else None
+
+
+def wanted(completion, answer):
+    """1 if the answer's letter is in the completion; none for an answer z."""
+    return None if answer == "z" else float(answer in completion)
+
+
+def up(completion):
+    """Differs from text to text."""
+    return sum(ord(c) % 13 for c in completion) % 17 / 16
+
+
+def down(completion):
+    """What makes the sum with `up` 1."""
+    return 1 - up(completion)
 
 
 def constant(completion):
