@@ -11,9 +11,9 @@ from typing import TextIO
 
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[TextIO]:
-    """A stream for a text that takes the place of `path` when the block ends well; on the disk before it has its name.
+    """A text stream to a temporary file, synced to disk and renamed to `path` when the block ends without an error.
 
-    What stood there stays if the block raises, and nothing half-written is left. Raises OSError.
+    If the block raises, a file that was at `path` is unchanged and the temporary one is removed. Raises OSError.
     """
     scratch = path.with_name(f".{path.name}.tmp")
     try:
@@ -29,6 +29,6 @@ def atomic_writer(path: Path) -> Iterator[TextIO]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """A text at once, as `whole` writes it."""
+    """Write a whole text by `atomic_writer`."""
     with atomic_writer(path) as stream:
         stream.write(text)

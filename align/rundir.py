@@ -36,8 +36,8 @@ class RunDirectory:
     """Opens or makes a run's directory and holds its lock until closed.
 
     world: the processes of the run. The lead alone holds the lock and writes, all others see what it sees. compare:
-    whether a resumed run must have the settings of before; of a part its run has seen to it, and paths in them may have
-    moved with that one.
+    whether the settings of a resumed run must equal the saved ones; False for a part of a run, which was compared as a
+    whole, and whose paths may have moved with it.
     """
 
     def __init__(self, config: Config, world: World | None = None, compare: bool = True):
@@ -78,7 +78,7 @@ class RunDirectory:
         checkpoint.clean(self.checkpoints)
         checkpoint.clean(self.path)
         saved = self.path / "config.yaml"
-        # a start that failed before its first checkpoint binds nobody, and leaves nothing to the next one
+        # without a checkpoint there is nothing to resume: settings may differ, and the files of that start are removed
         resumed = bool(checkpoint.steps(self.checkpoints))
         if resumed:
             if not saved.exists():

@@ -24,8 +24,8 @@ _COMPONENT = "component with a weight"  # what composers see of the reward
 
 @dataclass(frozen=True)
 class Observed:
-    """What a composer is told. The loop fills what it knows, a composer reads what it needs. [K]: components in order,
-    without the KL; numbers over the batch of an optimiser step, of all processes."""
+    """What a composer may use of a step. The loop fills what it knows, a composer reads what it needs. [K]: components
+    in order, without the KL; numbers over the batch of an optimiser step, of all processes."""
 
     means: Tensor | None = None  # [K] mean reward over the completions that have one; NaN where none has
     lowest: Tensor | None = None  # [K] smallest reward of a completion

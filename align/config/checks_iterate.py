@@ -103,7 +103,7 @@ def _check_reference(config: Config, t: IterateConfig, objective: Objective) -> 
             )
         if "start_token_logps" in objective.extras:
             raise ValueError(
-                f"objective={name} needs trainer.reference=fixed: updated makes its two anchors the same policy"
+                f"objective={name} needs trainer.reference=fixed: with updated its reference models are one policy"
             )
     elif config.reference.mode == "adapter":
         raise ValueError(

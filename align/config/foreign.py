@@ -61,6 +61,10 @@ NAMES = {
     "num_iterations": "trainer.ppo_epochs",
     "num_mini_batches": "trainer.num_minibatches",
     "steps_per_generation": "trainer.num_minibatches",
+    "max_num_gen_batches": "trainer.dynamic_sampling, with trainer=online",
+    "filter_groups": "trainer.dynamic_sampling, with trainer=online",
+    "dynamic_filtering": "trainer.dynamic_sampling, with trainer=online",
+    "mask_truncated_completions": "trainer.truncated=mask, with trainer=online",
     "use_dynamic_bsz": ":batches are always cut by tokens: trainer.micro_batch_tokens",
     "packing": ":rows are packed without padding by themselves; trainer.layout says how",
     "sample_packing": ":rows are packed without padding by themselves; trainer.layout says how",
@@ -209,7 +213,10 @@ NAMES = {
     "random_seed": "seed",
     "push_to_hub": ":nothing is uploaded; DIR/final of a run is a folder for `hf upload`",
     "hub_model_id": ":nothing is uploaded; DIR/final of a run is a folder for `hf upload`",
-    "metric_for_best_model": "trainer.eval_every, whose numbers are in metrics.jsonl",
+    "metric_for_best_model": "trainer.keep_best",
+    "load_best_model_at_end": "trainer.keep_best, which keeps the best model in best/",
+    "early_stopping_patience": "trainer.early_stopping_patience",
+    "early_stopping": "trainer.early_stopping_patience, with trainer.keep_best",
     "trust_remote_code": "model.trust_remote_code",
 }
 

@@ -296,7 +296,7 @@ class Config:
     model: DictConfig
     objective: DictConfig
     rollout: Annotated[DictConfig, Resumable(("urls",))]
-    callbacks: Annotated[DictConfig | None, resumable]  # what is told of steps and evaluations, by name
+    callbacks: Annotated[DictConfig | None, resumable]  # called after steps and evaluations, by name
     sampling: SamplingConfig
     advantage: DictConfig | None  # how rewards become advantages; online training only
     reward: DictConfig | None  # name of a component -> its _target_, weight and keys

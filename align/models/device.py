@@ -1,4 +1,4 @@
-"""What the machine can do: the device, fast bfloat16 or not, memory, and the recompute that fits it."""
+"""What the machine can do: the device, fast bfloat16 or not, memory, and the activation checkpointing that fits it."""
 
 from __future__ import annotations
 

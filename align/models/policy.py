@@ -299,7 +299,7 @@ def enable_activation_checkpointing(policy: Network, mode: ActivationCheckpointi
 
 
 def _keep_products(_ctx: object, op: object, *_args: object, **_kwargs: object) -> Any:
-    """Selective recompute: what matrix products and attention return is kept, everything cheaper is redone."""
+    """Selective activation checkpointing: outputs of matrix products and attention are kept, the rest is recomputed."""
     keep = op in _PRODUCTS
     return checkpoint.CheckpointPolicy.MUST_SAVE if keep else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -385,7 +385,7 @@ def weights_hash(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]] |
 
 @dataclass(frozen=True)
 class Discrepancy:
-    """How far numbers are from those that they should be; inf for what is no number."""
+    """Differences of numbers from the expected ones; inf for a NaN."""
 
     largest: float
     beyond_rounding: float  # without what the rounding of the others explains

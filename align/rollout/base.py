@@ -135,7 +135,7 @@ class Rollout(ABC):
         """Give up memory and processes; a second time there is nothing left to do."""
 
 
-GREEDY = -1  # the number of a prompt's greedy twin among its samples
+GREEDY = -1  # the sample number of a prompt's greedy completion
 
 
 def check_request(prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, greedy: bool) -> None:

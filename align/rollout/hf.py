@@ -228,7 +228,7 @@ class _Picker(LogitsProcessor):
 
 def _uniform(sampling: Sampling, keys: Sequence[tuple[int, int]]) -> Tensor:
     """Numbers in [0, 1) for each row and token, [B, max_new_tokens] float64: a row's own, whatever shares its batch."""
-    # a greedy twin draws nothing; any seed serves
+    # a greedy completion uses no random numbers: any seed serves
     seeds = [sampling.seed_at(i, max(k, 0)) for i, k in keys]
     return torch.from_numpy(np.stack([np.random.default_rng(seed).random(sampling.max_new_tokens) for seed in seeds]))
 

@@ -1,4 +1,4 @@
-"""What tells a user's own callbacks of a run."""
+"""Calls a user's own callbacks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from align.trainers.session import Session
 
 
 class CallbackObserver(Observer):
-    """The group callbacks: the lead tells each of them; what one raises ends the run."""
+    """The group callbacks, called in the lead process; an exception in one ends the run."""
 
     def __init__(self, session: Session, callbacks: Sequence[Callback], run: Running):
         self.session = session

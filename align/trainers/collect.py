@@ -114,8 +114,8 @@ class Collector:
         self.train = self.problems.train if part is None else [self.problems.train[i] for i in part]
 
     def begin(self, key: Fields, bound: bool = False) -> bool:
-        """Forget what was collected under other settings, from other weights or on other problems; see Kept.begin. key:
-        what else the trajectories depend on, such as the hash of the weights."""
+        """Delete trajectories of other settings, weights or problems; see RowCache.begin. key: what else they depend
+        on, such as the hash of the weights."""
         own = {"settings": vars(self.settings), "questions": self.problems.fingerprint()}
         key = {**key, "seed": self.seed, "max_tokens": self.max_tokens, **own}
         answers = [self.answers.directory / f"problems-{phase}.jsonl" for phase in ("before", "after")]

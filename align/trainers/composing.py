@@ -1,4 +1,4 @@
-"""Between rewards of several components and the advantages of a step: a composer, what it is told, its refusals.
+"""Between rewards of several components and the advantages of a step: a composer, its observations, its refusals.
 
 The online loop asks: check before a model is loaded, estimate instead of the estimator, learnt after the weights have
 moved, evaluated after an evaluation. All of a step's completions are known here, whatever process drew them.
@@ -69,8 +69,8 @@ class Composing:
         return directed(rows, self.composer, tokenizer, seed) if "direction" in self.composer.needs else rows
 
     def zero_variance(self, group: Group) -> bool:
-        """Whether all completions have the same of each composed component, that is the same as the greedy one, or what
-        they are compared with is missing; see Group.settled. Scores composed alike are not enough: weights may move."""
+        """Whether each composed component has zero variance over the completions (and equals that of the greedy one),
+        or the baseline is missing; see Group.zero_variance. Equal sums are not enough: weights may change."""
         table = group.rewards[:, self.index]
         known = table[~np.isnan(table).any(1)]
         if group.greedy_rewards is None:
@@ -87,13 +87,13 @@ class Composing:
             chosen_parameters(parameters, self.composer.parameters)
 
     def measuring(self, context: TrainContext, beside: bool, check: Callable[[], None]) -> Measurements:
-        """What measures the influences of its objectives. beside: whether an update's own passes may serve for it."""
+        """Measures the influences of its objectives. beside: whether the forward passes of the update may serve."""
         return Measurements(context, self.composer, beside, check)
 
     def estimate(
         self, groups: Sequence[Group], episodes: Episodes, measure: Measure | None = None
     ) -> tuple[Estimate, dict[str, float]]:
-        """What the estimator says of the composed streams, and metrics. told: of the groups' weighted sums.
+        """What the estimator says of the composed streams, and metrics. episodes: of the groups' weighted sums.
 
         A completion that misses one of the components counts for none of them.
         """

@@ -1,6 +1,6 @@
-"""What a policy wrote to prompts and what it got for it; and the way from there to rows with advantages.
+"""Completions of prompts with their rewards, and how they become training rows with advantages.
 
-Nothing here has a gradient or a state: the online loop asks in this order.
+Nothing here has a gradient or a state. The online loop calls these functions in this order.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Group:
 
     @property
     def zero_variance(self) -> bool:
-        """Whether all rewards are the same, that of the greedy completion too, or the one to compare with is missing:
-        then no baseline within the prompt leaves anything to learn. Rewards of steps leave something always."""
+        """Whether all known rewards of the group are equal (to that of the greedy completion too), or the greedy
+        baseline has none: every advantage from a baseline within the prompt is then 0. Never with rewards of steps."""
         known = self.scores[~np.isnan(self.scores)]
         if self.steps is not None:
             return len(known) == 0 or self.baseline_missing
@@ -54,7 +54,7 @@ class Group:
 
     @property
     def baseline_missing(self) -> bool:
-        """Whether the greedy completion, with which the others are to be compared, has no reward."""
+        """Whether there is a greedy completion, the baseline, and it has no reward."""
         return self.greedy is not None and math.isnan(self.greedy_score)
 
     @property
@@ -64,7 +64,7 @@ class Group:
 
 
 class Experience:
-    """Draws from a rollout and scores what comes. seconds: of generating and of scoring since they were last taken.
+    """Generates completions and scores them. *_seconds: spent in each since they were last reset.
 
     steps: rewards of steps are needed; a completion without them has no score. world: the processes that divide the
     prompts among them. scorer: what makes scores of rewards instead of their weighted sum: align.trainers.directions.
@@ -242,7 +242,7 @@ def reward_metrics(
     groups: Sequence[Group], rewards: Rewards, zero_variance: Callable[[Group], bool]
 ) -> dict[str, float]:
     """Means over what is known, by component, left out where nothing is; reward/missing counts completions without a
-    score, greedy ones among them. settled: whether nothing is to be learnt from a group."""
+    score, greedy ones among them. zero_variance: of a group, see Group.zero_variance."""
     table = np.concatenate([g.rewards for g in groups])
     scores = np.concatenate([g.scores for g in groups])
     out = component_means(table, rewards.names, "reward/{}") | means({"reward/total": scores})

@@ -18,7 +18,7 @@ def generate_distributed(
     n: int = 1,
     greedy: bool = False,
 ) -> list[list[Completion]]:
-    """Rollout.generate for all processes, which all ask: what one process would draw."""
+    """Rollout.generate divided among the processes, which must all call; the completions are those of one process."""
     if isinstance(rollout, LeadRollout):
         return rollout.generate(prompts, sampling, n, greedy)
 
@@ -29,9 +29,9 @@ def generate_distributed(
 
 
 class LeadRollout(Rollout):
-    """The rollout of the lead, whose answers all processes get; each call is made by all of them.
+    """The rollout of the lead process, whose results all processes get; each call is made by all of them.
 
-    For servers: they take weights from one client, and divide the prompts themselves. inner: None but for the lead.
+    For servers: they take weights from one client, and divide the prompts themselves. inner: None except in the lead.
     """
 
     def __init__(self, inner: Rollout | None, world: World):

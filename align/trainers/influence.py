@@ -146,7 +146,7 @@ class Directional(StepHook):
     """<g_k, g> of the objectives whose advantages [C, K] are given, g = sum_j g_j: sum over tokens of dL_k/dlogp times
     the derivative of logp along g, which is a central difference.
 
-    It is the hook of a step over `examples`, or is shown the passes of one; then influences [K] float64 is there. The
+    It is the hook of a step over `examples`, or is given its forward passes; then influences [K] float64 is there. The
     length of the difference: along g the loss sum_j L_j changes by length |g|^2, to which log-probs that all move by
     the number of STEPS would add up.
     """

@@ -88,7 +88,7 @@ def plan(config: TrainerConfig, num_examples: int, schedule_steps: int | None) -
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """A fixed network that log-probs are compared with: cached by row, or asked at each batch."""
+    """A frozen model whose log-probs the objective reads: cached by row, or computed for each batch."""
 
     cached: Callable[[Sequence[Row]], list[np.ndarray]] | None
     network: Callable[[PackedBatch], Stats] | None
@@ -96,7 +96,7 @@ class ReferenceModel:
 
 @dataclass(frozen=True)
 class TrainContext:
-    """What the loop works with."""
+    """What a step of training or evaluation needs: engine (policy, optimiser), objective, batching, references."""
 
     engine: Engine
     objective: Objective
@@ -109,7 +109,7 @@ class TrainContext:
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """A micro-batch that has been through the policy, with the graph."""
+    """A micro-batch and its forward pass through the policy, with the autograd graph."""
 
     part: list[int]  # its examples
     own: bool  # False: another process's, see packing.shares
@@ -119,7 +119,7 @@ class ForwardPass:
 
 
 class StepHook(Protocol):
-    """What watches a step from inside; it leaves the step as it would have been."""
+    """Called inside a step at each backward pass and at its end; it must not change the step."""
 
     def backward(self, forward: ForwardPass, loss: torch.Tensor, last: bool) -> None:
         """In the place of the engine's, which it calls before all else: what is kept of a forward serves the first."""
@@ -477,10 +477,10 @@ def token_plan(examples: Sequence[Example], layout: Layout, max_tokens: int) -> 
 def forward_passes(
     context: TrainContext, examples: Sequence[Example], check: Callable[[], None], train_mode: bool
 ) -> Iterator[ForwardPass]:
-    """The micro-batches of a step, without the step. check is called between them and may raise.
+    """The forward passes of a step, without its backward. check is called between them and may raise.
 
-    recompute: as in the step, if that is how its activations are kept; then a graph serves for one backward. There must
-    be no dropout.
+    train_mode: with activation checkpointing, as in the step; a graph then serves for one backward only. There must be
+    no dropout.
     """
     values = _step_values(context, examples, check)
     context.engine.policy.train(train_mode)

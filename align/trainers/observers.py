@@ -1,7 +1,7 @@
-"""What watches the loop of every trainer: a class for each thing, told of steps, evaluations and checkpoints.
+"""Observers of the loop of every trainer, called after steps, evaluations and checkpoints.
 
-An observer is told of a step when its weights have moved, and of its evaluation and row when nothing can stop the step
-any more. What it remembers is in the checkpoint, so that it goes on after any kill as if there had been none.
+An observer is called for a step when its weights have changed, and for its evaluation and row when nothing can stop the
+step any more. Its state is in the checkpoint, so that a kill makes no difference to it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Retention(Observer):
 
 
 class StallDetector(Observer):
-    """Says of a run that it learns nothing, after some such steps in a row and at its end."""
+    """Warns of a run that learns nothing, after some such steps in a row and at its end."""
 
     name = "idle"
     patience = 5  # one step may have drawn prompts that are all too easy
@@ -122,7 +122,7 @@ def _idle(row: Fields) -> str:
 def observers_of(
     session: Session, full_model: FullModel, num_steps: int, form: Callable[[], Json] | None = None
 ) -> list[Observer]:
-    """Those that the settings ask for. whole: what is trained; form: what is written beside a reward model."""
+    """Those that the settings ask for. full_model: what is trained; form: the reward_model.json of a reward model."""
     t = session.config.trainer
     out: list[Observer] = [Retention(session), StallDetector(session)]
     if any(value is not None for value in (t.ema, t.keep_best, t.export_every, t.export_at)):

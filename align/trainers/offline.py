@@ -1,4 +1,4 @@
-"""`align train` over fixed data: builds the parts, checks that they fit, runs the loop, tells what came of it."""
+"""`align train` over fixed data: builds the parts, checks that they fit, runs the loop, writes the results."""
 
 from __future__ import annotations
 

@@ -21,14 +21,14 @@ Progress = Callable[[Iterable[int], int], Iterable[int]]
 
 
 class RowCache:
-    """The lead reads and writes; all processes make the same calls and get the same rows."""
+    """Generated rows in a directory, valid for one key. The lead process reads and writes; all make the same calls."""
 
     def __init__(self, directory: Path, world: World):
         self.directory = directory
         self.world = world
 
     def begin(self, key: Fields, bound: bool = False, beside: Sequence[Path] = ()) -> bool:
-        """Make the directory the place of what depends on `key`; whether something older was thrown away for it.
+        """Use the directory for rows that depend on `key`; returns whether rows of another key were deleted.
 
         beside: files elsewhere that depend on it too. bound: whether the run has learnt from what is there, so that
         other rows would be another run's: then raises ValueError for another key.

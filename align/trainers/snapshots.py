@@ -1,4 +1,4 @@
-"""Models that are written beside a run's last one: at some steps, the best one, the average of the weights."""
+"""Models that are written besides final/: exports of some steps, the best one, the EMA of the weights."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class EMA(Observer):
 
 
 def snapshots_of(session: Session, full_model: FullModel, form: Form | None) -> list[Observer]:
-    """Those that the settings ask for. whole: what is trained; form: what is written beside a reward model."""
+    """Those that the settings ask for. full_model: what is trained; form: the reward_model.json of a reward model."""
     t, out = session.config.trainer, list[Observer]()
     if t.ema is not None:
         out.append(EMA(session, full_model, form, t.ema))

@@ -167,7 +167,7 @@ class StepLoop:
             self.session.signals.agree()
             row = task.step(self.number + 1)
         except (Stopped, EngineFailed, *task.redone) as stop:
-            # a start that failed before its first step binds nobody to its settings
+            # no checkpoint after a failure before the first step: the next start may have other settings
             if self._saved != self.number or (self.number == 0 and isinstance(stop, Stopped)):
                 self._save(said, None)
             raise
@@ -177,7 +177,7 @@ class StepLoop:
         return row
 
     def _close(self, task: Task, row: Metrics) -> None:
-        """Sync, evaluate if it is time, write the row. What may be stopped comes before the first observer is told."""
+        """Sync, evaluate if it is due, write the row. What may be stopped comes before the first observer."""
         number, config = self.number, self.session.config
         last = number == self.num_steps
         row = task.close(number, dict(row))

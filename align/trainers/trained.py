@@ -52,7 +52,7 @@ class Trained:
     make: Make
     layout: Layout
     activation_checkpointing: str
-    lines: tuple[str, ...]  # what was chosen, and why
+    lines: tuple[str, ...]  # of the log: what was chosen, and why
 
     def copy(self, device: torch.device) -> Network:
         """Another one as it was before training, not to be trained."""
@@ -61,7 +61,7 @@ class Trained:
 
 
 def prepare(session: Session, model: Any, stream_tokens: int, make: Make) -> Trained:
-    """What is trained of a loaded model, in the layout and with the recompute that fit.
+    """What is trained of a loaded model, in the layout and with the activation checkpointing that fit.
 
     stream_tokens: of the largest step's pass.
     """

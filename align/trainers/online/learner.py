@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 class Learner:
-    """Of a trainee, by an estimator of advantages. reference: of the KL in the reward, or of the objective.
+    """Updates the policy from groups of completions: log-probs, advantages, optimiser steps.
 
-    selective: whether activations are partly computed again.
+    reference: of the KL in the reward, or of the objective. selective: whether activation checkpointing is selective.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Learner:
             engine = self.single_step and t.kl_in_reward > 0
             self.old_logps = "engine" if engine else "none" if self.single_step else "trainer"
         self.kl_coefficient = t.kl_in_reward  # moves with trainer.kl_target
-        # shards of two gradients cannot be gathered at once; a graph of selective recompute serves for one backward
+        # shards of two gradients cannot be gathered at once; a graph of selective checkpointing serves for one backward
         beside = self.single_step and not context.engine.sharded and not selective
         self.influences = None if composing is None else composing.measuring(context, beside, session.signals.check)
 
@@ -112,8 +112,8 @@ class Learner:
         return columns, flat(found["values"]) if critic else None
 
     def update(self, step: int, parts: list[Example], num_prompts: int) -> dict[str, float]:
-        """One optimiser step for each inner batch; metrics are their means. The examples of a prompt, as many as its
-        completions need, stay together: what an inner batch holds does not depend on the size of micro-batches."""
+        """One optimiser step for each minibatch; metrics are their means. The examples of a prompt, as many as its
+        completions need, stay together: what a minibatch holds does not depend on the size of micro-batches."""
         t, lr = self.trainer, self.rate(step)
         each = len(parts) // num_prompts
         hook = None if self.influences is None else self.influences.hook(parts)

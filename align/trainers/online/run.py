@@ -54,7 +54,7 @@ def train(config: Config, command: str) -> int:
 
 @dataclass(frozen=True)
 class PromptData:
-    """The prompts of a run as it asks them, and the fingerprints of all that its data hold."""
+    """The prompts of a run as they are given to the policy, and the fingerprints of all prompts of its data."""
 
     train: list[PromptRow]
     heldout: list[PromptRow]
@@ -126,7 +126,7 @@ def prepared(
     context = TrainContext(engine, session.objective, made.layout, t.micro_batch_tokens, cached)
     if composer is not None:
         composer.check_parameters(engine.parameters)
-    # the lead's word: only it is sure to read what it wrote
+    # the lead's value for all: on a network's file system others may not see resolved.json yet
     selective = session.world.share(made.activation_checkpointing) == "selective"
     learner = Learner(session, context, advantage, reference, composer, plan.schedule_steps, selective)
     self_check(session, context, probe, reference)

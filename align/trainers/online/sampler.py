@@ -1,4 +1,4 @@
-"""Which prompts a step answers, and what failed while it did."""
+"""The prompts of a step with dynamic sampling, and counts of failed rollouts and rewards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from align.trainers.loop import Plan
 
 
 class GroupSampler:
-    """Prompts in the order of their passes, answered. settled: whether nothing is to be learnt from a group."""
+    """Groups of completions for the prompts in the order of the epochs. zero_variance: see Group.zero_variance."""
 
     def __init__(
         self,
@@ -41,8 +41,8 @@ class GroupSampler:
         self.position = 0  # prompts that were drawn since step 0
 
     def of(self, step: int) -> tuple[list[Group], list[Group]]:
-        """The groups that a step learns from, and all that were drawn; with dynamic_sampling those that cannot teach
-        are replaced by further prompts', from the next pass where this one has no more."""
+        """The groups that a step learns from, and all that were drawn; with dynamic_sampling zero-variance groups are
+        replaced by those of further prompts, from the next epoch where this one has no more."""
         # the last step of the epochs has what is left
         size = int(min(self.trainer.batch_size, self.plan.limit - (step - 1) * self.trainer.batch_size))
         kept: list[Group] = []
@@ -59,7 +59,7 @@ class GroupSampler:
         return kept or sampled[:size], sampled
 
     def _next(self, count: int) -> list[PromptRow]:
-        """The next prompts in the order of the passes; moves the position."""
+        """The next prompts in the order of the epochs; advances the position."""
         places = Plan(len(self.train), 1, 0, 0)
         first, self.position = self.position, self.position + count
         return [self.train[places.indices(k + 1, self.seed)[0]] for k in range(first, self.position)]
@@ -76,8 +76,7 @@ class FailureCounts:
         self._counted: Counter[str] = Counter()  # by this process's parts, so far
 
     def take(self) -> Json:
-        """Count what failed since it was last asked. What a stop makes undone was not counted: it is when it is done
-        again."""
+        """Add what failed since the last call. A step that was stopped is not counted until it is repeated."""
         now = Counter({f"rollout/{name}": n for name, n in self.everyone(self.rollout.counts).items()})
         now.update({f"reward/failed_{name}": n for name, n in self.everyone(self.rewards.counts).items()})
         for name, n in now.items():

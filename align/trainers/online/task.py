@@ -109,7 +109,7 @@ class Online(Task):
             )
 
     def close(self, number: int, row: Metrics) -> Metrics:
-        """Give the new weights to the rollout, and prove it."""
+        """Give the new weights to the rollout, and check that it has them."""
         start = time.perf_counter()
         full_model = self.full_model()
         together(self.session.world, lambda: self.experience.rollout.sync(full_model))
@@ -122,7 +122,7 @@ class Online(Task):
         return row | self.failure_counts.take()
 
     def check_sync(self, step: int) -> dict[str, float]:
-        """See probe.prove."""
+        """See probe.check_sync."""
         if not self.probe:
             return {}
         here = values(self.session, self.learner.context, own(self.learner.context), self.probe)["token_logps"]
