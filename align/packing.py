@@ -41,23 +41,26 @@ def micro_batches(
     like length are put together. multiple: of how many parts there should be, where there are examples enough.
     Raises ValueError, naming the line, when one example alone is over the budget.
     """
-    cost = [_cost(rows, source, layout, max_tokens) for rows, source in zip(groups, sources, strict=True)]
-    order = sorted(range(len(groups)), key=lambda i: (-cost[i], i))
+    costs = [_within(rows, source, layout, max_tokens) for rows, source in zip(groups, sources, strict=True)]
+    order = sorted(range(len(groups)), key=lambda i: (-costs[i], i))
     if layout == "padded":
-        return _alike(order, cost, max_tokens, multiple)
-    num_parts = _rounded(max(1, -(-sum(cost) // max_tokens)), multiple)
+        return _alike(order, costs, max_tokens, multiple)
+    num_parts = _rounded(max(1, -(-sum(costs) // max_tokens)), multiple)
     while True:
-        parts = _spread(order, cost, max_tokens, num_parts, grow=multiple == 1)
+        parts = _spread(order, costs, max_tokens, num_parts, grow=multiple == 1)
         if parts is not None:
             return [sorted(p) for p in parts if p]
         num_parts += multiple
 
 
-def _cost(rows: Sequence[Row], source: str, layout: Layout, max_tokens: int) -> int:
-    """Tokens that an example costs alone in a micro-batch. Raises ValueError, naming the line, over the budget."""
-    tokens = num_tokens(rows, layout)
-    if layout == "padded":
-        tokens = len(rows) * max(len(row.token_ids) for row in rows)
+def cost(rows: Sequence[Row], layout: Layout) -> int:
+    """Tokens that an example costs alone in a micro-batch."""
+    return len(rows) * max(len(row.token_ids) for row in rows) if layout == "padded" else num_tokens(rows, layout)
+
+
+def _within(rows: Sequence[Row], source: str, layout: Layout, max_tokens: int) -> int:
+    """What an example costs. Raises ValueError, naming the line, if it alone is over the budget of a micro-batch."""
+    tokens = cost(rows, layout)
     if tokens > max_tokens:
         raise ValueError(
             f"{source}: the example has {tokens} tokens, trainer.micro_batch_tokens={max_tokens}; "
@@ -69,11 +72,11 @@ def _cost(rows: Sequence[Row], source: str, layout: Layout, max_tokens: int) -> 
 def check_budget(groups: Iterable[Sequence[Row]], sources: Iterable[str], layout: Layout, max_tokens: int) -> None:
     """Raises ValueError, naming the line, for the first example that alone is over the budget of a micro-batch."""
     for rows, source in zip(groups, sources, strict=True):
-        _cost(rows, source, layout, max_tokens)
+        _within(rows, source, layout, max_tokens)
 
 
 def _spread(
-    order: Sequence[int], cost: Sequence[int], max_tokens: int, num_parts: int, grow: bool
+    order: Sequence[int], costs: Sequence[int], max_tokens: int, num_parts: int, grow: bool
 ) -> list[list[int]] | None:
     """Each example into the part with most room, the first of these; where it does not fit, into a new one if they may
     `grow`, else None. A heap: the emptiest part of thousands is found without a look at the others."""
@@ -81,19 +84,19 @@ def _spread(
     parts: list[list[int]] = [[] for _ in room]
     for i in order:
         load, k = room[0]
-        if load + cost[i] <= max_tokens:
-            heapreplace(room, (load + cost[i], k))
+        if load + costs[i] <= max_tokens:
+            heapreplace(room, (load + costs[i], k))
         elif not grow:
             return None
         else:
             k = len(parts)
             parts.append([])
-            heappush(room, (cost[i], k))
+            heappush(room, (costs[i], k))
         parts[k].append(i)
     return parts
 
 
-def _alike(order: Sequence[int], cost: Sequence[int], max_tokens: int, multiple: int) -> list[list[int]]:
+def _alike(order: Sequence[int], costs: Sequence[int], max_tokens: int, multiple: int) -> list[list[int]]:
     """Examples in this order, each part's as long as its first; with smaller parts where it takes more of them."""
     limit = max_tokens
     while True:
@@ -103,7 +106,7 @@ def _alike(order: Sequence[int], cost: Sequence[int], max_tokens: int, multiple:
             if parts and width * (len(parts[-1]) + 1) <= limit:
                 parts[-1].append(i)
             else:
-                width = cost[i]
+                width = costs[i]
                 parts.append([i])
         if len(parts) % multiple == 0 or len(parts) == len(order):
             return [sorted(p) for p in parts]

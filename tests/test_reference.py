@@ -184,3 +184,52 @@ def test_killed_between_writing_and_renaming(tmp_path, make_pairs, policy):
     cache, done, _ = fill(tmp_path, pairs, policy)
     assert done.computed == 5
     assert equal(cache, fill(tmp_path, pairs, policy)[0], pairs)
+
+
+def files_of(root) -> dict[str, tuple[int, bytes]]:
+    return {p.name: (p.stat().st_ino, p.read_bytes()) for p in root.rglob("*.safetensors")}
+
+
+def spoil(path, keep_stat: bool) -> None:
+    """Other bytes in the middle of a file."""
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    if keep_stat:
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_files_that_were_whole_and_hold_nothing_wanted_are_not_opened_again(tmp_path, make_pairs, policy):
+    """Of 3 125 files, which 100 000 pairs make, each start read and digested all."""
+    ours, others = make_pairs(4), make_pairs(4)
+    fill(tmp_path, ours, policy)
+    (own,) = tmp_path.rglob("*.safetensors")
+    first, _, _ = fill(tmp_path, others, policy)
+    fill(tmp_path, ours, policy)  # has seen both whole
+    (other,) = set(tmp_path.rglob("*.safetensors")) - {own}
+    spoil(other, keep_stat=True)
+    assert fill(tmp_path, ours, policy)[1].computed == 0
+    assert other.exists()
+    os.utime(other)  # a change of it that can be told
+    assert fill(tmp_path, ours, policy)[1].computed == 0
+    assert not other.exists()
+    again, done, _ = fill(tmp_path, others, policy)
+    assert done.computed == 4
+    assert equal(first, again, others)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"files": {"x": 1}, "blake2b": "0"}', None])
+def test_without_a_whole_index_all_files_are_read(tmp_path, make_pairs, policy, content):
+    pairs = make_pairs(3)
+    fill(tmp_path, pairs, policy)
+    first, _, _ = fill(tmp_path, pairs, policy)
+    (index,) = tmp_path.rglob("index.json")
+    if content is None:
+        told = index.read_text()
+        content = told.replace('.safetensors": [', '.safetensors": [1', 1).encode()  # a digit more of a size
+    index.write_bytes(content)
+    (file,) = tmp_path.rglob("*.safetensors")
+    spoil(file, keep_stat=True)
+    again, done, _ = fill(tmp_path, pairs, policy)
+    assert done.computed == 3
+    assert equal(first, again, pairs)

@@ -1,8 +1,9 @@
-"""align data check, align data forms, align data pairs, align data judgements."""
+"""align data check, align data forms, align data cache, align data pairs, align data judgements."""
 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 from align.cli.parse import Call, refuse_plugs_of_data
@@ -60,6 +61,27 @@ def forms(call: Call) -> int:
             call.options["--json"], "--json", lambda stream: json.dump(told, stream, ensure_ascii=False, indent=1)
         )
         show(f"written {call.options['--json']}")
+    return 0
+
+
+def cache(call: Call) -> int:
+    """What lies in the cache of rendered data; what is removed."""
+    from align.config import cache_root
+    from align.data.cache import clear, listed
+
+    root, wanted = Path(call.own.get("dir") or cache_root() / "data"), call.own.get("clear")
+    if wanted is not None:
+        if wanted != "all" and not wanted.isdecimal():
+            raise ValueError(f"clear={wanted}: must be all or a number of days; use clear=30")
+        count, freed = clear(root, 0.0 if wanted == "all" else float(wanted) * 86400)
+        show(f"removed {count} sets, {freed / 2**20:.1f} MiB of {root}")
+    kept = listed(root)
+    for one in kept:
+        day = time.strftime("%Y-%m-%d", time.localtime(one.used))
+        fault = f", damaged: {one.fault}" if one.fault else ""
+        size = f"{one.bytes / 2**20:8.1f} MiB"
+        show(f"{one.path.name}  {size}  {one.examples} examples of {one.sources}, read {day}{fault}")
+    show(f"{len(kept)} sets, {sum(one.bytes for one in kept) / 2**20:.1f} MiB in {root}; clear=all removes them")
     return 0
 
 

@@ -163,6 +163,18 @@ COMMANDS: tuple[Command, ...] = (
         exits="0 done, 2 no such form",
     ),
     Command(
+        "data cache",
+        "[clear=all|DAYS] [dir=DIR]",
+        "rendered data that runs have kept for their next start, and how to be rid of them",
+        "align.cli.data:cache",
+        arguments=(
+            Argument("clear", "all|DAYS", "remove all sets, or those that no run has read for so many days"),
+            Argument("dir", "DIR", "where they lie, as data.cache_dir; <cache>/data"),
+        ),
+        settings=False,
+        examples=("align data cache", "align data cache clear=30"),
+    ),
+    Command(
         "data pairs",
         "scored=FILE out=FILE pairs=RULE [max_per_prompt=N] [seed=N]",
         "preference pairs from scored samples, or from the steps of search trees",

@@ -101,6 +101,8 @@ class DataConfig:
     empty_prompts: Annotated[bool, resumable]
     format: str | None = None
     loader: str | None = None
+    workers: Annotated[int | None, at_least(1), resumable] = None
+    cache_dir: Annotated[str | None, resumable] = None
     mixture: Annotated[str | None, one_of("temperature", "schedule", "gradient")] = None
     mixture_temperature: Annotated[float, above(0)] = 1.0
     mixture_shares: Any = None  # points [progress, shares]

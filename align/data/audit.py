@@ -48,6 +48,11 @@ class Audit:
     prompts_in_both: int = 0
     prompts_only: bool = False  # rows are prompts, nothing is learnt from what they hold
 
+    @classmethod
+    def of(cls, told: Json) -> Audit:
+        """The account that `as_dict` told."""
+        return cls(SplitAudit(**told["train"]), SplitAudit(**told["heldout"]), told["prompts_in_both"])
+
     def as_dict(self) -> Json:
         """audit.json: totals first, then each split. Fails if a row is unaccounted for."""
         splits = {"train": self.train, "heldout": self.heldout}

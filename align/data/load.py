@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from align.data.audit import Audit, SplitAudit
 from align.data.examples import Loaded, assign_mismatched, loaded, prompt_key
 from align.data.formats import parse
 from align.data.splits import Reader, num_repeated, repeated, repeats
+from align.data.stored import Stored
 from align.data.wanted import Wanted
+from align.data.workers import num_workers
 from align.jsons import Json, Tokenizer
 from align.types import Example, Row
 
@@ -24,12 +27,18 @@ from align.types import Example, Row
 class Data:
     """Everything a run reads."""
 
-    train: list[Example]
-    heldout: list[Example]
+    train: Sequence[Example]
+    heldout: Sequence[Example]
     audit: Audit
-    train_rows: list[Loaded]
+    train_rows: list[Loaded]  # none unless they were to keep their renderings
     heldout_rows: list[Loaded]
     sizes: tuple[int, ...] = ()  # how many of train are of each source of data.train, in their order
+    chats: frozenset[bool] = frozenset()  # whether prompts of train are conversations, of those there are
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """Fingerprints by setting."""
+        return {"data.train": fingerprint(self.train), "data.heldout": fingerprint(self.heldout)}
 
 
 def load(
@@ -48,10 +57,8 @@ def load(
     """
     audit = Audit()
 
-    def understand(record: Json, where: str) -> Loaded:
-        return loaded(parse(record, config.open_tool_calls), where, tokenizer, config, wanted, keep)
-
-    parts, heldout_rows = Reader(config, understand, _prompt, to_the_end).splits(audit)
+    make = partial(_understanding, tokenizer, config, wanted, keep)
+    parts, heldout_rows = Reader(config, make, _prompt, to_the_end, num_workers(config.workers)).splits(audit)
     repeat = repeats(config, len(parts))
     train_rows = [row for part in parts for row in part]
     by_source = [
@@ -71,12 +78,26 @@ def load(
         # a held-out set of one prompt takes its partners from the training data
         others = train if len({prompt_key(e) for e in heldout}) < 2 else []
         heldout = assign_mismatched([*heldout, *others], seed, config.max_tokens)[: len(heldout)] if heldout else []
-    return Data(train, heldout, audit, train_rows, heldout_rows, tuple(map(len, by_source)))
+    chats = frozenset(row.chat for row in train_rows)
+    if not keep:
+        train_rows, heldout_rows = [], []
+    return Data(train, heldout, audit, train_rows, heldout_rows, tuple(map(len, by_source)), chats)
+
+
+def _understanding(
+    tokenizer: Tokenizer, config: DataConfig, wanted: Wanted, keep: bool
+) -> Callable[[Json, str], Loaded]:
+    def understand(record: Json, where: str) -> Loaded:
+        return loaded(parse(record, config.open_tool_calls), where, tokenizer, config, wanted, keep)
+
+    return understand
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
     """sha256 over token ids, targets and what else is learnt from, in order: what "the same data" means when a run
     is resumed."""
+    if isinstance(examples, Stored):
+        return examples.fingerprint
     digest = hashlib.sha256()
     for e in examples:
         for row in (*e.rows, *e.extras.values()):

@@ -57,7 +57,7 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer, max_new_tokens: int, 
     def understand(record: Json, where: str) -> PromptRow:
         return _row(record, where, tokenizer, config.max_tokens, max_new_tokens)
 
-    parts, heldout = Reader(config, understand, lambda row: row.token_ids).splits(audit)
+    parts, heldout = Reader(config, lambda: understand, lambda row: row.token_ids).splits(audit)
     times = repeats(config, len(parts))
     train = [row for part, often in zip(parts, times, strict=True) for row in repeated(part, often, seed)]
     if not train:

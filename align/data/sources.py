@@ -31,6 +31,15 @@ class BadRow(ValueError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[Any, ...]:  # a process that reads rows tells another of it
+        return _bad_row, (type(self), str(self), vars(self))
+
+
+def _bad_row(kind: type[BadRow], message: str, told: Json) -> BadRow:
+    bad = kind.__new__(kind, message)
+    vars(bad).update(told)
+    return bad
+
 
 class NotUsed(BadRow):
     """A good row that the objective, or data.form or data.format, has no use for."""
@@ -257,6 +266,11 @@ def _present(value: object, tools: bool = False) -> Any:
         items = [(key, item) for key, item in value.items() if not (tools and item is None)]
         return {key: _present(item, tools or key in ("tools", "tool_calls")) for key, item in items}
     return [_present(item, tools) for item in value] if isinstance(value, list) else value
+
+
+def table_fingerprint(source: Source) -> str | None:
+    """What tells the rows of a hub data set from others; None for a source whose bytes do."""
+    return f"{source.name} {_table(source)._fingerprint}" if source.kind == "hub" else None
 
 
 def _table(source: Source) -> Any:

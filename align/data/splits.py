@@ -14,6 +14,7 @@ from align.config import DataConfig
 from align.data.audit import IN_TRAIN, LEFT_OUT, NO_FAULT, OVERLONG, Audit, SplitAudit
 from align.data.forms import FORMS, Placed
 from align.data.sources import BadRow, NotUsed, Source, content_hash, imported, locate_all, read
+from align.data.workers import Understand, understood
 from align.jsons import Json
 
 
@@ -34,15 +35,17 @@ R = TypeVar("R", bound=Sourced)
 class Reader(Generic[R]):
     """Reads rows by the rules that data.on_bad_row, data.overlong and data.max_bad_fraction make.
 
-    understand: what a row becomes, from its object and its "file:line"; raises BadRow for one that cannot be used.
-    prompt: the tokens of its prompt, or others that stand for a row without one. to_the_end: bad rows are counted
-    whatever the settings say of them.
+    make: the function that says what a row becomes, from its object and its "file:line", and raises BadRow for one
+    that cannot be used; one of a module's, or a partial of one. prompt: the tokens of its prompt, or others that stand
+    for a row without one. to_the_end: bad rows are counted whatever the settings say of them. workers: processes that
+    share the rows.
     """
 
     config: DataConfig
-    understand: Callable[[Json, str], R]
+    make: Callable[[], Understand[R]]
     prompt: Callable[[R], Sequence[int]]
     to_the_end: bool = False
+    workers: int = 1
 
     def splits(self, audit: Audit) -> tuple[list[list[R]], list[R]]:
         """The kept rows of each source of data.train, and the held-out rows: those of data.heldout, else a part.
@@ -72,14 +75,12 @@ class Reader(Generic[R]):
             audit.sources.append(source.name)
             audit.sha256.append(content_hash(source))
             part = []
-            for where, record in self._formed(read(source)):
+            for where, made in understood(self._formed(read(source)), self.make, self.workers):
                 audit.rows_in += 1
-                try:
-                    if isinstance(record, BadRow):
-                        raise record
-                    part.append(self.understand(record, where))
-                except BadRow as bad:
-                    self._drop(audit, where, bad)
+                if isinstance(made, BadRow):
+                    self._drop(audit, where, made)
+                else:
+                    part.append(made)
             parts.append(part)
         if not self.to_the_end:
             self._judge(audit, setting, any(parts))

@@ -85,7 +85,7 @@ def _unrewarded(config: Config, objective: Objective) -> str | None:
     return "the run was trained without a reference"
 
 
-def _sets(config: Config, tokenizer: Tokenizer) -> dict[str, list[Example]]:
+def _sets(config: Config, tokenizer: Tokenizer) -> dict[str, Sequence[Example]]:
     """The pairs of each file. Raises ValueError for a run whose own data are none, if no others are given."""
     assert config.run.dir is not None
     run, data = Path(config.run.dir), config.data
@@ -116,7 +116,7 @@ def _precision(config: Config) -> str:
     return config.trainer.precision
 
 
-def _pairs_of(config: Config, names: Iterable[str], tokenizer: Tokenizer) -> dict[str, list[Example]]:
+def _pairs_of(config: Config, names: Iterable[str], tokenizer: Tokenizer) -> dict[str, Sequence[Example]]:
     alone = replace(config.data, heldout=None, heldout_fraction=0.0, repeat=None)
     return {name: load(replace(alone, train=name), tokenizer, Wanted()).train for name in names}
 

@@ -7,8 +7,10 @@ Adding rows to a data set costs the new rows only.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from align.types import Layout, PackedBatch, Row, Stats
 # Examples of one file. A chunk is computed whole whatever of it is missing elsewhere, so that its numbers do not
 # depend on where an earlier run was killed.
 CHUNK_ROWS = 32
+_INDEX = "index.json"  # of the files of a directory
+_Seen = tuple[int, int, list[str]]  # of a file: bytes, st_mtime_ns, keys
 
 
 def row_key(row: Row) -> str:
@@ -100,18 +104,22 @@ class ReferenceCache:
         return [self.values[row_key(row)] for row in rows]
 
     def _read(self, wanted: set[str]) -> None:
+        known = _index(self.directory)
+        now: dict[str, _Seen] = {}
         for path in sorted(self.directory.glob("*.safetensors")):
-            try:
-                with safe_open(path, "numpy") as file:
-                    keys = file.keys()
-                    values = {key: file.get_tensor(key) for key in keys}
-                    digest = (file.metadata() or {}).get("blake2b")
-            except SafetensorError:
-                values, digest = {}, None
-            if digest != _digest(values):
+            stat = path.stat()
+            size, changed, keys = known.get(path.name, (0, 0, []))
+            if (size, changed) != (stat.st_size, stat.st_mtime_ns):
+                keys = None
+            # a file that was whole is opened for what is wanted of it, and not at all for nothing
+            values = _values(path, None if keys is None else sorted(wanted.intersection(keys)))
+            if values is None:
                 path.unlink(missing_ok=True)  # damaged, or cut short by a full disk; its rows are computed again
                 continue
+            now[path.name] = (stat.st_size, stat.st_mtime_ns, sorted(values) if keys is None else keys)
             self.values |= {key: values[key] for key in wanted & values.keys()}
+        if now != known:
+            _remember(self.directory, now)
 
     def _write(self, new: dict[str, np.ndarray]) -> None:
         if not new:
@@ -121,6 +129,42 @@ class ReferenceCache:
         scratch = self.directory / f".{name}-{os.getpid()}"
         save_file(new, scratch, {"blake2b": _digest(new)})
         os.replace(scratch, self.directory / f"{name}.safetensors")
+
+
+def _values(path: Path, keys: Sequence[str] | None) -> dict[str, np.ndarray] | None:
+    """What a file holds of these keys, or all of it after a look at its digest; None if it is damaged."""
+    if keys is not None and not keys:
+        return {}
+    try:
+        with safe_open(path, "numpy") as file:
+            values = {key: file.get_tensor(key) for key in (file.keys() if keys is None else keys)}
+            digest = (file.metadata() or {}).get("blake2b")
+    except SafetensorError:
+        return None
+    return values if keys is not None or digest == _digest(values) else None
+
+
+def _index(directory: Path) -> dict[str, _Seen]:
+    """Size, time of change and keys of each file that was whole when it was last read; of those that have neither
+    changed since the digest is not made again."""
+    try:
+        content = json.loads((directory / _INDEX).read_bytes())
+        if content["blake2b"] != _text_digest(content["files"]):
+            return {}
+        return {name: (size, changed, keys) for name, (size, changed, keys) in content["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not as written: all are read again
+        return {}
+
+
+def _remember(directory: Path, seen: dict[str, _Seen]) -> None:
+    scratch = directory / f".{_INDEX}-{os.getpid()}"
+    with suppress(OSError):  # of a cache that can only be read, or a full disk: all are read again
+        scratch.write_text(json.dumps({"blake2b": _text_digest(seen), "files": seen}))
+        os.replace(scratch, directory / _INDEX)
+
+
+def _text_digest(files: Mapping[str, object]) -> str:
+    return hashlib.blake2b(json.dumps(files, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _digest(values: dict[str, np.ndarray]) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from align.config import TrainerConfig
+from align.data.stored import Stored
 from align.engine.base import Engine
 from align.engine.world import World
 from align.models.logprobs import cached_stats
@@ -466,6 +467,13 @@ def token_plan(examples: Sequence[Example], layout: Layout, max_tokens: int) -> 
 
     Raises ValueError if an example does not fit a micro-batch: better now than in the middle of the run.
     """
+    if isinstance(examples, Stored):
+        costs, extra = examples.costs(layout)
+        over = np.flatnonzero((costs > max_tokens) | (extra > max_tokens))
+        if len(over):
+            token_plan([examples[int(over[0])]], layout, max_tokens)
+        streams, plain = ("packed" if layout == "padded" else layout), examples.costs("packed")[0]
+        return int(examples.costs(streams)[0].sum()), int(plain.sum())
     sources = [e.source for e in examples]
     check_budget((e.rows for e in examples), sources, layout, max_tokens)
     for name in examples[0].extras if examples else ():

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from align import build, checkpoint
 from align.config import Config
+from align.data.cache import cached
 from align.data.load import Data, fingerprint, load
+from align.data.stored import View, largest_tokens
 from align.data.wanted import Wanted
 from align.engine.build import make_engine
 from align.engine.local import learning_rate
@@ -76,9 +78,9 @@ def run(session: Session, loaded: LoadedModel | None = None) -> int:
     if config.collect is not None:
         file, model = _collected(session, rollouts)
         settings = replace(settings, train=file, heldout=None)
-    data = load(settings, session.tokenizer, Wanted.by(session.objective), config.seed)
+    data = cached(settings, session.tokenizer, Wanted.by(session.objective), config.seed, session.log.say)
     session.account(data.audit)
-    hashes = {"data.train": fingerprint(data.train), "data.heldout": fingerprint(data.heldout)}
+    hashes = dict(data.hashes)
     target = _target(session)
     if target:
         hashes["data.mixture_target"] = fingerprint(target)
@@ -195,7 +197,7 @@ class Offline(Task):
 # ---------------------------------------------------------------------- building
 
 
-def _target(session: Session) -> list[Example]:
+def _target(session: Session) -> Sequence[Example]:
     """The rows of data.mixture_target."""
     data = session.config.data
     if data.mixture_target is None:
@@ -263,8 +265,7 @@ def _parts(
     loaded: LoadedModel | None,
     target: Sequence[Example],
 ) -> _Parts:
-    everything = (*data.train, *data.heldout, *target)
-    selfcheck.check_tokens_of(session, model, (row.token_ids for e in everything for row in e.rows))
+    selfcheck.check_tokens_of(session, model, map(largest_tokens, (data.train, data.heldout, target)))
     made = _prepared(session, model, data, plan, target)
     engine = make_engine(session.config, made.network, session.precision, session.world)
     full_model = FullModel(made, engine)
@@ -277,7 +278,7 @@ def _parts(
     _self_check(session, context, data.train[:2], references.foreign is None)
     form = None
     if "scores" in session.objective.needs:
-        form = RewardModelInfo(session, context, {row.chat for row in data.train_rows}, data.heldout)
+        form = RewardModelInfo(session, context, set(data.chats), data.heldout)
     heldout_samples = HeldoutSamples(session, engine, full_model, rollouts, data.heldout)
     return _Parts(full_model, model_hash, references, context, heldout_samples, form)
 
@@ -287,7 +288,8 @@ def _prepared(session: Session, model: object, data: Data, plan: Plan, target: S
     layout, _ = choose_layout(model, config.trainer.layout, config.lora.dropout)
     budget = config.trainer.micro_batch_tokens
     stream, plain = token_plan(data.train, layout, budget)
-    token_plan([*data.heldout, *target], layout, budget)
+    token_plan(data.heldout, layout, budget)
+    token_plan(target, layout, budget)
     made = trained.prepare(session, model, stream, lambda model, layout: _network(session, model, layout))
     noun = _NOUNS[session.objective.kind]
     first, second, third = made.lines
@@ -338,7 +340,7 @@ def _references(
         engine,
         session.pretrained,
         model_hash,
-        [data.train[i] for i in sorted(visited)] + list(data.heldout) + list(target),
+        View.of((data.train, sorted(visited)), (data.heldout, None), (target, None)),
         session.log,
         session.signals.agree,
         lambda network: selfcheck.check_layout(session, network, data.train[:2]),

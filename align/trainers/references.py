@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from align.config import Config, cache_root
+from align.data.stored import View
 from align.engine.base import Engine
 from align.models.policy import Network, Policy, choose_layout, weights_hash
 from align.models.pretrained import Pretrained, from_hub
@@ -155,8 +156,8 @@ class ReferenceModels:
 
         start = time.perf_counter()
         done = cache.fill(
-            [(*e.rows, *e.extras.values()) for e in self.examples],
-            [e.source for e in self.examples],
+            View(len(self.examples), lambda i: (*self.examples[i].rows, *self.examples[i].extras.values())),
+            View(len(self.examples), lambda i: self.examples[i].source),
             self._in_precision(network),
             network.layout,
             self.config.trainer.micro_batch_tokens,

@@ -16,7 +16,7 @@ from rich.table import Table
 from align import build, checkpoint
 from align.averaging.command import run as average
 from align.config import Config, WarmConfig, derived, saved_model
-from align.data.load import fingerprint, load
+from align.data.cache import cached
 from align.data.wanted import Wanted
 from align.engine.world import by_lead
 from align.evaluate.samples import paired_bootstrap
@@ -51,9 +51,9 @@ def run(session: Session) -> int:
     """The head, the members, their average and what each of them is worth; returns the exit code."""
     config, log, t = session.config, session.log, session.config.trainer
     assert isinstance(t, WarmConfig)
-    data = load(config.data, session.tokenizer, Wanted.by(session.objective), config.seed)
+    data = cached(config.data, session.tokenizer, Wanted.by(session.objective), config.seed, session.log.say)
     session.account(data.audit)
-    hashes = {"data.train": fingerprint(data.train), "data.heldout": fingerprint(data.heldout)}
+    hashes = data.hashes
     state = resume.restore_point(session, hashes)
     if resume.nothing_left(session, state, t.members, "member"):
         return 0
