@@ -28,6 +28,7 @@ from align.data.audit import Audit
 from align.data.load import Data, load
 from align.data.sources import Source, content_hash, locate_all, table_fingerprint
 from align.data.stored import Stored, write
+from align.data.template import asks_for_date, date_of
 from align.data.wanted import Wanted
 from align.jsons import Json, Tokenizer
 
@@ -100,7 +101,6 @@ def _key(config: DataConfig, tokenizer: Tokenizer, wanted: Wanted, seed: int, sm
     if sum(map(_size, sources)) < small:
         return None
     settings = {k: v for k, v in vars(config).items() if k not in _ASIDE and not k.startswith("mixture")}
-    template = str(tokenizer.chat_template)
     told = {
         "settings": settings,
         "wanted": vars(wanted),
@@ -112,8 +112,8 @@ def _key(config: DataConfig, tokenizer: Tokenizer, wanted: Wanted, seed: int, sm
             tokenizer.all_special_tokens,
             [tokenizer.bos_token_id, tokenizer.eos_token_id],
         ],
-        "template": template,
-        "date": time.strftime("%Y-%m-%d") if "strftime_now" in template else None,
+        "template": str(tokenizer.chat_template),
+        "date": (date_of(tokenizer) or time.strftime("%Y-%m-%d")) if asks_for_date(tokenizer) else None,
         "code": _code(config, wanted),
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -17,6 +17,7 @@ from align.data.examples import Loaded, assign_mismatched, loaded, prompt_key
 from align.data.formats import parse
 from align.data.splits import Reader, num_repeated, repeated, repeats
 from align.data.stored import Stored
+from align.data.template import date_of, fix_date
 from align.data.wanted import Wanted
 from align.data.workers import num_workers
 from align.jsons import Json, Tokenizer
@@ -57,7 +58,7 @@ def load(
     """
     audit = Audit()
 
-    make = partial(_understanding, tokenizer, config, wanted, keep)
+    make = partial(_understanding, tokenizer, date_of(tokenizer), config, wanted, keep)
     parts, heldout_rows = Reader(config, make, _prompt, to_the_end, num_workers(config.workers)).splits(audit)
     repeat = repeats(config, len(parts))
     train_rows = [row for part in parts for row in part]
@@ -85,8 +86,10 @@ def load(
 
 
 def _understanding(
-    tokenizer: Tokenizer, config: DataConfig, wanted: Wanted, keep: bool
+    tokenizer: Tokenizer, day: str | None, config: DataConfig, wanted: Wanted, keep: bool
 ) -> Callable[[Json, str], Loaded]:
+    fix_date(tokenizer, day)  # of another process's copy
+
     def understand(record: Json, where: str) -> Loaded:
         return loaded(parse(record, config.open_tool_calls), where, tokenizer, config, wanted, keep)
 

@@ -10,9 +10,11 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from align.data.sources import BadRow
 from align.jsons import Fields, Json, Tokenizer
@@ -111,12 +113,15 @@ class Template:
 
     def write(self, messages: Sequence[Message], generation: bool) -> str:
         """The rendering. Raises BadRow when the template refuses."""
+        day = date_of(self.tokenizer)
+        clock = {} if day is None else {"strftime_now": datetime.fromisoformat(day).strftime}
         try:
             return self.tokenizer.apply_chat_template(
                 [self._form(message) for message in messages],
                 tools=self.tools,
                 tokenize=False,
                 add_generation_prompt=generation,
+                **clock,
             )
         except Exception as error:  # Jinja's own exceptions and what templates raise
             why = " ".join(str(error).split())
@@ -263,6 +268,25 @@ class Template:
                 as_text = [(call, json_of(call["function"]["arguments"])) for call in message["tool_calls"]]
                 message["tool_calls"] = [c | {"function": c["function"] | {"arguments": a}} for c, a in as_text]
         return message
+
+
+_DAYS: WeakKeyDictionary[Tokenizer, str] = WeakKeyDictionary()
+
+
+def fix_date(tokenizer: Tokenizer, day: str | None) -> None:
+    """Let its template take this day (2026-11-30, at midnight) for today, or None: the day it is."""
+    if day is not None:
+        _DAYS[tokenizer] = day
+
+
+def date_of(tokenizer: Tokenizer) -> str | None:
+    """The day that its template takes for today, if one was fixed."""
+    return _DAYS.get(tokenizer)
+
+
+def asks_for_date(tokenizer: Tokenizer) -> bool:
+    """Whether its template may write what day it is, as Llama 3.2's does."""
+    return "strftime_now" in str(tokenizer.chat_template)
 
 
 @lru_cache(maxsize=16)

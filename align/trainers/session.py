@@ -17,6 +17,7 @@ import torch
 from align import build, checkpoint
 from align.config import Config
 from align.data.audit import Audit
+from align.data.template import asks_for_date, fix_date
 from align.engine.world import World, join, leave
 from align.jsons import Tokenizer
 from align.models.device import pick_device, pick_precision
@@ -130,6 +131,10 @@ def _session(
     started = time.perf_counter()
     source = build.pretrained(config)
     tokenizer = source.tokenizer()
+    if asks_for_date(tokenizer):  # a run that is resumed after midnight goes on with the rows of before
+        day = world.share(out.resolved().get("date", time.strftime("%Y-%m-%d")))
+        out.resolve(date=day)
+        fix_date(tokenizer, day)
     precision, why = _precision(config, out)
     return Session(
         config, command, objective, world, out, log, signals, source, tokenizer, precision, why, started, closing

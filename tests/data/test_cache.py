@@ -15,8 +15,9 @@ import pytest
 
 from align.data import cache
 from align.data.load import fingerprint, load
+from align.data.template import fix_date
 from align.data.wanted import Wanted
-from align.models.pretrained import byte_tokenizer
+from align.models.pretrained import CHATML, byte_tokenizer
 from align.types import Example, Row
 from tests.data.helpers import settings
 
@@ -186,6 +187,26 @@ def test_a_damaged_set_is_made_again(set_up, tmp_path, name, how):
     assert made.hashes == known.hashes
     started(config, said)
     assert found(said)
+
+
+DATED = "{{ strftime_now('%d %b %Y') }}" + CHATML
+
+
+def test_a_template_takes_the_day_of_the_first_start_for_today(set_up, tmp_path):
+    """Another day is another set."""
+    asked = [{"prompt": [{"role": "user", "content": f"Q {i}"}], "chosen": "Yes.", "rejected": "No."} for i in range(9)]
+    _, said = set_up
+    config = settings(write(tmp_path / "dated.jsonl", asked), cache_dir=str(tmp_path / "cache"))
+    texts = {}
+    for day in ("2024-02-29", "2026-11-30", "2024-02-29"):
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = DATED
+        fix_date(tokenizer, day)
+        texts[day] = tokenizer.decode(started(config, said, tokenizer=tokenizer).train[0].rows[0].token_ids)
+    assert found(said)
+    assert texts["2024-02-29"].startswith("29 Feb 2024<|im_start|>user")
+    assert texts["2026-11-30"].startswith("30 Nov 2026<|im_start|>user")
+    assert byte_tokenizer().chat_template == CHATML
 
 
 def test_without_a_place_the_run_goes_on(set_up, tmp_path):
