@@ -73,17 +73,17 @@ def cached(config: DataConfig, tokenizer: Tokenizer, wanted: Wanted, seed: int, 
     with _alone(target, say) as mine:  # whoever was waited for has made it
         if mine and (found := _opened(target, say)) is not None:
             return found
-        start = time.process_time()
+        start = time.monotonic()
         data = load(config, tokenizer, wanted, seed)
         if not mine:
             return data
-        seconds = time.process_time() - start
+        seconds = time.monotonic() - start
         try:
             checkpoint.atomic_directory(target, lambda scratch: _write(scratch, data, config))
         except checkpoint.WriteFailed as error:
             say(f"data: the cache {target.parent} cannot be written, the run goes on without ({error.__cause__})")
             return data
-        say(f"data: {len(data.train)} examples rendered in {seconds:.1f} CPU s, kept in {target}")
+        say(f"data: {len(data.train)} examples rendered in {seconds:.1f} s, kept in {target}")
     # the file's examples take less memory than those of which it was made
     return _opened(target, say) or data
 

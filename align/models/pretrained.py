@@ -33,6 +33,8 @@ class Pretrained:
     tokenizer: Callable[[], Tokenizer]
     model: Callable[[], Any]
     files: Callable[[], Path] | None = None  # directory of its config and weights, fetched if need be; None: no files
+    # where these files lie on this machine, fetching nothing; None: not to be told
+    held: Callable[[], Path | None] = lambda: None
     # directory, dtype or None for its own -> the model with its buffers and, in place of weights, shapes
     skeleton: Callable[[Path, object], Any] = lambda _directory, _dtype: None
 
@@ -49,6 +51,7 @@ def smollm2() -> Pretrained:
         "SmolLM2-135M-Instruct",
         lambda: _tokenizer(directory(), {}, None),
         lambda: _model(directory(), {"use_safetensors": True}, "float32"),
+        lambda: Path(directory()),
         lambda: Path(directory()),
         lambda path, dtype: _skeleton(path, False, dtype or "float32"),
     )
@@ -87,6 +90,7 @@ def from_hub(
         lambda: _tokenizer(path, common, chat_template),
         lambda: _model(path, common | {"use_safetensors": None if allow_pickle else True}, dtype, four_bit),
         lambda: _files(path, revision),
+        lambda: _held(path, revision),
         lambda directory, wanted: _skeleton(directory, trust_remote_code, wanted or dtype),
     )
 
@@ -187,6 +191,18 @@ def _files(path: str, revision: str | None) -> Path:
 
     with _named(path):
         return Path(snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.py"]))
+
+
+def _held(path: str, revision: str | None) -> Path | None:
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError):
+        return None
 
 
 def _skeleton(directory: Path, trust_remote_code: bool, dtype: object) -> Any:

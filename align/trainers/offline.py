@@ -269,7 +269,7 @@ def _parts(
     made = _prepared(session, model, data, plan, target)
     engine = make_engine(session.config, made.network, session.precision, session.world)
     full_model = FullModel(made, engine)
-    model_hash = full_model.hash()
+    model_hash = full_model.hash(from_files=loaded is None)
     resume.check_weights(session, state, model_hash)
     references = _references(session, engine, data, plan, model_hash, loaded, target)
     reference, extra_references = references.of(session.objective)

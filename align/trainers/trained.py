@@ -5,6 +5,7 @@ and written in Hugging Face form.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from align.engine.world import by_lead, together
 from align.jsons import Json
 from align.models.device import available_bytes, memory_plan, pick_activation_checkpointing, pick_device
 from align.models.policy import Network, choose_layout, enable_activation_checkpointing, lora, weights_hash
+from align.models.remembered import key_of, recall, remember
 from align.trainers.final import write_final
 from align.trainers.session import Session
 from align.types import Layout
@@ -142,8 +144,27 @@ class FullModel:
         fill(self._copy, self.engine.weights())
         return self._copy
 
-    def hash(self) -> str:
-        """What the model's weights are, see align.models.policy.weights_hash; before anything is restored."""
+    def hash(self, from_files: bool = True) -> str:
+        """What the model's weights are, see align.models.policy.weights_hash; before anything is restored. from_files:
+        they are those of the session's model, read by this start."""
+        world = self.session.world
+        key = self._key() if from_files and world.lead else None
+        known = world.share(recall(key))
+        if known is None:
+            known = self._hash()
+            if world.lead:
+                remember(key, known)
+        return known
+
+    def _key(self) -> str | None:
+        config, model = self.session.config, self.engine.policy.model
+        dtypes = sorted({str(weight.dtype) for weight in model.parameters()})
+        kinds = type(model).__name__, type(self.engine.policy.causal_lm).__name__
+        trained = vars(config.lora), config.head.only
+        since = time.time() - self.session.seconds()
+        return key_of(self.session.pretrained.held(), since, config.model, dtypes, kinds, trained)
+
+    def _hash(self) -> str:
         world, weights = self.session.world, self.engine.weights()
         own = ((name.removeprefix("model."), w) for name, w in weights if name.startswith("model."))
         if world.lead:
