@@ -31,7 +31,7 @@ class BadRow(ValueError):
         super().__init__(message)
         self.reason = reason
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a process that reads rows tells another of it
+    def __reduce__(self) -> tuple[object, ...]:  # a process that reads rows tells another of it
         return _bad_row, (type(self), str(self), vars(self))
 
 

@@ -10,12 +10,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, overload
+from typing import TYPE_CHECKING, TypeVar, get_args, overload
 
 import numpy as np
 
+from align.jsons import Json
 from align.packing import cost
 from align.types import Example, Layout, Prompt, Row
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _FINGERPRINT = b"fingerprint"
 _PIECE = 1000  # examples of a record batch: what is in memory at once while they are written
@@ -136,7 +140,7 @@ def _pieces(examples: Iterable[Example]) -> Iterator[list[Example]]:
         yield piece
 
 
-def _columns(example: Example) -> dict[str, Any]:
+def _columns(example: Example) -> Json:
     """What the file holds of an example."""
     rows = [*example.rows, *example.extras.values()]
     ids = np.concatenate([row.token_ids for row in rows])
@@ -163,7 +167,7 @@ def _columns(example: Example) -> dict[str, Any]:
     }
 
 
-def _example(columns: dict[str, Any], i: int) -> Example:
+def _example(columns: Json, i: int) -> Example:
     """Example i of a record batch, its arrays views of the file."""
     lengths, weighted = columns["lengths"][i].as_py(), columns["weighted"][i].as_py()
     ids, targets = _view(columns["token_ids"], i), _view(columns["targets"], i).view(bool)
@@ -189,7 +193,7 @@ def _example(columns: dict[str, Any], i: int) -> Example:
     )
 
 
-def _view(column: Any, i: int) -> np.ndarray:
+def _view(column: pa.ListArray, i: int) -> np.ndarray:
     """List i of a column without a copy. It cannot be written to."""
     first, last = column.offsets[i].as_py(), column.offsets[i + 1].as_py()
     return column.values[first:last].to_numpy()
