@@ -240,6 +240,7 @@ def test_pictures_are_in_the_run(straight):
     assert (base / "mu" / "plots" / "front.png").exists()
 
 
+@pytest.mark.slow
 def test_runs_differ_by_their_composer(straight):
     last = {name: straight(name)[1]["rows"][-1]["loss/total"] for name in FAMILY}
     assert len(set(last.values())) == len(FAMILY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hydra.utils import get_class
 
 from align import build
-from align.config import compose, options
+from align.config import Config, compose, options
 from align.data.examples import assign_mismatched
 from align.data.wanted import Wanted
 from align.engine.local import LocalEngine
@@ -43,7 +44,7 @@ ONLINE = [
 ]  # fmt: skip
 CASES = [
     *OBJECTIVES,
-    *LOSSES,
+    *(pytest.param(case, marks=pytest.mark.slow) for case in LOSSES),  # each takes the pairs one by one
     *ONLINE,
     "objective=wpo objective/loss=ipo_sum",
     "objective=mix objective@objective.first=aot",
@@ -93,9 +94,14 @@ def drawn(row, seed: int):
     return replace(row, columns={name: c.astype(np.float32) for name, c in columns.items()})
 
 
+@functools.cache
+def composed(case: str) -> Config:
+    return compose(["data=everyday", *case.split()])
+
+
 def gradient_of(case: str, split: int, layout: str = "shared", shuffled: bool = False):
     """Metrics and gradient of one step of the objective, with a perturbed policy, so that it is not its reference."""
-    objective = build.objective(compose(["data=everyday", *case.split()]))
+    objective = build.objective(composed(case))
     wanted = Wanted.by(objective)
     rows = data(wanted.kind, wanted.columns, margins=wanted.margins)
     if wanted.mismatched:

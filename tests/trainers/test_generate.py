@@ -156,7 +156,10 @@ def test_a_signal_stops_between_batches_and_the_command_goes_on(base, tmp_path, 
     assert out.read_bytes() == whole
 
 
-@pytest.mark.parametrize("change", ["seed=5", "sampling.temperature=0.5", "model.seed=3", "rollout.batch_size=16", ""])
+CHANGES = ["seed=5", "sampling.temperature=0.5", "model.seed=3", "rollout.batch_size=16", ""]
+
+
+@pytest.mark.parametrize("change", mostly_slow(CHANGES, 0, 4))
 def test_other_settings_weights_or_prompts_begin_anew(tmp_path, change):
     """Left behind by one command, found by another: what comes out is what the second alone writes."""
     out, prompts = tmp_path / "out.jsonl", many(tmp_path)

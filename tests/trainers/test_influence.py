@@ -15,7 +15,7 @@ from align.engine.local import LocalEngine
 from align.models.policy import Policy, enable_activation_checkpointing, lora
 from align.trainers.influence import Directional, chosen_parameters, measure
 from align.trainers.loop import NonFinite, ReferenceModel, TrainContext, train_step
-from tests.conftest import tiny_model
+from tests.conftest import mostly_slow, tiny_model
 from tests.engine.test_local import optimizer
 from tests.trainers.test_family import TOKENIZER, data
 
@@ -103,7 +103,7 @@ def test_clipped_norms_and_chosen_weights(case):
     torch.testing.assert_close(other, plain, rtol=0, atol=1e-3 * float(plain.abs().max()))
 
 
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank", mostly_slow([0, 4], 1))
 @pytest.mark.parametrize("case", CASES)
 def test_a_difference_finds_the_products(case, rank):
     """In float32, within a thousandth of the largest."""
@@ -123,7 +123,7 @@ def stepped(case, measured, dtype=torch.float32, **more):
     return context.engine, metrics, beside.influences if beside else None
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, 1))
 def test_a_step_that_is_measured_is_the_same_step(case):
     """Bit for bit: weights, moments, metrics; and the next one, too."""
     for more in ({}, {"split": 700}, {"rank": 4}):
@@ -137,7 +137,7 @@ def test_a_step_that_is_measured_is_the_same_step(case):
             assert all(torch.equal(value, state[key]) for key, value in plain.optimizer.state[p].items())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, 1))
 def test_a_step_measures_what_is_measured_before_it(case):
     """In float32 within a thousandth of the exact ones. In float64 the curvature is left, and what transformers' norms
     round to float32."""

@@ -293,9 +293,13 @@ def of_second_round(base: Path, run: Path, *more: str) -> tuple[dict[str, Any], 
     return rows(directory / "train/metrics.jsonl")[0], of_start, of_first
 
 
-@pytest.mark.parametrize("mode", ["cached", "model", "adapter"])
-@pytest.mark.parametrize("rank", [0, 4])
-@pytest.mark.parametrize("reference", ["updated", "fixed"])
+REFERENCES = [(reference, 4, mode) for reference in ("updated", "fixed") for mode in ("cached", "model", "adapter")]
+REFERENCES += [
+    (reference, 0, mode) for reference, mode in (("updated", "cached"), ("fixed", "model"), ("fixed", "adapter"))
+]
+
+
+@pytest.mark.parametrize("reference, rank, mode", mostly_slow(REFERENCES, 0, 5, 7))
 def test_reference_is_what_the_setting_says(base, tmp_path, reference, rank, mode):
     more = [f"trainer.reference={reference}", f"lora.rank={rank}", f"reference.mode={mode}"]
     if mode == "adapter" and (rank == 0 or reference == "fixed"):
@@ -450,6 +454,7 @@ def test_complete_run_does_nothing_again(base, straight):
     assert everything(run) == before
 
 
+@pytest.mark.slow
 def test_what_binds_and_what_does_not(base, straight, tmp_path):
     """Until the first training nobody is bound: another rule learns from the same completions, other settings of
     drawing begin anew; afterwards other settings are refused."""
@@ -503,6 +508,7 @@ def test_rounds_on_other_problems_are_refused(base, tmp_path):
     assert "collect has other rows than when" in refused.said
 
 
+@pytest.mark.slow
 def test_the_best_round_is_kept_and_no_further_one_done(base, tmp_path):
     """At this rate no round changes the policy, so that the second is no better than the first."""
     whole, run = tmp_path / "whole", tmp_path / "run"

@@ -147,7 +147,7 @@ KILLED = [("dpo", where) for where in DEATHS] + [("kto", "in training"), ("kto",
 
 
 # of what it collects, of its training, of what follows
-@pytest.mark.parametrize("name,where", mostly_slow(KILLED, 3, 9, 15))
+@pytest.mark.parametrize("name,where", mostly_slow(KILLED, 3, 15))
 def test_killed_anywhere(base, straight, tmp_path, name, where):
     whole = evidence(straight(name))
     command = words(base, name, tmp_path / "run", f"reference.cache_dir={tmp_path / 'cache'}")
