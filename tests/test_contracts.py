@@ -28,7 +28,7 @@ from align.rollout.base import Rollout
 from align.tools import Tool
 from align.trainers.callbacks import Callback
 from align.types import Extras
-from tests.bench.house import asked, asked_of_parts
+from tests.bench.house import asked, asked_of_parts, circles
 from tests.conftest import plain_dpo
 
 # For each base: what a plain class of this kind must say, and a default that it then has.
@@ -300,6 +300,11 @@ def test_class_before_it_is_made():
     assert declared_by(MaxMin, PairRule, "pairs") is MaxMin
     with pytest.raises(ValueError, match="in_proces is not an attribute of a reward target; did you mean in_process"):
         declared_by(type("Mine", (), {"in_proces": True}), RewardTarget, "reward.mine")
+
+
+def test_no_modules_import_each_other():
+    """Inside functions either: a seam has two sides, and one of them knows the other."""
+    assert circles() == []
 
 
 def test_no_part_is_asked_by_name():

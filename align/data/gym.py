@@ -19,8 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from align.data import GYM
 from align.data.reasoning import TooFew, draw, unfit
-from align.data.sources import GYM
 from align.jsons import Fields, Json
 
 COLUMNS: tuple[str, ...] = ("prompt", "completion", "answer", "task", "entry")

@@ -17,10 +17,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from align.data import GYM
 from align.jsons import Json
 
 Kind = Literal["jsonl", "json", "parquet", "saved", "directory", "hub", "gym", "loader"]
-GYM = "gym:"  # before the name of a task, see align.data.gym
 _SUFFIXES: dict[str, Kind] = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"}
 
 

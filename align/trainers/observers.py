@@ -6,13 +6,11 @@ step any more. Its state is in the checkpoint, so that a kill makes no differenc
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from align import checkpoint
 from align.jsons import Fields, Json
 from align.trainers.session import Session
-from align.trainers.trained import FullModel
 
 OBSERVERS = "observers"  # their key in a checkpoint's progress; other keys are the loop's and the task's
 
@@ -117,20 +115,3 @@ def _idle(row: Fields) -> str:
     if row.get("rollout/settled_prompts") == 1:
         return "all completions of each prompt got the same reward"
     return "the gradient is 0" if row.get("optimizer/gradient_norm") == 0 else ""
-
-
-def observers_of(
-    session: Session, full_model: FullModel, num_steps: int, form: Callable[[], Json] | None = None
-) -> list[Observer]:
-    """Those that the settings ask for. full_model: what is trained; form: the reward_model.json of a reward model."""
-    t = session.config.trainer
-    out: list[Observer] = [Retention(session), StallDetector(session)]
-    if any(value is not None for value in (t.ema, t.keep_best, t.export_every, t.export_at)):
-        from align.trainers.snapshots import snapshots_of
-
-        out += snapshots_of(session, full_model, form)
-    if session.config.callbacks:
-        from align.trainers.callback_observer import CallbackObserver
-
-        out.append(CallbackObserver.by(session, full_model.engine.policy, num_steps))
-    return out

@@ -26,7 +26,7 @@ from align.trainers import resume, selfcheck, trained
 from align.trainers.final import summarise
 from align.trainers.heldout_samples import HeldoutSamples
 from align.trainers.loop import Plan, TrainContext, evaluate, reference_gap, score_rows, token_plan, train_step
-from align.trainers.observers import observers_of
+from align.trainers.observing import observers_of
 from align.trainers.references import ReferenceModels
 from align.trainers.rollouts import Rollouts
 from align.trainers.session import SelfCheckError, Session, start

@@ -26,7 +26,7 @@ from align.rewards.build import RewardHost, Rewards, components
 from align.trainers import resume, selfcheck, trained
 from align.trainers.experience import Experience
 from align.trainers.loop import Plan, ReferenceModel, TrainContext
-from align.trainers.observers import observers_of
+from align.trainers.observing import observers_of
 from align.trainers.online.heldout import Heldout
 from align.trainers.online.learner import Learner
 from align.trainers.online.probe import branching, probe_of, self_check
