@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from align import checkpoint
 from align.config import Config, differences, former, leaves, saved_settings
+from align.config.moved import settled_text
 from align.config.schema import may_change
 from align.engine.world import World, by_lead, together
 from align.files import write_atomic
@@ -86,6 +87,7 @@ class RunDirectory:
             if self.compare:
                 self._compare(config)
                 self._compare_hashes(config)
+            self._keep_text(saved)
         elif (self.path / "summary.json").exists():
             raise ValueError(
                 f"{self.path} holds a finished run without its checkpoints; give another run.dir, or remove it to "
@@ -149,6 +151,13 @@ class RunDirectory:
         stream.write(f"process {os.getpid()} on {socket.gethostname()}")
         stream.flush()
         return stream
+
+    def _keep_text(self, saved: Path) -> None:
+        """What data.text came out as, of a run of before, whose settings are written anew."""
+        path, text = self.path / "resolved.json", settled_text(saved)
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if text is not None and "text" not in known:
+            write_atomic(path, json.dumps(known | {"text": text}, indent=1) + "\n")
 
     def _compare(self, config: Config) -> None:
         changed = differences(saved_settings(self.path / "config.yaml"), config.tree)

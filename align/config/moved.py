@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,9 +37,13 @@ def former(key: str) -> str | None:
 
 
 def saved_settings(path: Path) -> DictConfig:
-    """The settings of a run, of its config.yaml, with the parts and names of today."""
+    """The settings of a run, of its config.yaml, with the parts and names of today and data.text as it came out."""
     tree = OmegaConf.load(path)
     assert isinstance(tree, DictConfig)
+    if "data" in tree and tree.data.get("text", "auto") == "auto":
+        text = settled_text(path)
+        if text is not None:
+            tree.data.text = text
     for key, value in list(leaves(tree)):
         name = RENAMED.get(key, key)
         now = _now(key, value)
@@ -57,6 +62,15 @@ def refuse_renamed(words: Sequence[str]) -> None:
         key, equals, value = word.lstrip("+~").partition("=")
         if key in RENAMED:
             raise ConfigError(f"{key}{equals}{value} has another name; use {RENAMED[key]}{equals}{value}")
+
+
+def settled_text(path: Path) -> str | None:
+    """What data.text came out as in the run of a config.yaml: plain in one from before there was a choice; None: it is
+    not known yet."""
+    if OmegaConf.select(OmegaConf.load(path), "data.text") is None:
+        return "plain"
+    found = path.with_name("resolved.json")
+    return json.loads(found.read_text()).get("text") if found.is_file() else None
 
 
 def refuse_moved(tree: DictConfig) -> None:

@@ -32,11 +32,16 @@ class SplitAudit:
     tokens: int = 0  # of all sequences, shared ones counted for each
     target_tokens: int = 0
     origins: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)  # column that nothing reads -> kept rows that fill it
+    shapes: dict[str, int] = field(default_factory=dict)  # fields and what they hold -> kept rows
+    from_texts: int = 0  # kept rows whose texts became messages
+    doubts: int = 0  # kept rows of which more may be learnt than the assistant said
 
-    def drop(self, source: str, reason: str, detail: str) -> None:
-        """Count one row that is not used."""
+    def drop(self, source: str, reason: str, detail: str, column: str = "") -> None:
+        """Count one row that is not used. column: the one that nothing reads, for which it is not used."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        self.dropped_rows.append({"source": source, "reason": reason, "detail": detail})
+        found = {"source": source, "reason": reason, "detail": detail}
+        self.dropped_rows.append(found | ({"column": column} if column else {}))
 
 
 @dataclass
@@ -80,6 +85,30 @@ class Audit:
                 f"data {name}: {split.rows_in} rows in = {split.rows_kept} kept{cut} + "
                 f"{sum(split.dropped.values())} dropped ({dropped}){again}{more}; {what} tokens"
             )
+        out += _told("train", self.train) + _told("held-out", self.heldout)
         if self.prompts_in_both:
             out.append(f"data warning: {self.prompts_in_both} held-out prompts also stand in the training data")
         return out
+
+
+def _told(name: str, split: SplitAudit) -> list[str]:
+    """What is read otherwise than it came, or not at all."""
+    out = []
+    if split.unread:
+        listed = ", ".join(f"{column} ({rows} rows)" for column, rows in split.unread.items())
+        out.append(
+            f"data {name}: not read: {listed}; data.columns.NAME=COLUMN reads one, data.ignore=[COLUMN] hides it"
+        )
+    if len(split.shapes) > 1:
+        listed = "; ".join(f"{rows} {shape}" for shape, rows in sorted(split.shapes.items(), key=lambda s: -s[1]))
+        out.append(f"data {name}: rows of {len(split.shapes)} shapes: {listed}")
+    if split.from_texts:
+        out.append(
+            f"data {name}: {split.from_texts} rows of texts are written by the chat template, as a user's and an "
+            "assistant's messages; data.text=plain learns them as they stand"
+        )
+    if split.doubts:
+        out.append(
+            f"data warning: {split.doubts} {name} rows may hold more than the assistant said; see align data check"
+        )
+    return out

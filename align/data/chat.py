@@ -177,6 +177,12 @@ def between_turns(
     return _encode(Texts(tokenizer), layout.text, cuts, [turn.end if ended else turn.end_start, len(layout.text)])[0]
 
 
+def control_token(tokenizer: Tokenizer, text: str) -> str:
+    """The first control token whose text stands in a text; "" for none."""
+    found = _special(tokenizer).search(text)
+    return found.group() if found else ""
+
+
 def terminator(tokenizer: Tokenizer) -> str:
     """What the chat template writes for the end of the assistant's turn; "" for nothing."""
     return Template.of(tokenizer).habits.last_end

@@ -15,10 +15,12 @@ import numpy as np
 
 from align.config import DataConfig
 from align.data.audit import NOT_USED
-from align.data.chat import Rendering, Span, Texts, prompt_ids, render, render_text
-from align.data.formats import Dialogue, Message, Record, Tokenised
+from align.data.chat import Rendering, Span, Texts, control_token, prompt_ids, render, render_text
+from align.data.formats import Dialogue, Message, Record, Tokenised, parse
 from align.data.margins import margin_numbers
 from align.data.sources import BadRow, NotUsed
+from align.data.suspects import check, refuse_open
+from align.data.unread import unread, with_cure
 from align.data.wanted import Wanted
 from align.jsons import Json, Tokenizer
 from align.packing import common_prefix_length
@@ -39,6 +41,67 @@ class Loaded:
     truncated: int  # messages cut off by data.overlong=truncate_turns
     examples: tuple[Example, ...]
     chat: bool = True  # written by the chat template; False: plain texts
+    from_text: bool = False  # so written, though the row holds texts
+    unread: tuple[str, ...] = ()  # columns
+    shape: str = ""  # see formats.Record
+    doubt: str = ""  # whether what is learnt is what the assistant said, see suspects.py
+
+
+def understood(
+    row: Json, source: str, tokenizer: Tokenizer, config: DataConfig, wanted: Wanted, keep: bool = False
+) -> Loaded:
+    """A row as it came, read and rendered. Raises BadRow for one that cannot be used, with what would cure it, and
+    ValueError for a kind of data that the objective cannot use."""
+    row = {name: value for name, value in row.items() if name not in config.ignore}
+    try:
+        record = parse(row, config.open_tool_calls)
+    except BadRow as bad:
+        raise with_cure(bad, row) from None
+    left = unread(record)
+    doubt = check(record)
+    made = in_chat(record, tokenizer, config.text)
+    found = loaded(made, source, tokenizer, config, wanted, keep)
+    return replace(found, from_text=made is not record, unread=left, shape=record.shape, doubt=doubt)
+
+
+def in_chat(record: Record, tokenizer: Tokenizer, text: str) -> Record:
+    """The record with texts as a user's and an assistant's messages, where data.text says so; itself where it has
+    none. A text that nobody has taken apart stays one."""
+    sides = {name: as_chat(side, tokenizer, text) for name, side in record.sides.items()}
+    return record if sides == record.sides else replace(record, sides=sides)
+
+
+def as_chat(side: Dialogue | Tokenised, tokenizer: Tokenizer, text: str) -> Dialogue | Tokenised:
+    """The same of one conversation. Raises BadRow for a text that has no place in a chat or in plain text."""
+    if not isinstance(side, Dialogue) or not isinstance(side.prompt, str) or not isinstance(side.completion, str):
+        return side
+    if side.whole or not written_as_chat(tokenizer, text) or not side.prompt.strip():
+        for name, said in (("system", side.system), ("tools", side.tools)):
+            if said:
+                cure = f"data.columns.prompt=[{name},prompt]" if name == "system" else "data.ignore=[tools]"
+                raise BadRow(name, f"the column {name} has no place beside plain texts; give messages, or use {cure}")
+        return side
+    for name, said in (("the prompt", side.prompt), ("the answer", side.completion)):
+        token = control_token(tokenizer, said)
+        if token:
+            raise BadRow(
+                "control_token",
+                f"{name} holds the control token {token}: a chat template has written it, and would again; use "
+                "data.text=plain",
+            )
+    if text == "auto":
+        refuse_open(side.prompt)
+    opening = [{"role": "system", "content": side.system}] if side.system else []
+    # the space before an answer joins two plain texts
+    answer = {"role": "assistant", "content": side.completion.lstrip()}
+    return replace(side, prompt=(*opening, {"role": "user", "content": side.prompt}), completion=(answer,), system="")
+
+
+def written_as_chat(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether texts are to be written by the chat template. Raises ValueError for data.text=chat without one."""
+    if text == "chat" and not tokenizer.chat_template:
+        raise ValueError("data.text=chat: the tokenizer has no chat template; use data.text=plain or auto")
+    return text == "chat" or (text == "auto" and bool(tokenizer.chat_template))
 
 
 def loaded(record: Record, source: str, tokenizer: Tokenizer, config: DataConfig, wanted: Wanted, keep: bool) -> Loaded:
@@ -63,6 +126,9 @@ def loaded(record: Record, source: str, tokenizer: Tokenizer, config: DataConfig
         if not rendering.row.targets.any():
             raise BadRow("no_target", f"{name} has no token to learn from; give an answer, or a weight above 0")
         renderings[name] = rendering
+    if not config.empty_prompts:
+        for name, side in record.sides.items():
+            _check_prompt(record.kind, side, renderings[name], tokenizer)
     for one, other in pairwise(renderings) if record.kind in ("pair", "ranked") else ():
         if np.array_equal(renderings[one].row.token_ids, renderings[other].row.token_ids):
             if truncated:
@@ -99,6 +165,22 @@ def _rendering(side: Dialogue | Tokenised, texts: Texts, config: DataConfig) -> 
         target_roles=roles,
         texts=texts,
     )
+
+
+def _check_prompt(kind: Kind, side: Dialogue | Tokenised, rendering: Rendering, tokenizer: Tokenizer) -> None:
+    """Raises BadRow for a row that answers nothing; a text to imitate has no prompt by nature."""
+    if isinstance(side, Tokenised):
+        empty = rendering.row.token_ids[: rendering.prompt_length].tolist() == [tokenizer.bos_token_id]
+    elif isinstance(side.prompt, str):
+        empty = not side.prompt.strip() and not (kind == "single" and side.whole)
+    else:
+        empty = not any((m.get("content") or "").strip() for m in side.prompt if m["role"] != "system")
+    if empty:
+        raise BadRow(
+            "empty_prompt",
+            "the row has no prompt: its answers would be learnt as if nobody had asked; name the column that holds it "
+            "with data.columns.prompt=COLUMN, or set data.empty_prompts=true",
+        )
 
 
 def _whole(side: Dialogue | Tokenised) -> Dialogue | Tokenised:

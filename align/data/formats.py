@@ -1,24 +1,26 @@
 """A row of a data file to a Record: the field's formats, and every reason for which a row is refused.
 
-Knows JSON and roles; tokens and templates are chat.py's, what an objective wants of a record is examples.py's.
+Knows JSON and roles; tokens and templates are chat.py's, what an objective wants of a record is examples.py's, the many
+ways to write the same row are shapes.py's.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from align.data.margins import FIELDS
+from align.data.shapes import shaped
 from align.data.sources import BadRow
 from align.data.template import REASONING
 from align.jsons import Fields, Json
 from align.types import Kind
 
 Message = Json
+_Tools = tuple[Fields, ...] | None
 ROLES = ("system", "user", "assistant", "tool")
-_SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Dialogue:
     completion: str | tuple[Message, ...]
     finished: bool = True  # false: cut off, no end of turn is learnt
     tools: tuple[Fields, ...] | None = None
+    system: str = ""  # beside a prompt that is a text
+    whole: bool = False  # one text that nobody has taken apart: prompt and completion are its beginning and its rest
 
     @property
     def question(self) -> str:
@@ -59,6 +63,8 @@ class Record:
     rationale: str | None = None
     numbers: dict[str, float] = field(default_factory=dict)
     by_component: Json = field(default_factory=dict)  # as they stand, for who reads them: margins.py
+    unread: Json = field(default_factory=dict)  # fields that hold something and say nothing to a record of this kind
+    shape: str = ""  # the fields that made it, and what they hold: of one file usually all the same
 
 
 def parse(record: Json, open_tool_calls: bool = False) -> Record:
@@ -72,20 +78,22 @@ def parse(record: Json, open_tool_calls: bool = False) -> Record:
     Each conversation may be {"token_ids", "spans"} instead. Optional: tools, origin, numbers, rationale, *_finished;
     of pairs margins, scores and weights by component. open_tool_calls: a last message may call tools. Raises BadRow.
     """
-    record = _renamed(record)
+    record = shaped(record)
     tools = _tools(record.get("tools"))
+    read: tuple[str, ...] = ("chosen", "rejected", "prompt", "chosen_finished", "rejected_finished")
     if "chosen" in record or "rejected" in record:
         kind: Kind = "pair"
         sides = _pair(record, tools, open_tool_calls)
     elif "ranked" in record:
-        kind = "ranked"
+        kind, read = "ranked", ("prompt", "ranked")
         sides = _ranked(record, tools, open_tool_calls)
     elif {"prompt_chosen", "prompt_rejected"} & record.keys():
-        kind = "pair"
+        kind, read = "pair", ("prompt_chosen", "prompt_rejected", "completion", "finished")
         sides = _prompt_pair(record, tools, open_tool_calls)
     else:
         kind = "labelled" if "label" in record else "single"
-        sides = {"row": _single(record, tools, open_tool_calls)}
+        row, read = _single(record, tools, open_tool_calls)
+        sides, read = {"row": row}, (*read, "finished", *(("label",) if kind == "labelled" else ()))
     label = record.get("label")
     if kind == "labelled" and not isinstance(label, bool):
         raise BadRow("wrong_type", f"label must be true or false, found {json.dumps(label, default=str)}")
@@ -97,32 +105,39 @@ def parse(record: Json, open_tool_calls: bool = False) -> Record:
         _optional_text(record, "rationale"),
         _numbers(record.get("numbers")),
         {name: record[name] for name in FIELDS if record.get(name) is not None},
+        _unread(record, read, sides),
+        _shape(record, read),
     )
 
 
-def _renamed(record: Json) -> Json:
-    """ShareGPT's field and role names as ours; messages without fields that hold nothing."""
-    if "conversations" in record and "messages" not in record:
-        record = {("messages" if k == "conversations" else k): v for k, v in record.items()}
-    out = {}
-    for key, value in record.items():
-        if isinstance(value, list) and value and all(isinstance(m, dict) for m in value):
-            if all({"from", "value"} <= m.keys() for m in value):
-                value = [{"role": _SHAREGPT.get(str(m["from"]), m["from"]), "content": m["value"]} for m in value]
-            # data sets in columns fill each message up with null: two that say the same are to be equal
-            value = [{k: v for k, v in m.items() if k in ("role", "content") or v not in (None, [])} for m in value]
-        out[key] = value
-    return out
+def _unread(record: Json, read: Sequence[str], sides: Mapping[str, Dialogue | Tokenised]) -> Json:
+    """Fields that hold something and that nothing was taken from."""
+    dialogues = [side for side in sides.values() if isinstance(side, Dialogue)]
+    # a conversation in tokens was written with its tools
+    also = {"tools"} if any(side.tools for side in dialogues) or len(dialogues) < len(sides) else set()
+    also |= {"system"} if any(side.system for side in dialogues) else set()
+    also |= {name for name in FIELDS if isinstance(record.get(name), dict)}
+    known = {*read, *also, "origin", "rationale", "numbers"}
+    return {name: value for name, value in record.items() if name not in known and value not in (None, "", [], {})}
+
+
+def _shape(record: Json, read: Sequence[str]) -> str:
+    """For people: prompt, chosen and rejected as messages."""
+    names = [name for name in read if name in record and not name.endswith("finished") and name != "spans"]
+    kinds = {str: "texts", list: "messages", dict: "tokens"}
+    held = sorted({kinds[type(record[name])] for name in names if type(record[name]) in kinds and name != "token_ids"})
+    return " and ".join(filter(None, (", ".join(names), ""))) + (f" as {' and '.join(held)}" if held else "")
 
 
 # ---------------------------------------------------------------------- the three kinds
 
 
-def _pair(record: Json, tools: object, open_tool_calls: bool) -> dict[str, Dialogue | Tokenised]:
+def _pair(record: Json, tools: _Tools, open_tool_calls: bool) -> dict[str, Dialogue | Tokenised]:
     for name in ("chosen", "rejected"):
         if name not in record:
             raise BadRow("missing_field", f"the field {name!r} is missing; a pair needs chosen and rejected")
-    if isinstance(record["chosen"], dict) or isinstance(record["rejected"], dict):
+    answers = [record[name] for name in ("chosen", "rejected")]
+    if any(isinstance(answer, dict) and "token_ids" in answer for answer in answers):
         sides = {name: _tokenised(record[name], name) for name in ("chosen", "rejected")}
         beginnings = [side.token_ids[: _first_target(side)] for side in sides.values()]
         if beginnings[0] != beginnings[1]:
@@ -133,7 +148,8 @@ def _pair(record: Json, tools: object, open_tool_calls: bool) -> dict[str, Dialo
         raise BadRow("identical", "chosen and rejected are the same; remove the row or mend one of them")
     out: dict[str, Dialogue | Tokenised] = {}
     for name, completion in (("chosen", chosen), ("rejected", rejected)):
-        out[name] = _dialogue(name, prompt, completion, _finished(record, f"{name}_finished"), tools, open_tool_calls)
+        side = _dialogue(name, prompt, completion, _finished(record, f"{name}_finished"), tools, open_tool_calls)
+        out[name] = replace(side, system=_optional_text(record, "system") or "", whole=record.get("prompt") is None)
     return out
 
 
@@ -169,7 +185,7 @@ def _common(record: Json) -> tuple[Any, Any, Any]:
     return prompt, chosen, rejected
 
 
-def _prompt_pair(record: Json, tools: object, open_tool_calls: bool) -> dict[str, Dialogue | Tokenised]:
+def _prompt_pair(record: Json, tools: _Tools, open_tool_calls: bool) -> dict[str, Dialogue | Tokenised]:
     """One answer to two prompts, the first of which it fits better (multi-instruction preference)."""
     out: dict[str, Dialogue | Tokenised] = {}
     for name in ("chosen", "rejected"):
@@ -186,7 +202,7 @@ def _prompt_pair(record: Json, tools: object, open_tool_calls: bool) -> dict[str
     return out
 
 
-def _ranked(record: Json, tools: object, open_tool_calls: bool) -> dict[str, Dialogue | Tokenised]:
+def _ranked(record: Json, tools: _Tools, open_tool_calls: bool) -> dict[str, Dialogue | Tokenised]:
     listed = record["ranked"]
     if not isinstance(listed, list) or len(listed) < 2:
         raise BadRow("wrong_type", "ranked must be a list of two or more answers, the best first")
@@ -194,27 +210,29 @@ def _ranked(record: Json, tools: object, open_tool_calls: bool) -> dict[str, Dia
         raise BadRow("missing_field", "the field 'prompt' is missing; a ranked list needs prompt and ranked")
     out: dict[str, Dialogue | Tokenised] = {}
     for number, completion in enumerate(listed, 1):
-        row = {"prompt": record["prompt"], "completion": completion}
-        out[f"rank_{number}"] = _single(row, tools, open_tool_calls)
+        row = {name: record[name] for name in ("prompt", "system") if name in record} | {"completion": completion}
+        out[f"rank_{number}"], _ = _single(row, tools, open_tool_calls)
     return out
 
 
-def _single(record: Json, tools: object, open_tool_calls: bool) -> Dialogue | Tokenised:
+def _single(record: Json, tools: _Tools, open_tool_calls: bool) -> tuple[Dialogue | Tokenised, tuple[str, ...]]:
+    """The one conversation of a row, and the fields that hold it."""
     finished = _finished(record, "finished")
     if "token_ids" in record:
-        return _tokenised(record, "the row")
+        return _tokenised(record, "the row"), ("token_ids", "spans", "messages")
     if "messages" in record:
         _check_type("messages", record["messages"])
         messages = record["messages"]
         if isinstance(messages, str):
             raise BadRow("wrong_type", "messages must be a list of messages, found str")
         first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
-        return _dialogue("messages", messages[:first], messages[first:], finished, tools, open_tool_calls)
+        dialogue = _dialogue("messages", messages[:first], messages[first:], finished, tools, open_tool_calls)
+        return dialogue, ("messages",)
     if "text" in record:
         _check_type("text", record["text"])
         if not isinstance(record["text"], str):
             raise BadRow("wrong_type", "text must be a string, found list")
-        return _dialogue("text", "", record["text"], finished, None, False)
+        return replace(_dialogue("text", "", record["text"], finished, None, False), whole=True), ("text",)
     for name in ("prompt", "completion"):
         if name not in record:
             raise BadRow(
@@ -227,14 +245,22 @@ def _single(record: Json, tools: object, open_tool_calls: bool) -> Dialogue | To
         completion = _as_answer(completion)
     if type(prompt) is not type(completion):
         raise BadRow("wrong_type", "prompt and completion must both be strings or both be lists of messages")
-    return _dialogue("completion", prompt, completion, finished, tools, open_tool_calls)
+    dialogue = _dialogue("completion", prompt, completion, finished, tools, open_tool_calls)
+    return replace(dialogue, system=_optional_text(record, "system") or ""), ("prompt", "completion")
 
 
-def _dialogue(name: str, prompt: Any, completion: Any, finished: bool, tools: Any, open_tool_calls: bool) -> Dialogue:
+def _dialogue(
+    name: str,
+    prompt: Any,
+    completion: Any,
+    finished: bool,
+    tools: _Tools,
+    open_tool_calls: bool,
+) -> Dialogue:
     if isinstance(completion, str):
         if not completion.strip():
             raise BadRow("empty_completion", f"{name} is empty; remove the row or write an answer")
-        return Dialogue(prompt, completion, finished, None)
+        return Dialogue(prompt, completion, finished, tools)
     _check_order(name, prompt, completion)
     _check_tools(name, [*prompt, *completion], open_tool_calls)
     return Dialogue(tuple(prompt), tuple(completion), finished, tools)
@@ -312,6 +338,7 @@ def _check_type(name: str, value: object, optional: bool = False) -> None:
         return
     if not isinstance(value, (str, list)):
         found = "null" if value is None else type(value).__name__
+        found += f" of {', '.join(map(str, value))}" if isinstance(value, dict) and value else ""
         raise BadRow("wrong_type", f"{name} must be a string or a list of messages, found {found}")
     if isinstance(value, str):
         _check_text(name, value)

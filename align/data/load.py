@@ -13,8 +13,7 @@ import numpy as np
 
 from align.config import DataConfig
 from align.data.audit import Audit, SplitAudit
-from align.data.examples import Loaded, assign_mismatched, loaded, prompt_key
-from align.data.formats import parse
+from align.data.examples import Loaded, assign_mismatched, prompt_key, understood
 from align.data.splits import Reader, num_repeated, repeated, repeats
 from align.data.stored import Stored
 from align.data.template import date_of, fix_date
@@ -60,6 +59,10 @@ def load(
 
     make = partial(_understanding, tokenizer, date_of(tokenizer), config, wanted, keep)
     parts, heldout_rows = Reader(config, make, _prompt, to_the_end, num_workers(config.workers)).splits(audit)
+    for split, rows in ((audit.train, [row for part in parts for row in part]), (audit.heldout, heldout_rows)):
+        _tell(split, rows)
+        if not to_the_end:
+            refuse_doubts(split, rows, config.max_bad_fraction)
     repeat = repeats(config, len(parts))
     train_rows = [row for part in parts for row in part]
     by_source = [
@@ -91,7 +94,7 @@ def _understanding(
     fix_date(tokenizer, day)  # of another process's copy
 
     def understand(record: Json, where: str) -> Loaded:
-        return loaded(parse(record, config.open_tool_calls), where, tokenizer, config, wanted, keep)
+        return understood(record, where, tokenizer, config, wanted, keep)
 
     return understand
 
@@ -127,6 +130,24 @@ def _account(audit: SplitAudit, rows: list[Loaded], examples: list[Example]) -> 
     sequences = [row for e in examples for row in e.rows]
     audit.tokens = sum(len(row.token_ids) for row in sequences)
     audit.target_tokens = sum(int(row.targets.sum()) for row in sequences)
+
+
+def _tell(audit: SplitAudit, rows: Sequence[Loaded]) -> None:
+    audit.unread = dict(Counter(name for row in rows for name in row.unread))
+    audit.shapes = dict(Counter(row.shape for row in rows))
+    audit.from_texts = sum(row.from_text for row in rows)
+    audit.doubts = sum(bool(row.doubt) for row in rows)
+
+
+def refuse_doubts(audit: SplitAudit, rows: Sequence[Loaded], fraction: float) -> None:
+    """Raises ValueError if more rows than data.max_bad_fraction may hold what the assistant did not say: a few may
+    well be answers that were asked for."""
+    if audit.doubts > fraction * len(rows):
+        first = next(row for row in rows if row.doubt)
+        raise ValueError(
+            f"{first.source}: {first.doubt}. {audit.doubts} of {len(rows)} rows do, more than "
+            f"data.max_bad_fraction={fraction}; mend them, or raise it where they are meant"
+        )
 
 
 def _prompt(row: Loaded) -> Sequence[int]:

@@ -13,14 +13,17 @@ from dataclasses import dataclass, field
 from align.config import DataConfig
 from align.data.audit import Audit, SplitAudit
 from align.data.chat import prompt_ids
+from align.data.examples import as_chat
 from align.data.formats import Dialogue, Message, Tokenised, parse
+from align.data.shapes import shaped
 from align.data.sources import BadRow
 from align.data.splits import Reader, num_repeated, repeated, repeats
+from align.data.unread import refuse_unasked, with_cure
 from align.jsons import Fields, Json, Tokenizer
 
 _ANSWER = "."  # stands for the answer that is to be written, so that the checks of answered rows serve
 _PAIR = {"chosen", "rejected", "prompt_chosen", "prompt_rejected"}
-_PROMPT_COLUMNS = ("prompt", "messages", "conversations")
+_PROMPT_COLUMNS = ("prompt", "messages", "conversations", "conversation")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class PromptRow:
     text: str  # the plain prompt, or the last user message
     messages: tuple[Message, ...] | None = None  # None for plain text, and for rows that came as tokens
     fields: Fields = field(default_factory=dict)  # the row's other columns, such as answer and tools
+    from_text: bool = False  # a message that was a text in its row
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,9 @@ class Prompts:
 def load_prompts(config: DataConfig, tokenizer: Tokenizer, max_new_tokens: int, seed: int = 0) -> Prompts:
     """The prompts of both splits, repeated ones included and counted.
 
-    A row is {"prompt": text}, which has no chat template, {"prompt": [messages]}, {"messages": [messages]}, whose last
-    assistant message is left out, or any row that formats.parse understands, of which the prompt is taken.
+    A row is {"prompt": text}, which data.text makes a user's message or leaves as it stands, {"prompt": [messages]},
+    {"messages": [messages]}, whose last assistant message is left out, or any row that formats.parse understands, of
+    which the prompt is taken.
     A prompt is too long when it and max_new_tokens are more than data.max_tokens; data.overlong=truncate_turns leaves
     it out as drop does: a shorter one would ask something else. seed: of the part that a fraction in data.repeat takes.
     Raises ValueError as Reader.splits does.
@@ -55,7 +60,7 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer, max_new_tokens: int, 
     audit = Audit(prompts_only=True)
 
     def understand(record: Json, where: str) -> PromptRow:
-        return _row(record, where, tokenizer, config.max_tokens, max_new_tokens)
+        return _row(record, where, tokenizer, config, max_new_tokens)
 
     parts, heldout = Reader(config, lambda: understand, lambda row: row.token_ids).splits(audit)
     times = repeats(config, len(parts))
@@ -77,8 +82,14 @@ def prompts_fingerprint(rows: Sequence[PromptRow]) -> str:
     return digest.hexdigest()
 
 
-def _row(record: Json, where: str, tokenizer: Tokenizer, max_tokens: int, max_new_tokens: int) -> PromptRow:
-    side = _answered(record)
+def _row(record: Json, where: str, tokenizer: Tokenizer, config: DataConfig, max_new_tokens: int) -> PromptRow:
+    try:
+        refuse_unasked(record, config.ignore)
+        given = _answered(record)
+        side = as_chat(given, tokenizer, config.text)
+    except BadRow as bad:
+        raise with_cure(bad, record) from None
+    max_tokens = config.max_tokens
     own = _PROMPT_COLUMNS if isinstance(side, Dialogue) else (*_PROMPT_COLUMNS, "token_ids", "spans")
     fields = {key: value for key, value in record.items() if key not in own}
     if isinstance(side, Tokenised):
@@ -99,30 +110,32 @@ def _row(record: Json, where: str, tokenizer: Tokenizer, max_tokens: int, max_ne
             f"the prompt has {len(ids)} tokens, with max_new_tokens={max_new_tokens} it needs data.max_tokens="
             f"{len(ids) + max_new_tokens} or more, which is {max_tokens}; raise it or shorten the prompt",
         )
-    return PromptRow(where, ids, side.question, messages, fields)
+    return PromptRow(where, ids, side.question, messages, fields, side is not given)
 
 
 def _answered(record: Json) -> Dialogue | Tokenised:
     """The row as if its prompt had an answer; the fields are looked for in formats.parse's order. Raises BadRow."""
-    if _PAIR & record.keys() or {"token_ids", "spans"} <= record.keys():
+    row = shaped(record)
+    if _PAIR & row.keys() or {"token_ids", "spans"} <= row.keys():
         sides = parse(record, open_tool_calls=True).sides
         return sides["row"] if "row" in sides else sides["chosen"]
-    name = next((name for name in ("messages", "conversations", "prompt") if name in record), None)
+    name = next((name for name in ("messages", "prompt") if name in row), None)
     if name is None:
         raise BadRow(
             "missing_field",
             "the field 'prompt' is missing; a row needs prompt (a text, or a list of messages) or messages",
         )
-    prompt = record[name]
+    prompt = row[name]
     if name != "prompt":
         if not isinstance(prompt, list):
             raise BadRow("wrong_type", f"{name} must be a list of messages, found {type(prompt).__name__}")
         last = prompt[-1] if prompt and isinstance(prompt[-1], dict) else {}
-        if last.get("role", last.get("from")) in ("assistant", "gpt"):
+        if last.get("role") == "assistant":
             prompt = prompt[:-1]
     if isinstance(prompt, list) and prompt and all(isinstance(m, dict) and m.get("role") == "system" for m in prompt):
         raise BadRow("empty_prompt", f"{name} has no user message; an answer needs a question")
-    return parse({"prompt": prompt, "completion": _ANSWER, "tools": record.get("tools")}).sides["row"]
+    asked = {"prompt": prompt, "completion": _ANSWER, "tools": row.get("tools"), "system": row.get("system")}
+    return parse(asked).sides["row"]
 
 
 def _account(audit: SplitAudit, rows: Sequence[PromptRow], used: Sequence[PromptRow]) -> None:
@@ -131,3 +144,4 @@ def _account(audit: SplitAudit, rows: Sequence[PromptRow], used: Sequence[Prompt
     audit.repeated_prompts = num_repeated(row.token_ids for row in rows)
     audit.examples = len(used)
     audit.tokens = sum(len(row.token_ids) for row in used)
+    audit.from_texts = sum(row.from_text for row in rows)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from align.data.formats import Message, parse
+from align.data.shapes import conversation
 from align.data.sources import BadRow, Source, content_hash, locate, read
 from align.jsons import Fields, Json
 
@@ -134,7 +135,7 @@ def file_and_origin(name: str) -> tuple[str, str]:
 
 
 def _scored(record: Json, where: str, origin: str) -> Scored:
-    prompt = record.get("prompt")
+    prompt = conversation(record.get("prompt"))
     if not isinstance(prompt, (str, list)):
         found = "nothing" if prompt is None else type(prompt).__name__
         raise BadRow("wrong_type", f"prompt must be a string or a list of messages, found {found}")
@@ -146,6 +147,7 @@ def _samples(record: Json, prompt: object, tools: object, where: str, origin: st
     many, one = record.get("completions"), record.get("completion")
     if (many is None) == (one is None):
         raise BadRow("missing_field", "give either completions, a list, or completion and score, one sample a row")
+    one = conversation(one)
     if one is not None:
         many = [{**record, ("text" if isinstance(one, str) else "messages"): one}]
     if not isinstance(many, list):
@@ -173,7 +175,7 @@ def _sample(item: object, prompt: object, tools: object, where: str, origin: str
         ids, spans = _joined(item["prompt_ids"], ids)
     if (ids is None) != (spans is None):
         raise BadRow("missing_field", "token_ids and spans belong together; one of them is missing")
-    completion = messages if text is None else text
+    completion = conversation(messages if text is None else text)
     if completion is None and ids is None:
         raise BadRow("missing_field", "nothing is written; give text, messages, or token_ids with spans")
     if completion is not None:

@@ -6,9 +6,13 @@ What a row means is pairs.py's; here a row is only readable or not.
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
+import io
 import json
 import os
+import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,8 +24,12 @@ from typing import Any, Literal
 from align.data import GYM
 from align.jsons import Json
 
-Kind = Literal["jsonl", "json", "parquet", "saved", "directory", "hub", "gym", "loader"]
-_SUFFIXES: dict[str, Kind] = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"}
+Kind = Literal["jsonl", "json", "csv", "parquet", "saved", "directory", "hub", "gym", "loader"]
+_SUFFIXES: dict[str, Kind] = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_PACKED = (".gz", ".zst")  # after one of them but Parquet's, which packs its columns itself
+_LONGEST_CELL = 1 << 30
+# Words of a file's or a folder's name that say which split it holds, as in data sets on the hub.
+_SPLITS = {"train": "train|training", "test": "test|testing|eval|evaluation", "validation": "validation|valid|dev|val"}
 
 
 class BadRow(ValueError):
@@ -55,6 +63,14 @@ class Source:
     loader: str | None = None  # dotted path of the user's own
 
 
+def _file_kind(path: Path) -> Kind | None:
+    """What a file's name says that it holds; None for a name that says nothing we know."""
+    if path.suffix in _PACKED:
+        kind = _SUFFIXES.get(path.with_suffix("").suffix)
+        return None if kind == "parquet" else kind
+    return _SUFFIXES.get(path.suffix)
+
+
 def locate_all(names: Any, key: str, loader: str | None = None) -> list[Source]:
     """The sources that the setting `key` means: one name or a list. Raises ValueError; reads nothing.
 
@@ -78,19 +94,23 @@ def locate(name: str) -> Source:
     if name.startswith("align:"):
         here = Path(__file__).parent
         path = (here / name.removeprefix("align:")).resolve()
-        if not path.is_file() or path.suffix not in _SUFFIXES or not path.is_relative_to(here.resolve()):
+        kind = _file_kind(path)
+        if not path.is_file() or kind is None or not path.is_relative_to(here.resolve()):
             raise ValueError(f"{name}: no such data file ships with the package")
-        return Source(name, _SUFFIXES[path.suffix], path)
+        return Source(name, kind, path)
     path = Path(os.path.expanduser(name))  # leaves ~nobody as it is, where Path.expanduser raises
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             return Source(name, "saved", path)
         return Source(name, "directory", path)
+    kind = _file_kind(path)
     if path.is_file():
-        if path.suffix not in _SUFFIXES:
-            raise ValueError(f"{name}: unknown kind of file; use .jsonl, .json or .parquet")
-        return Source(name, _SUFFIXES[path.suffix], path)
-    looks_like_path = path.suffix in _SUFFIXES or path.is_absolute() or name.startswith((".", "~"))
+        if kind is None:
+            raise ValueError(
+                f"{name}: unknown kind of file; use .jsonl, .json, .csv (each also with .gz or .zst) or .parquet"
+            )
+        return Source(name, kind, path)
+    looks_like_path = kind is not None or path.is_absolute() or name.startswith((".", "~"))
     if looks_like_path or name.count("/") > 1:
         raise ValueError(f"{name}: no such file; give an existing file or directory, or a hub data set")
     return Source(name, "hub", None)
@@ -105,6 +125,11 @@ def read(source: Source) -> Iterator[tuple[str, Json | BadRow]]:
         yield from _jsonl(source)
     elif source.kind == "json":
         yield from _json(source)
+    elif source.kind == "csv":
+        yield from _csv(source)
+    elif source.kind == "directory" and (files := _own_files(source)):
+        for file in files:
+            yield from read(file)
     elif source.kind == "loader":
         yield from _loaded(source)
     elif source.kind == "gym":
@@ -123,7 +148,7 @@ def columns(source: Source) -> Iterator[set[str]] | None:
 
     Of tables the names are read, without their rows, and without the package that loads them.
     """
-    if source.kind in ("jsonl", "json"):
+    if source.kind in ("jsonl", "json", "csv"):
         return (set(row) for _, row in read(source) if isinstance(row, dict))
     if source.kind == "gym":
         from align.data import gym
@@ -143,16 +168,45 @@ def columns(source: Source) -> Iterator[set[str]] | None:
 
 
 def _file_columns(file: Path) -> Iterator[set[str]] | None:
-    if file.suffix in (".jsonl", ".json"):
-        return columns(Source(str(file), _SUFFIXES[file.suffix], file))
+    kind = _file_kind(file)
+    if kind is not None and kind != "parquet":
+        return columns(Source(str(file), kind, file))
     with suppress(Exception):  # of a damaged file the one who loads it tells
         if file.suffix == ".parquet":
             from pyarrow.parquet import read_schema
 
             return iter([set(read_schema(file).names)])
-        if file.suffix == ".csv":
-            with file.open(encoding="utf-8-sig", newline="") as stream:
-                return iter([set(next(csv.reader(stream)))])
+    return None
+
+
+def _own_files(source: Source) -> list[Source]:
+    """The files of the split train of a folder, if all that hold rows are read here: a table would guess types and
+    make a date of a text. Empty for a folder that is left to the package that reads tables.
+
+    A folder whose names name no split is all train. Raises ValueError where they name others only.
+    """
+    assert source.path is not None
+    inside = sorted(p for p in source.path.rglob("*") if p.is_file() and not _hidden(p.relative_to(source.path)))
+    held: list[tuple[Path, Kind]] = [(p, kind) for p in inside if (kind := _file_kind(p)) is not None]
+    if not held or any(kind == "parquet" for _, kind in held):
+        return []
+    splits = {p: _split_of(p.relative_to(source.path)) for p, _ in held}
+    if any(splits.values()) and "train" not in splits.values():
+        raise ValueError(
+            f"{source.name}: holds the splits {', '.join(sorted(set(filter(None, splits.values()))))}; "
+            "give a file of it"
+        )
+    return [Source(str(p), kind, p) for p, kind in held if splits[p] == "train" or not any(splits.values())]
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in path.parts)
+
+
+def _split_of(path: Path) -> str | None:
+    for name, words in _SPLITS.items():
+        if re.search(rf"(?:^|[-_ ./])(?:{words})(?:[-_ ./]|\d|$)", str(path).lower()):
+            return name
     return None
 
 
@@ -194,10 +248,56 @@ def content_hash(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _jsonl(source: Source) -> Iterator[tuple[str, Json | BadRow]]:
+def _opened(source: Source) -> io.BufferedIOBase:
+    """The bytes of a file, unpacked."""
     assert source.path is not None
-    with source.path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
+    if source.path.suffix == ".gz":
+        return gzip.open(source.path)
+    if source.path.suffix == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(source.path), compression="zstd"))  # type: ignore[arg-type]
+    return source.path.open("rb")
+
+
+def _unpacked(source: Source, stream: io.BufferedIOBase) -> Iterator[bytes]:
+    """Its lines. Raises ValueError for a packed file that is damaged or cut off."""
+    try:
+        yield from stream
+    except (OSError, EOFError, zlib.error) as error:
+        if source.path is None or source.path.suffix not in _PACKED:
+            raise
+        raise ValueError(f"{source.name}: cannot be unpacked ({error}); copy it again") from error
+
+
+def _csv(source: Source) -> Iterator[tuple[str, Json | BadRow]]:
+    """Rows below a line of names. Every cell is a text, or null where it is empty; the number is that of the row."""
+    with _opened(source) as stream:
+        csv.field_size_limit(_LONGEST_CELL)
+        text = (line.decode("utf-8-sig" if first else "utf-8") for first, line in _numbered(source, stream))
+        try:
+            rows = csv.reader(text, strict=True)
+            names = next(rows, [])
+            if len(set(names)) != len(names):
+                raise ValueError(f"{source.name}: two columns have one name; give each its own")
+            for number, cells in enumerate((row for row in rows if row), 1):
+                wrong = BadRow("invalid_csv", f"has {len(cells)} cells, the first line names {len(names)} columns")
+                row = {name: cell or None for name, cell in zip(names, cells, strict=False)}
+                yield f"{source.name}:{number}", row if len(cells) == len(names) else wrong
+        except UnicodeDecodeError:
+            raise ValueError(f"{source.name}: is not UTF-8; save the file as UTF-8") from None
+        except csv.Error as error:
+            raise ValueError(f"{source.name}: is no CSV ({error}); close every quote, or use .jsonl") from None
+
+
+def _numbered(source: Source, stream: io.BufferedIOBase) -> Iterator[tuple[bool, bytes]]:
+    """Each line, and whether it is the first."""
+    return ((number == 0, line) for number, line in enumerate(_unpacked(source, stream)))
+
+
+def _jsonl(source: Source) -> Iterator[tuple[str, Json | BadRow]]:
+    with _opened(source) as stream:
+        for number, line in enumerate(_unpacked(source, stream), 1):
             if not line.strip():
                 continue
             try:
@@ -211,8 +311,8 @@ def _jsonl(source: Source) -> Iterator[tuple[str, Json | BadRow]]:
 
 
 def _json(source: Source) -> Iterator[tuple[str, Json | BadRow]]:
-    assert source.path is not None
-    text = source.path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    with _opened(source) as stream:
+        text = b"".join(_unpacked(source, stream)).removeprefix(b"\xef\xbb\xbf")
     if not text.lstrip().startswith(b"["):
         yield from _jsonl(source)
         return

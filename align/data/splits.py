@@ -13,7 +13,9 @@ import numpy as np
 from align.config import DataConfig
 from align.data.audit import IN_TRAIN, LEFT_OUT, NO_FAULT, OVERLONG, Audit, SplitAudit
 from align.data.forms import FORMS, Placed
+from align.data.mapping import Columns
 from align.data.sources import BadRow, NotUsed, Source, content_hash, imported, locate_all, read
+from align.data.unread import Unread
 from align.data.workers import Understand, understood
 from align.jsons import Json
 
@@ -75,25 +77,29 @@ class Reader(Generic[R]):
             audit.sources.append(source.name)
             audit.sha256.append(content_hash(source))
             part = []
-            for where, made in understood(self._formed(read(source)), self.make, self.workers):
+            columns = Columns(self.config.columns)
+            for where, made in understood(self._formed(read(source), columns), self.make, self.workers):
                 audit.rows_in += 1
                 if isinstance(made, BadRow):
                     self._drop(audit, where, made)
                 else:
                     part.append(made)
+            if part or not self.to_the_end:
+                columns.check(source.name)
             parts.append(part)
         if not self.to_the_end:
             self._judge(audit, setting, any(parts))
         return parts
 
-    def _formed(self, rows: Iterable[Placed]) -> Iterable[Placed]:
-        """Rows as data.format and then data.form make them; the form may make one of several, or several of one."""
-        formatted = ((where, self._tried(row)) for where, row in rows)
+    def _formed(self, rows: Iterable[Placed], columns: Columns) -> Iterable[Placed]:
+        """Rows as data.format, data.columns and then data.form make them; the form may make one of several, or several
+        of one."""
+        formatted = ((where, self._tried(row, columns)) for where, row in rows)
         return FORMS[self.config.form].rows(formatted, self.config.ignore) if self.config.form else formatted
 
-    def _tried(self, row: Json | BadRow) -> Json | BadRow:
+    def _tried(self, row: Json | BadRow, columns: Columns) -> Json | BadRow:
         try:
-            return row if isinstance(row, BadRow) else self._formatted(row)
+            return row if isinstance(row, BadRow) else columns.mapped(self._formatted(row))
         except BadRow as bad:
             return bad
 
@@ -121,7 +127,7 @@ class Reader(Generic[R]):
             raise ValueError(
                 f"{where}: {bad} (reason {bad.reason}; data.on_bad_row=drop leaves such rows out)"
             ) from None
-        audit.drop(where, bad.reason, str(bad))
+        audit.drop(where, bad.reason, str(bad), bad.column if isinstance(bad, Unread) else "")
 
     def _judge(self, audit: SplitAudit, setting: str, any_left: bool) -> None:
         """Raise if too much is missing."""

@@ -8,6 +8,7 @@ How findings are shown and saved is report.py's.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -51,6 +52,8 @@ class Finding:
     file: str | None = None
     line: int | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)  # the figures in `detail`, for programs
+    column: str | None = None  # that nothing reads, and how many rows fill it
+    rows: int | None = None
 
     @property
     def where(self) -> str:
@@ -61,6 +64,7 @@ class Finding:
         """For JSON. `row` is the number of the row in its file, counted as lines are."""
         out = {"kind": self.kind, "severity": self.severity, "split": self.split, "row": self.line}
         out |= {"file": self.file, "line": self.line, "detail": self.detail}
+        out |= {} if self.column is None else {"column": self.column, "rows": self.rows}
         return out | ({"numbers": dict(self.numbers)} if self.numbers else {})
 
 
@@ -85,6 +89,8 @@ def check(
         # rows that are kept back count for the file they come from, as in load
         total = split.rows_in + (data.audit.heldout.rows_in if config and config.heldout is None else 0)
         out += _dropped(name, split, total, config)
+        out += _read(name, split, len(rows))
+        out += _doubts(name, rows, config)
         for loaded in rows:
             out += _row(name, loaded, end, tokenizer.bos_token_id)
         out += _duplicates(name, rows)
@@ -219,6 +225,32 @@ def _dropped(name: str, split: SplitAudit, total: int, config: DataConfig | None
                 f"data.max_bad_fraction={config.max_bad_fraction}; {cures[group]}, or raise the fraction"
             )
             yield Finding("dropped_fraction", "error", detail, name)
+
+
+def _read(name: str, split: SplitAudit, kept: int) -> Iterator[Finding]:
+    """Columns that nothing reads, rows of several shapes, texts that became messages."""
+    refused = Counter(row["column"] for row in split.dropped_rows if "column" in row)
+    for column, rows in refused.items():
+        first = next(row for row in split.dropped_rows if row.get("column") == column)
+        yield Finding("unread_column", "error", f"in {rows} rows {first['detail']}", name, column=column, rows=rows)
+    for column, rows in split.unread.items():
+        detail = f"{column} is not read, in {rows} of {kept} rows; data.columns.NAME={column} reads it, "
+        detail += f"data.ignore=[{column}] says that it is known"
+        yield Finding("unread_column", "note", detail, name, column=column, rows=rows)
+    if len(split.shapes) > 1:
+        listed = "; ".join(f"{rows} {shape}" for shape, rows in sorted(split.shapes.items(), key=lambda s: -s[1]))
+        yield Finding("mixed_shapes", "note", f"rows of {len(split.shapes)} shapes: {listed}", name)
+    if split.from_texts:
+        detail = f"{split.from_texts} rows of texts are written by the chat template, as a user's and an assistant's "
+        yield Finding("chat_texts", "note", f"{detail}messages; data.text=plain learns them as they stand", name)
+
+
+def _doubts(name: str, rows: Sequence[Loaded], config: DataConfig | None) -> Iterator[Finding]:
+    """Rows of which more may be learnt than the assistant said: a few may well be answers that were asked for."""
+    found = [loaded for loaded in rows if loaded.doubt]
+    many = len(found) > (config.max_bad_fraction if config else 0.0) * len(rows)
+    for loaded in found:
+        yield _at("role_header", "error" if many else "warning", loaded.doubt, name, loaded.source)
 
 
 def _row(name: str, loaded: Loaded, end: _TurnEnd, bos: int | None) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -136,9 +136,21 @@ def _session(
         out.resolve(date=day)
         fix_date(tokenizer, day)
     precision, why = _precision(config, out)
+    config = _with_text(config, out, tokenizer)
     return Session(
         config, command, objective, world, out, log, signals, source, tokenizer, precision, why, started, closing
     )
+
+
+def _with_text(config: Config, out: RunDirectory, tokenizer: Tokenizer) -> Config:
+    """The settings with data.text as it is in this run, whatever tokenizer or words a later start has."""
+    text = config.data.text
+    if text == "auto":
+        text = out.resolved().get("text") or ("chat" if tokenizer.chat_template else "plain")
+    out.resolve(text=text)
+    tree = config.tree.copy()
+    tree.data.text = text
+    return replace(config, data=replace(config.data, text=text), tree=tree)
 
 
 def start(config: Config, command: str, objective: Objective, work: Callable[[Session], int]) -> int:

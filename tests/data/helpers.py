@@ -12,12 +12,12 @@ from align.types import Example
 
 
 def settings(train: Any = "unused.jsonl", **changes: Any) -> DataConfig:
-    """Data settings as configs/data/files.yaml has them, but for a limit of 100 tokens."""
+    """Data settings as configs/data/files.yaml has them, but for a limit of 100 tokens and texts as they stand."""
     default: dict[str, Any] = dict(
         train=str(train) if not isinstance(train, list) else train, heldout=None, heldout_fraction=0.0, repeat=None,
         max_tokens=100, overlong="error", targets="all", target_roles=["assistant"], open_tool_calls=False,
         on_bad_row="error", max_bad_fraction=0.01, gold=None, margins=None, columns=None, form=None,
-        ignore=[], text="auto", empty_prompts=False,
+        ignore=[], text="plain", empty_prompts=False,
     )  # fmt: skip
     return DataConfig(**(default | changes))
 

@@ -675,8 +675,8 @@ def test_an_answer_of_weight_0_moves_where_generation_starts(tmp_path):
 
 
 def test_a_text_with_an_end_of_turn_inside_is_a_warning(tmp_path):
-    """A conversation as plain text: the words of the user in it would be learnt."""
-    talk = f"Cod.{END}\n<|im_start|>user\nSure?{END}\n<|im_start|>assistant\nYes.{END}"
+    """What follows it is learnt too."""
+    talk = f"Cod.{END} That is a fish.{END}"
     finding = only(loaded_from(tmp_path, {"prompt": "Name a fish.", "completion": talk}))
     assert (finding.kind, finding.severity, finding.line) == ("control_token", "warning", 1)
     assert loaded_from(tmp_path, {"prompt": f"Name a fish.{END}", "completion": f"Cod.{END}"}) == []

@@ -114,7 +114,7 @@ def test_columns_that_training_would_refuse_are_nothing_to_a_prompt(tmp_path, to
         ({"text": "2 + 3"}, "the field 'prompt' is missing"),
         ({"prompt": " "}, "the prompt is empty"),
         ({"prompt": []}, "prompt holds no message"),
-        ({"prompt": None}, "prompt must be a string or a list of messages, found null"),
+        ({"prompt": None}, "the field 'prompt' is missing"),
         ({"prompt": [USER, ANSWER]}, "the prompt ends with an assistant message"),
         ({"prompt": [{"role": "system", "content": "Be brief."}]}, "no user message"),
         ({"messages": "2 + 3"}, "messages must be a list of messages, found str"),

@@ -120,9 +120,9 @@ def test_absent_path_is_not_taken_for_a_hub_name(name):
 
 
 def test_unknown_suffix(tmp_path):
-    (tmp_path / "rows.csv").write_text("a")
-    with pytest.raises(ValueError, match="unknown kind of file; use .jsonl, .json or .parquet"):
-        locate(str(tmp_path / "rows.csv"))
+    (tmp_path / "rows.txt").write_text("a")
+    with pytest.raises(ValueError, match="unknown kind of file; use .jsonl, .json, .csv"):
+        locate(str(tmp_path / "rows.txt"))
 
 
 @pytest.mark.parametrize(

@@ -109,9 +109,10 @@ def taught(directory: Path) -> list[str]:
         _random([row["prompt"] + row["completion"] for row in rest], directory / "random")
     run = directory / "taught"
     start = (directory / "random").resolve()
-    train([*TEACH, f"model={start}", f"data.train={files['texts']}", f"data.heldout={files['held_texts']}"], run)
+    texts = [f"data.train={files['texts']}", f"data.heldout={files['held_texts']}", "data.text=plain"]
+    train([*TEACH, f"model={start}", *texts], run)
     model = (run / "final").resolve()
-    return [f"model={model}", f"data.train={files['prompts']}", f"data.heldout={files['heldout']}"]
+    return [f"model={model}", f"data.train={files['prompts']}", f"data.heldout={files['heldout']}", "data.text=plain"]
 
 
 def split() -> tuple[list[dict[str, str]], list[dict[str, str]]]:

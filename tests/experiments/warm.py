@@ -40,7 +40,7 @@ VOCABULARY, WIDTH, LAYERS = 3000, 128, 2
 STAGES = (300, 350, 400)  # optimiser steps of the fine-tuning run after which a checkpoint is kept
 COMMON = [
     "lora.rank=0", "launch.threads=1", "log.tensorboard=false", "log.console_every=200", "trainer.precision=float32",
-    "trainer.num_samples=0", "trainer.batch_size=32", "trainer.save_every=1000",
+    "trainer.num_samples=0", "trainer.batch_size=32", "trainer.save_every=1000", "data.text=plain",
 ]  # fmt: skip
 TEACH = ["recipe=sft", "data.heldout_fraction=0.02", f"trainer.schedule_steps={STAGES[-1]}", "optimizer.lr=2e-3"]
 WARM = [
