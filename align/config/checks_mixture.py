@@ -19,10 +19,15 @@ def check(config: Config, objective: Objective) -> None:
             raise ValueError(f"data.mixture_{name} has no effect without data.mixture={needed}; leave it out")
         if given is None and kind == needed:
             raise ValueError(f"data.mixture={needed} needs data.mixture_{name}; see docs/data.md, Mixing")
+    given = config.trainer.kind in ("offline", "warm") and config.collect is None
+    if "weight" in (data.columns or {}) and not given:
+        raise ValueError(
+            "data.columns.weight draws rows that are given; prompts and collect=... have none, leave it out"
+        )
     if kind is None:
         return
     sources = data.train if isinstance(data.train, list) else [data.train]
-    if config.trainer.kind not in ("offline", "warm") or config.collect is not None:
+    if not given:
         raise ValueError(f"data.mixture={kind} mixes rows that are given; with prompts or collect=... use data.repeat")
     if len(sources) < 2:
         raise ValueError(f"data.mixture={kind} needs two sources or more: give data.train=[first,second]")

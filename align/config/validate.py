@@ -49,7 +49,8 @@ def _check_trainer(config: Config, objective: Objective) -> None:
 def _check_mixture(config: Config, objective: Objective) -> None:
     """Raises ValueError for sources that cannot be mixed so; the target set is a source as the others are."""
     data = config.data
-    if data.mixture is not None or data.mixture_shares is not None or data.mixture_target is not None:
+    mixes = (data.mixture, data.mixture_shares, data.mixture_target, (data.columns or {}).get("weight"))
+    if any(setting is not None for setting in mixes):
         from align.config.checks_mixture import check
 
         check(config, objective)

@@ -20,7 +20,10 @@ NAMES = (
     "tools",
     "score_chosen",
     "score_rejected",
+    "weight",
 )
+# the field that holds it, where a row may have a column of that name that means something else
+_FIELDS = {"weight": "sampling_weight"}
 _UNREAD = ("image", "images", "video", "videos", "audio", "audios")
 _NOTHING = object()
 
@@ -34,11 +37,6 @@ def check_names(columns: object) -> None:
     for name, column in columns.items():
         if name in _UNREAD:
             raise ValueError(f"data.columns.{name}: must be a field of text; use other data, or data.ignore=[{column}]")
-        if name == "weight":
-            raise ValueError(
-                "data.columns.weight: must be a field that a row has; use weight in its messages, or data.repeat for "
-                "whole sources"
-            )
         if name not in NAMES:
             near = difflib.get_close_matches(str(name), NAMES, 1)
             tip = f"; did you mean {near[0]}?" if near else ""
@@ -66,7 +64,7 @@ class Columns:
         rest = row
         for path in (path for paths in self._columns.values() for path in paths):
             rest = _without(rest, path)
-        return rest | {name: value for name, value in found.items() if value is not _NOTHING}
+        return rest | {_FIELDS.get(name, name): value for name, value in found.items() if value is not _NOTHING}
 
     def check(self, where: str) -> None:
         """Raises ValueError for a column that no row of the source had."""

@@ -56,6 +56,7 @@ def shaped(row: Json) -> Json:
     _put_system(out)
     _take_repeated(out)
     _put_scores(out)
+    _put_weight(out)
     return out
 
 
@@ -213,6 +214,16 @@ def _put_scores(out: Json) -> None:
     if len(numbers) == 2:
         numbers["margin"] = numbers["score_chosen"] - numbers["score_rejected"]
     out["numbers"] = numbers | (out.get("numbers") or {})
+
+
+def _put_weight(out: Json) -> None:
+    """How often a row is drawn beside others is a number of it."""
+    if "sampling_weight" not in out:
+        return
+    weight = number(out.pop("sampling_weight"), "the weight")
+    if weight < 0:
+        raise BadRow("wrong_type", f"the weight must be at least 0, found {weight:g}")
+    out["numbers"] = (out.get("numbers") or {}) | {"weight": weight}
 
 
 def number(value: object, name: str) -> float:

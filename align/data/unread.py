@@ -101,7 +101,7 @@ def _cure(name: str, value: object, record: Record) -> str:
     if words in (["tools"], ["functions"], ["tool"]):
         return f"use data.columns.tools={name}" if name != "tools" else "give the row as messages"
     if words[-1] in ("weight", "weights"):
-        return "a row has no weight; use weight in its messages"
+        return f"use data.columns.weight={name} to draw rows by it, weight in messages to weigh their losses"
     if name.lower() in ("label", "labels") and record.kind in ("pair", "ranked"):
         return "a pair has none; use data.form or data.format if it says which answer is better"
     if name.lower() in ("score", "scores") and record.kind == "pair":

@@ -129,8 +129,9 @@ def sources(tmp_path_factory):
 
 def trained(path, sources, *words):
     settings = [
-        "recipe=sft", "model=tiny", "model.hidden_size=16", "model.num_layers=1", "data.heldout_fraction=0",
-        f"data.train=[{sources[0]},{sources[1]}]", "trainer.batch_size=4", "trainer.eval_every=0",
+        "recipe=sft", "model=tiny", "data.text=plain", "model.hidden_size=16", "model.num_layers=1", "data.heldout_fraction=0",
+        *(() if any(w.startswith("data.train=") for w in words) else [f"data.train=[{sources[0]},{sources[1]}]"]),
+        "trainer.batch_size=4", "trainer.eval_every=0",
         "log.tensorboard=false", "optimizer.lr=1e-3", "trainer.precision=float32", f"run.dir={path}",
     ]  # fmt: skip
     assert main(["train", *settings, *words]) == 0
@@ -212,6 +213,21 @@ def test_a_schedule_in_a_run_takes_the_second_source_at_the_end(sources, tmp_pat
     assert targets == [4 * 6] * 3 + [4 * 9] * 2  # with the end of the text; the first half includes its border
 
 
+def test_a_column_of_weights_says_which_rows_a_run_sees(sources, tmp_path, capsys):
+    rows = [{"prompt": f"{k} is", "completion": " a" * (k + 1), "quality": float(k == 2)} for k in range(4)]
+    file = write(tmp_path / "weighted.jsonl", rows)
+    words = [f"data.train={file}", "data.columns.weight=quality", "trainer.max_steps=2"]
+    seen = trained(tmp_path / "run", sources, *words)
+    assert [row["tokens/targets"] for row in seen] == [4 * 7] * 2
+    nothing = write(tmp_path / "nothing.jsonl", [{**row, "quality": 0} for row in rows])
+    base = ["recipe=sft", "model=tiny", "data.heldout_fraction=0", "data.columns.weight=quality"]
+    assert main(["train", *base, f"data.train={nothing}", f"run.dir={tmp_path / 'none'}"]) == 2
+    assert "have weight 0" in capsys.readouterr().err
+    below = write(tmp_path / "below.jsonl", [{**row, "quality": -1} for row in rows])
+    assert main(["train", *base, f"data.train={below}", f"run.dir={tmp_path / 'below'}"]) == 2
+    assert "below.jsonl:1: the weight must be at least 0, found -1" in capsys.readouterr().err
+
+
 REFUSED = [
     (["data.mixture=temperature", "data.train=[{0}]"], "needs two sources or more"),
     (["data.mixture=temperature", "data.repeat=[1,2]"], "data.repeat has no effect with data.mixture=temperature"),
@@ -240,3 +256,5 @@ def test_prompts_are_mixed_by_repeat_alone(sources, capsys):
     words = [f"data.train=[{sources[0]},{sources[1]}]", "data.mixture=temperature"]
     assert main(["check", "recipe=remax", "model=tiny", *words]) == 2
     assert "with prompts or collect=... use data.repeat" in capsys.readouterr().err
+    assert main(["check", "recipe=remax", "model=tiny", words[0], "data.columns.weight=quality"]) == 2
+    assert "data.columns.weight draws rows that are given" in capsys.readouterr().err
