@@ -183,7 +183,7 @@ class RunDirectory:
                 )
 
 
-def _from_environment(config: Config) -> dict[str, Any]:
+def _from_environment(config: Config) -> dict[str, object]:
     """The values of the settings that config.yaml names by an environment variable."""
     found = {}
     for key, value in leaves(config.tree):
