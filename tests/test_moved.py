@@ -91,6 +91,18 @@ def test_settings_of_a_run_of_before_are_todays(tmp_path):
     assert differences(saved_settings(path), changed)["trainer.ppo_epochs"] == (3, 2)
 
 
+def test_a_setting_that_came_later_had_its_default(tmp_path):
+    """A run of before has no such key, and goes on if the setting is what it was without it."""
+    now = compose(GROUPS).tree
+    before = OmegaConf.create(OmegaConf.to_container(now, resolve=False))
+    del before.data["mixture_every"]
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(before))
+    assert differences(saved_settings(path), now) == {}
+    changed = compose([*GROUPS, "data.mixture_every=3"]).tree
+    assert differences(saved_settings(path), changed) == {"data.mixture_every": (20, 3)}
+
+
 def test_a_finished_run_takes_no_former_name(tmp_path):
     config = compose([*GROUPS, f"run.dir={tmp_path}"])
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(config.tree))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from align.config.explain import leaves, written
-from align.config.schema import ConfigError
+from align.config.schema import KINDS, SECTIONS, ConfigError
 
 # beginning of a dotted path as it was -> as it is
 MOVED = {"align.pretrained.": "align.models.pretrained."}
@@ -53,7 +54,20 @@ def saved_settings(path: Path) -> DictConfig:
         if name != key:
             section, _, last = key.rpartition(".")
             del tree[section][last]
+    _add_later(tree)
     return tree
+
+
+def _add_later(tree: DictConfig) -> None:
+    """Add the settings that came after the run: those with a default in the schema, which is how it was before them."""
+    for name, cls in SECTIONS.items():
+        node = tree.get(name)
+        if not isinstance(node, DictConfig):
+            continue
+        kinds = KINDS.get(name, {})
+        for field in fields(kinds.get(node.get("kind"), cls)):
+            if field.name not in node and field.default is not MISSING:
+                node[field.name] = field.default
 
 
 def refuse_renamed(words: Sequence[str]) -> None:
