@@ -25,10 +25,17 @@ class Agreement:
     """
 
     def __init__(
-        self, learnt: Learnt, sources: Sequence[Sequence[Example]], target: Sequence[Example], every: int, rate: float
+        self,
+        learnt: Learnt,
+        train: Sequence[Example],
+        parts: Sequence[tuple[int, int]],
+        target: Sequence[Example],
+        every: int,
+        rate: float,
     ):
+        """parts: first and last example of each source in `train`."""
         self.learnt = learnt
-        self._sets = [*sources, target]
+        self._sets = [*((train, range(*part)) for part in parts), (target, range(len(target)))]
         self._every = every
         self._rate = rate
 
@@ -51,15 +58,20 @@ class Agreement:
         engine = measuring(context.engine)
         names = list(chosen_parameters(engine.parameters, None))
         gradients = []
-        for k, examples in enumerate(self._sets):
-            places = np.random.default_rng([seed, step, k]).choice(len(examples), min(size, len(examples)), False)
-            gradients.append(_gradient(context, [examples[int(i)] for i in np.sort(places)], names, check))
+        for k in range(len(self._sets)):
+            gradients.append(_gradient(context, self.drawn(k, step, size, seed), names, check))
         for name in names:  # experts that no token of a set has met have no gradient there
             whole = next((found[name] for found in gradients if name in found), None)
             if whole is not None:
                 for found in gradients:
                     found.setdefault(name, torch.zeros_like(whole))
         return cosines(products(engine, gradients, names))[-1, :-1]
+
+    def drawn(self, k: int, step: int, size: int, seed: int) -> list[Example]:
+        """The examples by which source k is measured before a step; the last k is the target set's."""
+        examples, places = self._sets[k]
+        found = np.random.default_rng([seed, step, k]).choice(len(places), min(size, len(places)), replace=False)
+        return [examples[places[int(i)]] for i in np.sort(found)]
 
     def state(self) -> Json:
         """What the next step depends on."""

@@ -232,8 +232,7 @@ def mixed(session: Session, plan: Plan, data: Data, target: Sequence[Example]) -
         return found, None
     from align.trainers.agreement import Agreement
 
-    parts = [data.train[first:last] for first, last in found.parts]
-    return found, Agreement(shares, parts, target, settings.mixture_every, settings.mixture_rate)
+    return found, Agreement(shares, data.train, found.parts, target, settings.mixture_every, settings.mixture_rate)
 
 
 def _collected(session: Session, rollouts: Rollouts) -> tuple[str, Any]:

@@ -129,7 +129,8 @@ def sources(tmp_path_factory):
 
 def trained(path, sources, *words):
     settings = [
-        "recipe=sft", "model=tiny", "data.text=plain", "model.hidden_size=16", "model.num_layers=1", "data.heldout_fraction=0",
+        "recipe=sft", "model=tiny", "data.text=plain", "model.hidden_size=16", "model.num_layers=1",
+        "data.heldout_fraction=0",
         *(() if any(w.startswith("data.train=") for w in words) else [f"data.train=[{sources[0]},{sources[1]}]"]),
         "trainer.batch_size=4", "trainer.eval_every=0",
         "log.tensorboard=false", "optimizer.lr=1e-3", "trainer.precision=float32", f"run.dir={path}",
@@ -175,18 +176,17 @@ def test_a_measurement_leaves_the_step_as_it_is(sources, learnt, tmp_path):
 
 def test_agreement_is_the_cosine_of_whole_gradients(sources, tmp_path, monkeypatch):
     """Against plain autograd on the same rows."""
-    seen = {}
+    seen, last = {}, []
     real = agreement.Agreement._cosines
 
     def watched(self, step, context, size, seed, check):
         found = real(self, step, context, size, seed, check)
         vectors = []
-        for k, examples in enumerate(self._sets):
-            places = np.random.default_rng([seed, step, k]).choice(len(examples), min(size, len(examples)), False)
+        for k in range(3):
             model = context.engine.policy.model
             loss, count = 0.0, 0
-            for i in places:
-                (row,) = examples[int(i)].rows
+            for example in self.drawn(k, step, size, seed):
+                (row,) = example.rows
                 ids = torch.as_tensor(np.asarray(row.token_ids), dtype=torch.long)[None]
                 with own_attention(model):
                     logps = torch.log_softmax(model(input_ids=ids).logits[0, :-1].float(), -1)
@@ -195,12 +195,15 @@ def test_agreement_is_the_cosine_of_whole_gradients(sources, tmp_path, monkeypat
                 count += len(targets)
             gradients = torch.autograd.grad(loss / count, [p for p in model.parameters() if p.requires_grad])
             vectors.append(torch.cat([g.flatten() for g in gradients]).double())
+        last[:] = [self.drawn(k, step, size, seed) for k in range(3)]
         seen[step] = (found, [torch.cosine_similarity(v, vectors[-1], 0) for v in vectors[:-1]])
         return found
 
     monkeypatch.setattr(agreement.Agreement, "_cosines", watched)
     trained(tmp_path / "run", sources, *GRADIENT, f"data.mixture_target={sources[2]}", "trainer.max_steps=5")
     assert sorted(seen) == [3, 5]
+    assert {e.source.rpartition(":")[0] for e in last[0]} == {sources[0]}
+    assert {e.source.rpartition(":")[0] for e in last[1]} == {sources[1]}
     for found, wanted in seen.values():
         assert found.tolist() == pytest.approx([float(w) for w in wanted], abs=1e-5)
 
