@@ -165,7 +165,7 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "data cache",
         "[clear=all|DAYS] [dir=DIR]",
-        "rendered data that runs have kept for their next start, and how to be rid of them",
+        "rendered data that runs keep for their next start: list, remove",
         "align.cli.data:cache",
         arguments=(
             Argument("clear", "all|DAYS", "remove all sets, or those that no run has read for so many days"),
