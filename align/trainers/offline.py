@@ -227,7 +227,8 @@ def mixed(session: Session, plan: Plan, data: Data, target: Sequence[Example]) -
     for first, last in found.parts if weights is not None else ():
         if not sum(weights[first:last]) > 0:
             where = data.train[first].source.rpartition(":")[0]
-            raise ValueError(f"data.columns.weight={settings.columns['weight']}: all rows of {where} have weight 0")
+            column = (settings.columns or {})["weight"]
+            raise ValueError(f"data.columns.weight={column}: all rows of {where} have weight 0")
     if not isinstance(shares, mixing.Learnt):
         return found, None
     from align.trainers.agreement import Agreement
