@@ -224,11 +224,11 @@ def mixed(session: Session, plan: Plan, data: Data, target: Sequence[Example]) -
     else:
         shares = mixing.constant(sizes, settings.mixture_temperature if settings.mixture else 1.0)
     found = mixing.Mixture(plan, sizes, shares, weights)
-    for first, last in found.parts if weights is not None else ():
-        if not sum(weights[first:last]) > 0:
-            where = data.train[first].source.rpartition(":")[0]
-            column = (settings.columns or {})["weight"]
-            raise ValueError(f"data.columns.weight={column}: all rows of {where} have weight 0")
+    if weights is not None:
+        for first, last in found.parts:
+            if not sum(weights[first:last]) > 0:
+                where, column = data.train[first].source.rpartition(":")[0], settings.columns["weight"]
+                raise ValueError(f"data.columns.weight={column}: all rows of {where} have weight 0")
     if not isinstance(shares, mixing.Learnt):
         return found, None
     from align.trainers.agreement import Agreement
