@@ -20,6 +20,7 @@ _CONVERSATIONS = ("prompt", "chosen", "rejected", "completion", "messages", "pro
 _DECIDING = (*_CONVERSATIONS, "conversations", "conversation", "ranked", "label", "text", "system", "tools")
 _DECIDED = (*_DECIDING, "token_ids", "spans", "score_chosen", "score_rejected")
 _ROLES = {
+    **{role: role for role in ("system", "user", "assistant", "tool")},  # in capital letters too
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",

@@ -60,7 +60,15 @@ def check(record: Record) -> str:
 
 
 def refuse_open(prompt: str) -> None:
-    """Raises BadRow for a prompt that is a transcript with an open answer: it is no one's message."""
+    """Raises BadRow for a prompt that is a transcript with an open answer, or that a chat template has written: neither
+    is one message."""
+    marker = _MARKER.search(_FENCED.sub("", prompt))
+    if marker:
+        raise BadRow(
+            "role_header",
+            f"the prompt holds {marker.group().strip()!r}, which a chat template has written; this model's would "
+            "stand around it; give messages, or use data.text=plain to learn it as it stands",
+        )
     opened = _OPEN.search(prompt)
     if opened:
         raise BadRow(

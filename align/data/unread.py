@@ -72,7 +72,8 @@ def with_cure(bad: BadRow, row: Json) -> BadRow:
         return bad
     words = _mapping(row) if bad.reason != "wrong_type" else []
     form = "" if {"chosen", "rejected"} <= row.keys() else nearest(row)
-    form = "data.form=blocks" if _has_blocks(row) else form
+    if _has_blocks(row) or form == "data.form=blocks":
+        form = "data.form=blocks" if _has_blocks(row) else ""
     told = " ".join(words)
     told += (" or " if told and form else "") + form
     if not told and bad.reason != "missing_field":

@@ -134,6 +134,7 @@ SINGLES = {
     "completion repeats the messages": {"prompt": [USER], "completion": [USER, GOOD]},
     "messages and a completion": {"messages": [USER], "completion": BIRD},
     "messages and their prompt": {"prompt": ASK, "messages": [USER, GOOD]},
+    "roles in capital letters": {"messages": [USER | {"role": "User"}, GOOD | {"role": "ASSISTANT"}]},
     "conversations as text": {"conversations": json.dumps([HUMAN, GPT])},
     "weight 0 as from and value": {"conversations": [HUMAN, POOR | {"weight": 0}, HUMAN, GPT]},
     "labelled": {"prompt": ASK, "completion": f"{ASK}\n{BIRD}", "label": "True"},
@@ -454,3 +455,13 @@ def test_a_text_that_a_template_has_written_is_not_written_again(tmp_path):
     row = {"prompt": f"<|im_start|>user\n{ASK}<|im_end|>\n<|im_start|>assistant\n", "completion": BIRD}
     assert "use data.text=plain" in seen(tmp_path, row).refused
     assert seen(tmp_path, row, text="plain").targets == [BIRD]
+    other = {"prompt": f"[INST] {ASK} [/INST]", "completion": BIRD}  # of another model's template
+    assert "holds '[INST]', which a chat template has written" in seen(tmp_path, other).refused
+    assert seen(tmp_path, other, text="plain").targets == [BIRD]
+
+
+def test_a_cure_is_not_of_another_shape(tmp_path):
+    """A label of 1 is no matter of blocks."""
+    refused = seen(tmp_path, {"prompt": ASK, "completion": BIRD, "label": 1}).refused
+    assert "label must be true or false, found 1" in refused
+    assert "data.form" not in refused
