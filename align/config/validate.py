@@ -10,7 +10,6 @@ from collections.abc import Container
 
 from align import build
 from align.config.schema import Config, WarmConfig
-from align.data.forms import named
 from align.data.mapping import check_names
 from align.data.sources import locate_all
 from align.launch import place
@@ -146,6 +145,8 @@ def _check_reading(config: Config) -> None:
     data = config.data
     check_names(data.columns)
     if data.form is not None:
+        from align.data.forms import named
+
         named(data.form, f"data.form={data.form}")
 
 

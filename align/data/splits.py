@@ -6,18 +6,20 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from align.config import DataConfig
 from align.data.audit import IN_TRAIN, LEFT_OUT, NO_FAULT, OVERLONG, Audit, SplitAudit
-from align.data.forms import FORMS, Placed
 from align.data.mapping import Columns
 from align.data.sources import BadRow, NotUsed, Source, content_hash, imported, locate_all, read
 from align.data.unread import Unread
 from align.data.workers import Understand, understood
 from align.jsons import Json
+
+if TYPE_CHECKING:
+    from align.data.forms import Placed
 
 
 class Sourced(Protocol):
@@ -95,7 +97,11 @@ class Reader(Generic[R]):
         """Rows as data.format, data.columns and then data.form make them; the form may make one of several, or several
         of one."""
         formatted = ((where, self._tried(row, columns)) for where, row in rows)
-        return FORMS[self.config.form].rows(formatted, self.config.ignore) if self.config.form else formatted
+        if self.config.form is None:
+            return formatted
+        from align.data.forms import FORMS
+
+        return FORMS[self.config.form].rows(formatted, self.config.ignore)
 
     def _tried(self, row: Json | BadRow, columns: Columns) -> Json | BadRow:
         try:
