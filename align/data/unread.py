@@ -9,7 +9,6 @@ import re
 from collections.abc import Container, Iterable
 
 from align.data.formats import Dialogue, Record
-from align.data.forms import nearest
 from align.data.sources import BadRow, NotUsed
 from align.jsons import Fields, Json
 
@@ -71,6 +70,8 @@ def with_cure(bad: BadRow, row: Json) -> BadRow:
     if bad.reason not in _UNSURE or isinstance(bad, NotUsed):
         return bad
     words = _mapping(row) if bad.reason != "wrong_type" else []
+    from align.data.forms import nearest  # of rows that nothing reads alone
+
     form = "" if {"chosen", "rejected"} <= row.keys() else nearest(row)
     if _has_blocks(row) or form == "data.form=blocks":
         form = "data.form=blocks" if _has_blocks(row) else ""
