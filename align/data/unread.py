@@ -8,20 +8,19 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable
 
-from align.data.formats import Dialogue, Record
+from align.data.formats import Dialogue, Record, Tokenised
 from align.data.sources import BadRow, NotUsed
 from align.jsons import Fields, Json
 
 # What our own commands write beside a row, for people and for others: by a column that only they write.
 _WRITTEN = {
-    "id": ("id",),
-    "chosen_score": ("chosen_score", "rejected_score"),  # align data pairs
-    "gold_chosen": ("gold_chosen", "gold_rejected"),
+    "gold_chosen": ("gold_chosen", "gold_rejected", "id"),
     "entry": ("entry", "task", "answer"),  # problems of a gym
     "prompt_messages": ("prompt_messages", "problem", "answer", "given", "logps", "reward", "end", "num_turns")
     + ("tool_errors", "last_call_failed", "re_encodes"),
     "pattern": ("pattern", "subset"),
 }
+_SAMPLED = ("id", "chosen_score", "rejected_score")  # of rows in tokens, which only we write
 _MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))
 # Where a question stands in public sets; the first that is there is offered. Turns change a row that has a prompt too.
 _TURNS = ("messages", "conversations", "conversation", "history", "dialogue", "dialog")
@@ -47,6 +46,8 @@ def unread(record: Record) -> tuple[str, ...]:
     """The columns that nothing reads, but those that our own commands write. Raises Unread for one that changes what
     the row means."""
     ours = {name for mark, names in _WRITTEN.items() if mark in record.unread for name in names}
+    if all(isinstance(side, Tokenised) for side in record.sides.values()):
+        ours.update(_SAMPLED)
     left = {name: value for name, value in record.unread.items() if name not in ours}
     for name, value in left.items():
         cure = _cure(name, value, record)

@@ -196,6 +196,8 @@ def test_unread_columns_are_told_with_their_rows(tmp_path):
          "detail": "", "column": column, "rows": 1}
         for column in ("rating", "lang")
     ]  # fmt: skip
+    found = seen(tmp_path, pair | {"id": 1, "chosen_score": 2.0, "rejected_score": 1.0})  # as they stand in public sets
+    assert [f.column for f in found.of("unread_column")] == ["id", "chosen_score", "rejected_score"]
     data = load(settings(written(tmp_path, pair | {"rating": 5})), TOKENIZER)
     assert any("not read: rating (1 rows)" in line for line in data.audit.lines())
 
