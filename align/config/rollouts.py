@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from align.config.limits import above, at_least, one_of, refuse, switch
+from align.jsons import Fields
 
 S = TypeVar("S")
 
@@ -30,10 +31,10 @@ class VLLMSettings:
     max_num_batched_tokens: Annotated[int | None, at_least(1)]
     gpu_memory_utilization: Annotated[float, above(0, at_most=1)]
     cpu_kv_cache_gib: Annotated[float, above(0)]
-    enforce_eager: Annotated[Any, switch("auto")]
+    enforce_eager: Annotated[bool | str, switch("auto")]
     threads: Annotated[int | None, at_least(1)]
     transfer: Annotated[str, one_of("auto", "file", "ipc")]
-    sleep: Annotated[Any, switch("auto")]
+    sleep: Annotated[bool | str, switch("auto")]
     start_seconds: Annotated[float, above(0)]
     request_seconds: Annotated[float, above(0)]
     sync_seconds: Annotated[float, above(0)]
@@ -63,7 +64,7 @@ ROLLOUTS: dict[str, type] = {
 }
 
 
-def settings(cls: type[S], keys: dict[str, Any]) -> S:
+def settings(cls: type[S], keys: Fields) -> S:
     """The settings that the keys give. Raises ValueError, one line, for one that is missing, unknown or impossible."""
     for field in fields(cls):  # type: ignore[arg-type]
         if field.name not in keys:

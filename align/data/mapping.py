@@ -72,7 +72,7 @@ class Columns:
             raise ValueError(f"{where}: {self._missing(name, path)}")
 
     def _found(self, name: str, paths: Sequence[str], row: Json) -> Any:
-        values: dict[str, Any] = {}
+        values: Json = {}
         for path in paths:
             value = _at(row, path)
             if value is not _NOTHING:
@@ -100,7 +100,7 @@ class Columns:
         )
 
 
-def _listed(column: Any) -> list[Any]:
+def _listed(column: object) -> list[Any]:
     return column if isinstance(column, list) else [column]
 
 
@@ -134,7 +134,7 @@ def _without(row: Json, path: str) -> Json:
     }
 
 
-def _less(value: Any, path: Sequence[str]) -> Any:
+def _less(value: object, path: Sequence[str]) -> Any:
     """What is left of a value; None where nothing is."""
     if not path:
         return None

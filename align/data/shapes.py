@@ -61,7 +61,7 @@ def shaped(row: Json) -> Json:
     return out
 
 
-def conversation(value: Any) -> Any:
+def conversation(value: object) -> Any:
     """Messages in our words, also from one message and from the text of a list; anything else as it is."""
     if isinstance(value, str):
         found = written_messages(value)
@@ -119,7 +119,7 @@ def _calls(said: object) -> list[Json]:
 # ---------------------------------------------------------------------- which field is which
 
 
-def _opens(messages: Any) -> str | None:
+def _opens(messages: object) -> str | None:
     """The role of the first message that is not the system's; None for what is no list of messages."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return None
@@ -134,7 +134,7 @@ def _user(text: str) -> list[Json]:
     return [{"role": "user", "content": text}]
 
 
-def _answer(value: Any) -> Any:
+def _answer(value: object) -> Any:
     return [{"role": "assistant", "content": value}] if isinstance(value, str) else value
 
 
