@@ -41,8 +41,8 @@ def words(base: Path, run: Path, *more: str) -> list[str]:
             path.write_text("".join(json.dumps({"prompt": f"{name} {i}"}) + "\n" for i in range(count)))
     settings = {
         "trainer": "iterate", "objective": "dpo", "objective.beta": 0.1, "model": "tiny", "model.hidden_size": 16,
-        "model.num_layers": 1, "data.train": train, "data.heldout": heldout, "seed": 0, "lora.rank": 4,
-        "optimizer.lr": 1e-2, "sampling.n": 4, "sampling.max_new_tokens": 10, "trainer.rounds": 2,
+        "model.num_layers": 1, "data.train": train, "data.heldout": heldout, "data.text": "plain", "seed": 0,
+        "lora.rank": 4, "optimizer.lr": 1e-2, "sampling.n": 4, "sampling.max_new_tokens": 10, "trainer.rounds": 2,
         "trainer.chunk_prompts": 4, "trainer.batch_size": 2, "trainer.epochs": 2, "trainer.save_every": 2,
         "trainer.precision": "float32", "log.tensorboard": "false", "reference.cache_dir": base / "cache",
         "reward.plain._target_": "tests.trainers.toy_rewards.plain", "run.dir": run,
