@@ -65,7 +65,7 @@ def whole(base) -> bytes:
 def test_a_line_is_a_sample_with_its_prompt_tokens_and_columns(tmp_path):
     chat = [{"role": "user", "content": "Say hi"}]
     row = {"prompt": chat, "answer": "hi", "entry": {"metadata": [1]}, "completion": "hi", "label": True, "logps": 3}
-    found = generated(tmp_path, write(tmp_path / "p.jsonl", [row, {"prompt": "2+2="}]), "n=3")
+    found = generated(tmp_path, write(tmp_path / "p.jsonl", [row, {"prompt": "2+2="}]), "n=3", "data.text=plain")
     assert [(line["source"][-1], line["sample"]) for line in found] == [(s, k) for s in "12" for k in range(3)]
     tokenizer = byte_tokenizer()
     first, last = found[0], found[-1]

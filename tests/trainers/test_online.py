@@ -387,7 +387,7 @@ def test_prompts_of_one_token(tmp_path):
     """There is nothing to compare before the first completion; training goes on without the self-check."""
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p, "answer": 1}) + "\n" for p in "abcde"))
     (tmp_path / "heldout.jsonl").write_text('{"prompt": "f", "answer": 1}\n')
-    ended = trained(tmp_path, *REMAX, *SHORT)
+    ended = trained(tmp_path, *REMAX, *SHORT, "data.text=plain")
     assert ended.code == 0, ended.said
     assert "self-check left out: no prompt has two tokens" in ended.said
     assert rows_of(tmp_path / "run")[-1]["optimizer/gradient_norm"] > 0

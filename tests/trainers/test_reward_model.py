@@ -270,7 +270,7 @@ def test_texts_are_written_as_the_model_was_trained_to_read_them(full, base, tmp
     one, other = scored(full, data, tmp_path / "s.jsonl")
     assert one["score_chosen"] == pytest.approx(other["score_chosen"], abs=1e-5)
     texts = write(tmp_path / "texts.jsonl", [text, text | {"prompt": "another"}])
-    plain = trained(base, tmp_path / "plain", f"data.train={texts}", f"data.heldout={texts}")
+    plain = trained(base, tmp_path / "plain", f"data.train={texts}", f"data.heldout={texts}", "data.text=plain")
     assert json.loads((plain / "reward_model.json").read_text())["prompts"] == "text"
     one, other = scored(plain, data, tmp_path / "p.jsonl")
     assert abs(one["score_chosen"] - other["score_chosen"]) > 1e-3
