@@ -87,8 +87,8 @@ def _gradient(
 ) -> dict[str, Tensor]:
     """Of the loss of a step over the examples by the weights of these names; it belongs to no step."""
     gradients = measuring(context.engine).gradients(names, 1)
-    derivatives = Cotangents(context, examples, [None])
+    derivatives = Cotangents(context, examples, [])
     for forward in forward_passes(context, examples, check, train_mode=False):
-        gradients.add(forward.policy.token_logps, [derivatives(forward)[:, 0]], forward.own)
+        gradients.add(forward.policy.token_logps, [derivatives.of_loss(forward)], forward.own)
     (found,) = gradients.total()
     return found

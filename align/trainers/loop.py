@@ -499,13 +499,12 @@ def forward_passes(
 
 
 class Cotangents:
-    """Of the loss of a step that has other columns in the place of advantages, or none in it (None): its derivatives by
-    log-probs.
+    """Of the loss of a step that has other columns in the place of advantages: its derivatives by log-probs.
 
     What a loss has beside functions of log-probs, entropy and values, is the same for all of them and left out.
     """
 
-    def __init__(self, context: TrainContext, examples: Sequence[Example], columns: Sequence[str | None]):
+    def __init__(self, context: TrainContext, examples: Sequence[Example], columns: Sequence[str]):
         self._objective = context.objective
         self._columns = columns
         self._totals = _Totals(examples)
@@ -518,10 +517,14 @@ class Cotangents:
         stats = replace(policy, **{**still, "token_logps": leaf})
         found = []
         for column in self._columns:
-            own = batch
-            if column is not None:
-                own = replace(batch, columns={**batch.columns, "advantages": batch.columns[column]})
+            own = replace(batch, columns={**batch.columns, "advantages": batch.columns[column]})
             with torch.enable_grad():
                 loss = self._totals.add(own, self._objective(stats, forward.reference, own))
             found.append(torch.autograd.grad(loss, leaf)[0])
         return torch.stack(found, 1)
+
+    def of_loss(self, forward: ForwardPass) -> torch.Tensor:
+        """The same of the loss as it is [C], by way of what the network sums over rows from the log-probs, too."""
+        with torch.enable_grad():
+            loss = self._totals.add(forward.batch, self._objective(forward.policy, forward.reference, forward.batch))
+        return torch.autograd.grad(loss, forward.policy.token_logps)[0]

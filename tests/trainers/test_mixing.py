@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 
@@ -129,7 +130,8 @@ def sources(tmp_path_factory):
 
 def trained(path, sources, *words):
     settings = [
-        "recipe=sft", "model=tiny", "data.text=plain", "model.hidden_size=16", "model.num_layers=1",
+        *(() if "recipe=dpo" in words else ["recipe=sft"]), "model=tiny", "data.text=plain",
+        "model.hidden_size=16", "model.num_layers=1",
         "data.heldout_fraction=0",
         *(() if any(w.startswith("data.train=") for w in words) else [f"data.train=[{sources[0]},{sources[1]}]"]),
         "trainer.batch_size=4", "trainer.eval_every=0",
@@ -206,6 +208,46 @@ def test_agreement_is_the_cosine_of_whole_gradients(sources, tmp_path, monkeypat
     assert {e.source.rpartition(":")[0] for e in last[1]} == {sources[1]}
     for found, wanted in seen.values():
         assert found.tolist() == pytest.approx([float(w) for w in wanted], abs=1e-5)
+
+
+def test_agreement_of_pairs_is_that_of_their_losses(tmp_path, monkeypatch):
+    """DPO's loss is one of sums over rows: against autograd through the network, from the network before training."""
+    files = []
+    for n, (good, bad) in {"a": (" aaaa", " zz"), "b": (" zzz", " aaa"), "c": (" aa", " zzzz")}.items():
+        rows = [{"prompt": f"{n} {i} is", "chosen": good, "rejected": bad} for i in range(5)]
+        files.append(write(tmp_path / f"{n}.jsonl", rows))
+    kept, seen = {}, {}
+    real, before = agreement.Agreement._cosines, agreement.Agreement.before
+
+    def logp(model, row):
+        ids = torch.as_tensor(np.asarray(row.token_ids), dtype=torch.long)[None]
+        with own_attention(model):
+            logps = torch.log_softmax(model(input_ids=ids).logits[0, :-1].float(), -1)
+        return sum(logps[t - 1, int(ids[0, t])] for t in np.flatnonzero(row.targets))
+
+    def first(self, step, context, *args):
+        kept.setdefault("model", copy.deepcopy(context.engine.policy.model))
+        return before(self, step, context, *args)
+
+    def watched(self, step, context, size, seed, check):
+        found, vectors, model = real(self, step, context, size, seed, check), [], context.engine.policy.model
+        for k in range(3):
+            examples = self.drawn(k, step, size, seed)
+            ratios = [[logp(model, row) - logp(kept["model"], row).detach() for row in e.rows] for e in examples]
+            loss = -sum(torch.nn.functional.logsigmoid(0.1 * (c - r)) for c, r in ratios) / len(ratios)
+            gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+            vectors.append(torch.cat([g.flatten() for g in gradients]).double())
+        seen[step] = (found, [float(torch.cosine_similarity(v, vectors[-1], 0)) for v in vectors[:-1]])
+        return found
+
+    monkeypatch.setattr(agreement.Agreement, "before", first)
+    monkeypatch.setattr(agreement.Agreement, "_cosines", watched)
+    words = [*GRADIENT, f"data.train=[{files[0]},{files[1]}]", f"data.mixture_target={files[2]}", "trainer.max_steps=5"]
+    trained(tmp_path / "run", files, *words, "recipe=dpo", "objective.beta=0.1", "lora.rank=0")
+    assert sorted(seen) == [3, 5]
+    for found, wanted in seen.values():
+        assert found.tolist() == pytest.approx(wanted, abs=1e-4)
+        assert found[0] > 0 > found[1]
 
 
 def test_a_schedule_in_a_run_takes_the_second_source_at_the_end(sources, tmp_path):
