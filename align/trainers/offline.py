@@ -216,6 +216,11 @@ def mixed(session: Session, plan: Plan, data: Data, target: Sequence[Example]) -
     from align.trainers import mixing
 
     sizes = data.sizes
+    if 0 in sizes:
+        raise ValueError(
+            f"data.train={settings.train}: source {sizes.index(0) + 1} has no rows left to be mixed; take it out, mend "
+            "its rows, or lower data.heldout_fraction"
+        )
     shares: mixing.Shares
     if settings.mixture == "schedule":
         shares = mixing.Scheduled(settings.mixture_shares, plan.schedule_steps)

@@ -273,6 +273,14 @@ def test_a_column_of_weights_says_which_rows_a_run_sees(sources, tmp_path, capsy
     assert "below.jsonl:1: the weight must be at least 0, found -1" in capsys.readouterr().err
 
 
+def test_a_source_of_which_no_row_is_left_is_refused(sources, tmp_path, capsys):
+    empty = write(tmp_path / "empty.jsonl", [{"prompt": 3, "completion": "a"}])
+    words = [f"data.train=[{sources[0]},{empty}]", "data.on_bad_row=drop", "data.max_bad_fraction=1"]
+    more = ["data.mixture=schedule", "data.mixture_shares=[[0,[1,1]]]", f"run.dir={tmp_path / 'run'}"]
+    assert main(["train", "recipe=sft", "model=tiny", "data.heldout_fraction=0", *words, *more]) == 2
+    assert "source 2 has no rows left to be mixed" in capsys.readouterr().err
+
+
 REFUSED = [
     (["data.mixture=temperature", "data.train=[{0}]"], "needs two sources or more"),
     (["data.mixture=temperature", "data.repeat=[1,2]"], "data.repeat has no effect with data.mixture=temperature"),
