@@ -15,11 +15,12 @@ import numpy as np
 
 from align.config import DataConfig
 from align.data.audit import NOT_USED
-from align.data.chat import Rendering, Span, Texts, control_token, prompt_ids, render, render_text
+from align.data.chat import Rendering, Span, control_token, prompt_ids, render, render_text
 from align.data.formats import Dialogue, Message, Record, Tokenised, parse
 from align.data.margins import margin_numbers
 from align.data.sources import BadRow, NotUsed
 from align.data.suspects import check, refuse_open
+from align.data.tokens import Texts
 from align.data.unread import unread, with_cure
 from align.data.wanted import Wanted
 from align.jsons import Json, Tokenizer
@@ -119,9 +120,9 @@ def loaded(record: Record, source: str, tokenizer: Tokenizer, config: DataConfig
     for name, side in record.sides.items():
         if wanted.whole and not side.finished:
             side = _whole(side)
-        rendering = _rendering(side, texts, config)
+        rendering = _rendering(side, texts, config, keep)
         if len(rendering.row.token_ids) > config.max_tokens:
-            rendering, cut = _shortened(side, rendering, texts, config)
+            rendering, cut = _shortened(side, rendering, texts, config, keep)
             truncated += cut
         if not rendering.row.targets.any():
             raise BadRow("no_target", f"{name} has no token to learn from; give an answer, or a weight above 0")
@@ -147,7 +148,7 @@ def loaded(record: Record, source: str, tokenizer: Tokenizer, config: DataConfig
 # ---------------------------------------------------------------------- renderings
 
 
-def _rendering(side: Dialogue | Tokenised, texts: Texts, config: DataConfig) -> Rendering:
+def _rendering(side: Dialogue | Tokenised, texts: Texts, config: DataConfig, authors: bool) -> Rendering:
     tokenizer = texts.tokenizer
     if isinstance(side, Tokenised):
         return _as_tokenised(side, len(tokenizer))
@@ -164,6 +165,7 @@ def _rendering(side: Dialogue | Tokenised, texts: Texts, config: DataConfig) -> 
         finished=side.finished,
         target_roles=roles,
         texts=texts,
+        authors=authors,
     )
 
 
@@ -206,7 +208,7 @@ def _as_tokenised(side: Tokenised, vocabulary: int) -> Rendering:
 
 
 def _shortened(
-    side: Dialogue | Tokenised, rendering: Rendering, texts: Texts, config: DataConfig
+    side: Dialogue | Tokenised, rendering: Rendering, texts: Texts, config: DataConfig, authors: bool
 ) -> tuple[Rendering, int]:
     """The conversation without its last messages, ending in an answer, and how many were cut. Raises BadRow."""
     tokens, limit = len(rendering.row.token_ids), config.max_tokens
@@ -217,14 +219,15 @@ def _shortened(
             f"raise it above {rendering.prompt_length} or shorten the prompt",
         )
     if config.overlong == "truncate_turns" and isinstance(side, Dialogue) and not isinstance(side.completion, str):
-        reach = {span.message: span.end for span in rendering.spans}
+        told = rendering if authors else _rendering(side, texts, config, True)
+        reach = {span.message: span.end for span in told.spans}
         for end in range(len(side.completion) - 1, 0, -1):
             last = side.completion[end - 1]
             if last["role"] != "assistant" or (last.get("tool_calls") and not config.open_tool_calls):
                 continue
             if reach.get(len(side.prompt) + end - 1, 0) > limit:  # too long even without what ends it
                 continue
-            shorter = _rendering(replace(side, completion=side.completion[:end], finished=True), texts, config)
+            shorter = _rendering(replace(side, completion=side.completion[:end], finished=True), texts, config, authors)
             if len(shorter.row.token_ids) <= limit and shorter.row.targets.any():
                 return shorter, len(side.completion) - end
     raise BadRow(

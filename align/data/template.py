@@ -22,9 +22,12 @@ from align.jsons import Fields, Json, Tokenizer
 Message = Json
 Tools = Sequence[Fields]  # as JSON schemas
 Place = tuple[int | None, int | None]  # of a text in a rendering; None: not to be told
+# number of messages -> those messages, their tools and the day; what was written for generation
+Prompts = dict[int, tuple[tuple[Sequence[Message], Tools | None, str | None], str]]
 REASONING = ("reasoning_content", "reasoning", "thinking")  # fields that hold it; templates differ in the name
 _SAID = (*REASONING, "content")
 _MARKER = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")  # the shape of what templates write between messages
+_REMEMBERED = 16  # messages of the longest prompt that is
 _PRIVATE = 0xF0000  # first code point of the planes for private use: the marks
 
 
@@ -100,6 +103,7 @@ class Template:
     tokenizer: Tokenizer
     tools: Tools | None
     habits: Habits
+    prompts: Prompts
 
     @staticmethod
     def of(tokenizer: Tokenizer, tools: Tools | None = None) -> Template:
@@ -109,7 +113,8 @@ class Template:
                 "the data are conversations and the tokenizer has no chat template; set model.chat_template=FILE, "
                 "or give prompt, chosen and rejected as plain strings"
             )
-        return Template(tokenizer, tools or None, _habits(tokenizer, str(tokenizer.chat_template), tokenizer.eos_token))
+        habits, prompts = _habits(tokenizer, str(tokenizer.chat_template), tokenizer.eos_token)
+        return Template(tokenizer, tools or None, habits, prompts)
 
     def write(self, messages: Sequence[Message], generation: bool) -> str:
         """The rendering. Raises BadRow when the template refuses."""
@@ -126,6 +131,18 @@ class Template:
         except Exception as error:  # Jinja's own exceptions and what templates raise
             why = " ".join(str(error).split())
             raise BadRow("template", f"the chat template refuses the conversation: {why}") from error
+
+    def prompt(self, messages: Sequence[Message], i: int) -> str:
+        """What generation of message i would start from; the answers of a row mostly share it. Raises BadRow as write
+        does."""
+        known = self.prompts.get(i)
+        asked = (messages[:i], self.tools, date_of(self.tokenizer))
+        if known is not None and known[0] == asked:
+            return known[1]
+        text = self.write(messages[:i], generation=True) if i > 0 else ""
+        if i < _REMEMBERED:
+            self.prompts[i] = (asked, text)
+        return text
 
     def layout(self, messages: Sequence[Message], generation: bool, text: str | None = None) -> Layout:
         """The rendering and the places of its texts. text: the rendering, where it is known. Raises BadRow when the
@@ -183,7 +200,7 @@ class Template:
         first = min(known, default=None) if len(known) == len(starts) else None
         stop = layout.region(i)[1] if starts else layout.after(i)
         opening = self.habits.generation
-        prompt = self.write(messages[:i], generation=True) if i > 0 else ""
+        prompt = self.prompt(messages, i)
         if prompt and text.startswith(prompt) and floor <= len(prompt) <= stop:
             start = len(prompt)
             if not (opening.strip() and first is not None and text.startswith(opening, start, first)):
@@ -290,14 +307,19 @@ def asks_for_date(tokenizer: Tokenizer) -> bool:
 
 
 @lru_cache(maxsize=16)
-def _habits(tokenizer: Tokenizer, template: str, eos: str | None) -> Habits:  # noqa: ARG001  what the answer depends on
+def _habits(tokenizer: Tokenizer, template: str, eos: str | None) -> tuple[Habits, Prompts]:  # noqa: ARG001
+    """What is known of a template; the arguments are what that depends on."""
+    return _learnt(tokenizer), {}
+
+
+def _learnt(tokenizer: Tokenizer) -> Habits:
     """What the template does around words that it cannot know. A probe that it refuses teaches nothing."""
     ask, reply, more = (chr(_PRIVATE + n) for n in range(3))
     user, answer = {"role": "user", "content": ask}, {"role": "assistant", "content": reply}
 
     def probe(messages: list[Message], generation: bool = False, habits: Habits | None = None) -> str:
         try:
-            return Template(tokenizer, None, habits or Habits()).write(messages, generation)
+            return Template(tokenizer, None, habits or Habits(), {}).write(messages, generation)
         except BadRow:
             return ""
 

@@ -7,6 +7,7 @@ every conversation that our renderer refuses although the template does not.
 from __future__ import annotations
 
 import json
+import random
 import re
 from functools import cache
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from align.data.chat import between_turns, prompt_ids, render, stop_ids, terminator
+from align.data.frames import frames_of
 from align.data.sources import BadRow
 from align.models.pretrained import smollm2
 
@@ -443,3 +445,49 @@ def test_stop_ids_are_those_of_the_generation_config_the_tokenizer_and_the_templ
     assert stop_ids(tokenizer, Config) == sorted({7, 9, eos, end})
     assert stop_ids(tokenizer, None) == sorted({eos, end})
     assert stop_ids(tokenizer_of("our_bare"), None) == [tokenizer_of("our_bare").eos_token_id]
+
+
+def varied(rng: random.Random) -> list[dict]:
+    """A conversation of texts that templates look at."""
+    texts = (
+        "A cod.",
+        "It's a ray",
+        "x</think>y",
+        "<think>\nhm\n</think>\n\nA tree",
+        "{{ 1 }}",
+        "",
+        " A cod. \n",
+        "魚\n\n",
+    )
+    out = [say("system", rng.choice(texts))] if rng.random() < 0.3 else []
+    for _ in range(rng.choice([1, 1, 2])):
+        out += [say("user", rng.choice(texts) + "?"), say("assistant", rng.choice(texts) + rng.choice(["", "!"]))]
+    return out
+
+
+def shown(tokenizer, messages, first_target: int, authors: bool):
+    try:
+        found = render(tokenizer, messages, first_target=first_target, authors=authors)
+    except BadRow as bad:
+        return str(bad)
+    row = found.row
+    return (
+        row.token_ids.tolist(),
+        row.targets.tolist(),
+        found.spans if authors else (),
+        found.prompt_length,
+        found.notes,
+    )
+
+
+@every_template
+def test_what_is_learnt_of_a_shape_changes_nothing(name, monkeypatch):
+    """A conversation is taken apart by others of its shape as it is by itself, for templates that look at texts too."""
+    tokenizer, rng = tokenizer_of(name), random.Random(0)
+    talks = [varied(rng) for _ in range(60)]
+    by_shape = [shown(tokenizer, talk, n % 2, n % 3 > 0) for n, talk in enumerate(talks)]
+    frames = frames_of(tokenizer, tokenizer.chat_template, tokenizer.eos_token, len(tokenizer))
+    monkeypatch.setattr("align.data.frames._MOST", 0)
+    assert by_shape == [shown(tokenizer, talk, n % 2, n % 3 > 0) for n, talk in enumerate(talks)]
+    known = [frame is not None for frame in frames._known.values()]
+    assert any(known) or name not in ("our_chatml", "our_gemma", "our_llama", "our_phi", "llama3", "qwen2_5")
