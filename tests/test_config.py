@@ -370,7 +370,7 @@ def test_differences_allow_exactly_the_resumable_keys():
     assert free == {
         "trainer.max_steps", "trainer.save_every", "trainer.keep_checkpoints", "merge", "run.dir",
         "trainer.export_every", "trainer.export_at", "callbacks", "data.ignore", "data.empty_prompts",
-            "data.workers", "data.cache_dir",
+            "data.workers", "data.cache_dir", "data.on_bad_row", "data.max_bad_fraction",
         "engine.stage", "engine.offload_optimizer", "engine.offload_parameters", "engine.timeout_s",
         "launch.kind", "launch.processes", "launch.threads", "launch.port",
         "log.console_every", "log.tensorboard", "log.wandb", "log.wandb_project",

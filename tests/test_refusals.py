@@ -14,6 +14,7 @@ FOUR = ["recipe=dpo", "model=hub", "model.path=nosuch", "model.four_bit=true"]
 MODEL, ADAPTER, ENSEMBLE = (["recipe=grpo", f"reward={name}"] for name in ("model", "adapter", "ensemble"))
 ADAPTER = [*ADAPTER, "reward.preference.path=tables"]
 JUDGE = ["recipe=grpo", "reward=judge", "reward.judge.url=http://x"]
+STREAM = ["data.streaming=true", "trainer.max_steps=9"]
 PROCESS = ["recipe=grpo", "advantage=pure", "reward=process"]
 
 # words, and what the sentence must hold
@@ -63,6 +64,24 @@ REFUSED = [
     (["recipe=multiturn_dpo", "collect=reasoning_python", "collect.task=gcd", "collect.task_settings=5"],
      "task_settings=5: must be settings of the task, or null"),
     (["recipe=multiturn_dpo", "collect.tool.seconds=0"], "collect.tool"),
+    # rows as they come
+    ([*STREAM, "recipe=grpo"], "data.streaming=true: must be false with trainer.kind=online"),
+    ([*STREAM, "recipe=multiturn_dpo"], "data.streaming=true: must be false with collect=..."),
+    ([*STREAM, "recipe=warm"], "data.streaming=true: must be false with trainer.kind=warm"),
+    (["data.streaming=true", "recipe=dpo", "trainer.epochs=2"],
+     "trainer.max_steps=null: must be given with data.streaming=true"),
+    ([*STREAM, "recipe=dpo", "data.heldout=null", "data.heldout_fraction=0.1"],
+     "data.heldout_fraction=0.1: must be 0 with data.streaming=true"),
+    ([*STREAM, "recipe=kto"], "data.streaming=true: must be false with objective=kto"),
+    ([*STREAM, "recipe=dpo", "data.repeat=[2]"], "data.repeat has no effect with data.streaming=true"),
+    ([*STREAM, "recipe=dpo", "data.columns.weight=w"], "data.columns.weight has no effect with data.streaming=true"),
+    ([*STREAM, "recipe=dpo", "data.train=[rows.parquet,saved]", "data.heldout_fraction=0"],
+     "use data.mixture=schedule data.mixture_shares=[[0,[1,1]]]"),
+    ([*STREAM, "recipe=dpo", "data.train=[rows.parquet,saved]", "data.heldout=saved", "data.mixture=temperature"],
+     "data.mixture=temperature: must be schedule with data.streaming=true"),
+    ([*STREAM, "recipe=dpo", "data.max_tokens=4096"],
+     "trainer.micro_batch_tokens=4096: must be at least 8192 with data.streaming=true"),
+    ([*STREAM, "recipe=dpo", "data.shuffle_buffer=0"], "data.shuffle_buffer=0: must be at least 1"),
     # offline
     (["recipe=dpo", "reward=topic"], "reward has no effect with trainer.kind=offline"),
     (["objective=policy_gradient"], "objective=policy_gradient learns from rollouts: use trainer=online"),

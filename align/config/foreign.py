@@ -69,7 +69,11 @@ NAMES = {
     "packing": ":rows are packed without padding by themselves; trainer.layout says how",
     "sample_packing": ":rows are packed without padding by themselves; trainer.layout says how",
     "padding_free": ":rows are packed without padding by themselves; trainer.layout says how",
-    "dataloader_num_workers": ":rows are read and tokenised before the first step",
+    "dataloader_num_workers": "data.workers",
+    "dataset_num_proc": "data.workers",
+    "preprocessing_num_workers": "data.workers",
+    "streaming": "data.streaming",
+    "buffer_size": "data.shuffle_buffer",
     # precision and memory
     "bf16": "trainer.precision=bfloat16",
     "fp16": "trainer.precision=bfloat16; float16 is not offered",

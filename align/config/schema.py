@@ -90,8 +90,8 @@ class DataConfig:
     targets: Annotated[str, one_of("all", "divergent")]
     target_roles: list[str]
     open_tool_calls: bool
-    on_bad_row: Annotated[str, one_of("error", "drop")]
-    max_bad_fraction: Annotated[float, at_least(0, at_most=1)]
+    on_bad_row: Annotated[str, one_of("error", "drop"), resumable]
+    max_bad_fraction: Annotated[float, at_least(0, at_most=1), resumable]
     gold: str | None
     margins: Any  # name of a component -> dotted path of a function
     columns: Any  # name of a field -> a column or a list of them
@@ -103,6 +103,8 @@ class DataConfig:
     loader: str | None = None
     workers: Annotated[int | None, at_least(1), resumable] = None
     cache_dir: Annotated[str | None, resumable] = None
+    streaming: bool = False
+    shuffle_buffer: Annotated[int, at_least(1)] = 10000
     mixture: Annotated[str | None, one_of("temperature", "schedule", "gradient")] = None
     mixture_temperature: Annotated[float, above(0)] = 1.0
     mixture_shares: Any = None  # points [progress, shares]

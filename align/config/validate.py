@@ -26,6 +26,10 @@ def validate(config: Config) -> None:
     build.check_rollout(config)
     _check_trainer(config, objective)
     _check_mixture(config, objective)
+    if config.data.streaming:
+        from align.config.checks_streaming import check
+
+        check(config, objective)
     _check_head(config, objective)
     build.check_margins(config, objective)
     _check_launch(config)

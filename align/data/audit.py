@@ -36,6 +36,7 @@ class SplitAudit:
     shapes: dict[str, int] = field(default_factory=dict)  # fields and what they hold -> kept rows
     from_texts: int = 0  # kept rows whose texts became messages
     doubts: int = 0  # kept rows of which more may be learnt than the assistant said
+    first_doubt: str = ""  # "file:line: why" of the first of them
 
     def drop(self, source: str, reason: str, detail: str, column: str = "") -> None:
         """Count one row that is not used. column: the one that nothing reads, for which it is not used."""

@@ -169,7 +169,7 @@ def _opened(target: Path, say: Say) -> Data | None:
         os.utime(target / _TOLD)  # when it was used last
     say(f"data: {len(train)} examples from the cache {target}")
     audit = Audit.of(told["audit"])
-    return Data(train, heldout, audit, [], [], tuple(told["sizes"]), frozenset(told["chats"]))
+    return Data(train, heldout, audit, [], [], tuple(told["sizes"]), set(told["chats"]))
 
 
 def _untold(target: Path) -> str:

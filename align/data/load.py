@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -33,7 +33,8 @@ class Data:
     train_rows: list[Loaded]  # none unless they were to keep their renderings
     heldout_rows: list[Loaded]
     sizes: tuple[int, ...] = ()  # how many of train are of each source of data.train, in their order
-    chats: frozenset[bool] = frozenset()  # whether prompts of train are conversations, of those there are
+    # whether prompts of train are conversations, of those there are; of a stream of those that were read
+    chats: set[bool] = field(default_factory=set)
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -57,12 +58,12 @@ def load(
     """
     audit = Audit()
 
-    make = partial(_understanding, tokenizer, date_of(tokenizer), config, wanted, keep)
+    make = partial(understanding, tokenizer, date_of(tokenizer), config, wanted, keep)
     parts, heldout_rows = Reader(config, make, _prompt, to_the_end, num_workers(config.workers)).splits(audit)
     for split, rows in ((audit.train, [row for part in parts for row in part]), (audit.heldout, heldout_rows)):
         _tell(split, rows)
         if not to_the_end:
-            refuse_doubts(split, rows, config.max_bad_fraction)
+            refuse_doubts(split, config.max_bad_fraction)
     repeat = repeats(config, len(parts))
     train_rows = [row for part in parts for row in part]
     by_source = [
@@ -82,15 +83,16 @@ def load(
         # a held-out set of one prompt takes its partners from the training data
         others = train if len({prompt_key(e) for e in heldout}) < 2 else []
         heldout = assign_mismatched([*heldout, *others], seed, config.max_tokens)[: len(heldout)] if heldout else []
-    chats = frozenset(row.chat for row in train_rows)
+    chats = {row.chat for row in train_rows}
     if not keep:
         train_rows, heldout_rows = [], []
     return Data(train, heldout, audit, train_rows, heldout_rows, tuple(map(len, by_source)), chats)
 
 
-def _understanding(
+def understanding(
     tokenizer: Tokenizer, day: str | None, config: DataConfig, wanted: Wanted, keep: bool
 ) -> Callable[[Json, str], Loaded]:
+    """The function that makes of a row and its "file:line" what is kept of it. day: of templates that ask for it."""
     fix_date(tokenizer, day)  # of another process's copy
 
     def understand(record: Json, where: str) -> Loaded:
@@ -122,7 +124,6 @@ def _digest(digest: Any, row: Row) -> None:
 
 
 def _account(audit: SplitAudit, rows: list[Loaded], examples: list[Example]) -> None:
-    audit.rows_kept = len(rows)
     audit.truncated_rows = [row.source for row in rows if row.truncated]
     audit.repeated_prompts = num_repeated(row.examples[0].prompt.token_ids for row in rows)
     audit.examples = len(examples)
@@ -133,19 +134,20 @@ def _account(audit: SplitAudit, rows: list[Loaded], examples: list[Example]) -> 
 
 
 def _tell(audit: SplitAudit, rows: Sequence[Loaded]) -> None:
+    audit.rows_kept = len(rows)
     audit.unread = dict(Counter(name for row in rows for name in row.unread))
     audit.shapes = dict(Counter(row.shape for row in rows))
     audit.from_texts = sum(row.from_text for row in rows)
     audit.doubts = sum(bool(row.doubt) for row in rows)
+    audit.first_doubt = next((f"{row.source}: {row.doubt}" for row in rows if row.doubt), "")
 
 
-def refuse_doubts(audit: SplitAudit, rows: Sequence[Loaded], fraction: float) -> None:
+def refuse_doubts(audit: SplitAudit, fraction: float, at_least: int = 0) -> None:
     """Raises ValueError if more rows than data.max_bad_fraction may hold what the assistant did not say: a few may
-    well be answers that were asked for."""
-    if audit.doubts > fraction * len(rows):
-        first = next(row for row in rows if row.doubt)
+    well be answers that were asked for. at_least: as of how many rows the fraction is judged at the least."""
+    if audit.doubts > fraction * max(audit.rows_kept, at_least):
         raise ValueError(
-            f"{first.source}: {first.doubt}. {audit.doubts} of {len(rows)} rows do, more than "
+            f"{audit.first_doubt}. {audit.doubts} of {audit.rows_kept} rows do, more than "
             f"data.max_bad_fraction={fraction}; mend them, or raise it where they are meant"
         )
 

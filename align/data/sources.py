@@ -19,10 +19,13 @@ from dataclasses import dataclass
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from align.data import GYM
 from align.jsons import Json
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Kind = Literal["jsonl", "json", "csv", "parquet", "saved", "directory", "hub", "gym", "loader"]
 _SUFFIXES: dict[str, Kind] = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -116,10 +119,11 @@ def locate(name: str) -> Source:
     return Source(name, "hub", None)
 
 
-def read(source: Source) -> Iterator[tuple[str, Json | BadRow]]:
+def read(source: Source, order: np.random.Generator | None = None) -> Iterator[tuple[str, Json | BadRow]]:
     """Each row's "file:line" and its object, or why it cannot be read. Blank lines are no rows.
 
-    Raises ValueError when the source as a whole cannot be read.
+    order: rows of tables come as they are asked for, without a copy of the whole on this machine; files of a folder and
+    parts of a table in an order that is drawn from it. Raises ValueError when the source as a whole cannot be read.
     """
     if source.kind == "jsonl":
         yield from _jsonl(source)
@@ -128,7 +132,7 @@ def read(source: Source) -> Iterator[tuple[str, Json | BadRow]]:
     elif source.kind == "csv":
         yield from _csv(source)
     elif source.kind == "directory" and (files := _own_files(source)):
-        for file in files:
+        for file in files if order is None else [files[i] for i in order.permutation(len(files))]:
             yield from read(file)
     elif source.kind == "loader":
         yield from _loaded(source)
@@ -137,10 +141,11 @@ def read(source: Source) -> Iterator[tuple[str, Json | BadRow]]:
 
         for number, row in enumerate(gym.rows(gym.parse_name(source.name)), 1):
             yield f"{source.name}:{number}", row
-    else:
-        rows = _table(source)
-        for number, row in enumerate(rows, 1):
+    elif order is None or source.kind == "saved":  # which lies there as it is read
+        for number, row in enumerate(_table(source), 1):
             yield f"{source.name}:{number}", _present(row)
+    else:
+        yield from _streamed(source, order)
 
 
 def columns(source: Source) -> Iterator[set[str]] | None:
@@ -373,22 +378,42 @@ def table_fingerprint(source: Source) -> str | None:
     return f"{source.name} {_table(source)._fingerprint}" if source.kind == "hub" else None
 
 
-def _table(source: Source) -> Any:
+def _streamed(source: Source, order: np.random.Generator) -> Iterator[tuple[str, Json | BadRow]]:
+    """Rows of a table, part by part, without those that were not asked for yet."""
+    table = _table(source, streaming=True)
+    for part in order.permutation(table.num_shards).tolist():
+        where = source.name if table.num_shards == 1 else f"{source.name}, part {part + 1}"
+        rows, number = iter(table.shard(table.num_shards, part)), 0
+        while True:
+            try:
+                row = next(rows, None)
+            except Exception as error:  # the library's or the network's, of a dozen kinds
+                said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                raise ValueError(f"{where}:{number + 1}: cannot be read ({said}); check the source") from error
+            if row is None:
+                break
+            number += 1
+            yield f"{where}:{number}", _present(row)
+
+
+def _table(source: Source, streaming: bool = False) -> Any:
     import datasets
 
     datasets.disable_progress_bars()  # a run tells its own progress
     name, _, split = source.name.partition(":") if source.kind == "hub" else (source.name, "", "")
     split = split or "train"
     try:
-        if source.kind == "parquet":
+        if source.kind == "parquet" and streaming:
+            data = datasets.load_dataset("parquet", data_files=str(source.path), split=split, streaming=True)
+        elif source.kind == "parquet":
             data = datasets.Dataset.from_parquet(str(source.path), keep_in_memory=False)
         elif source.kind == "saved":
             data = datasets.load_from_disk(str(source.path))
         elif source.kind == "directory":
-            data = datasets.load_dataset(str(source.path), split=split)
+            data = datasets.load_dataset(str(source.path), split=split, streaming=streaming)
         else:
             name, _, config = name.partition("@")
-            data = datasets.load_dataset(name, config or None, split=split)
+            data = datasets.load_dataset(name, config or None, split=split, streaming=streaming)
     except Exception as error:  # the library raises a dozen kinds; each means that the data cannot be had
         first = " ".join(str(error).split())[:300]
         raise ValueError(

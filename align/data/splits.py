@@ -80,20 +80,20 @@ class Reader(Generic[R]):
             audit.sha256.append(content_hash(source))
             part = []
             columns = Columns(self.config.columns)
-            for where, made in understood(self._formed(read(source), columns), self.make, self.workers):
+            for where, made in understood(self.formed(read(source), columns), self.make, self.workers):
                 audit.rows_in += 1
                 if isinstance(made, BadRow):
-                    self._drop(audit, where, made)
+                    self.drop(audit, where, made)
                 else:
                     part.append(made)
             if part or not self.to_the_end:
                 columns.check(source.name)
             parts.append(part)
         if not self.to_the_end:
-            self._judge(audit, setting, any(parts))
+            self.judge(audit, setting, any(parts))
         return parts
 
-    def _formed(self, rows: Iterable[Placed], columns: Columns) -> Iterable[Placed]:
+    def formed(self, rows: Iterable[Placed], columns: Columns) -> Iterable[Placed]:
         """Rows as data.format, data.columns and then data.form make them; the form may make one of several, or several
         of one."""
         formatted = ((where, self._tried(row, columns)) for where, row in rows)
@@ -126,7 +126,8 @@ class Reader(Generic[R]):
             raise BadRow("format", f"data.format={path} gave {type(made).__name__}, not a mapping or None")
         return dict(made)
 
-    def _drop(self, audit: SplitAudit, where: str, bad: BadRow) -> None:
+    def drop(self, audit: SplitAudit, where: str, bad: BadRow) -> None:
+        """Count a row that cannot be used. Raises ValueError for one that the settings do not let pass."""
         overlong = bad.reason in OVERLONG
         strict = self.config.on_bad_row == "error" and not overlong and not isinstance(bad, NotUsed)
         if strict and not self.to_the_end:
@@ -135,9 +136,9 @@ class Reader(Generic[R]):
             ) from None
         audit.drop(where, bad.reason, str(bad), bad.column if isinstance(bad, Unread) else "")
 
-    def _judge(self, audit: SplitAudit, setting: str, any_left: bool) -> None:
-        """Raise if too much is missing."""
-        config = self.config
+    def judge(self, audit: SplitAudit, setting: str, any_left: bool, at_least: int = 0) -> None:
+        """Raise ValueError if too much is missing. at_least: as of how many rows fractions are judged at the least."""
+        config, rows = self.config, max(audit.rows_in, at_least)
         if audit.rows_in == 0:
             raise ValueError(f"{setting}: has no rows; give a file with at least one")
         first = next((f"{d['source']}: {d['detail']}" for d in audit.dropped_rows), "")
@@ -145,7 +146,7 @@ class Reader(Generic[R]):
             raise ValueError(f"{setting}: 0 usable rows of {audit.rows_in}; the first: {first}")
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(audit.dropped.items()))
         overlong = sum(audit.dropped.get(reason, 0) for reason in OVERLONG)
-        if config.overlong == "error" and overlong > config.max_bad_fraction * audit.rows_in:
+        if config.overlong == "error" and overlong > config.max_bad_fraction * rows:
             long = next(d for d in audit.dropped_rows if d["reason"] in OVERLONG)
             raise ValueError(
                 f"{setting}: {overlong} of {audit.rows_in} rows are longer than data.max_tokens={config.max_tokens} "
@@ -153,7 +154,7 @@ class Reader(Generic[R]):
                 f"data.overlong=drop or truncate_turns. The first: {long['source']}: {long['detail']}"
             )
         bad = sum(n for reason, n in audit.dropped.items() if reason not in (*OVERLONG, *NO_FAULT))
-        if bad > config.max_bad_fraction * audit.rows_in:
+        if bad > config.max_bad_fraction * rows:
             raise ValueError(
                 f"{setting}: {bad / audit.rows_in:.1%} of {audit.rows_in} rows are bad ({counts}), more than "
                 f"data.max_bad_fraction={config.max_bad_fraction}; mend them or raise it. The first: {first}"

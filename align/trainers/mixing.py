@@ -65,38 +65,44 @@ class Learnt:
         return np.array(next(shares for first, shares in reversed(self.changes) if first <= step))
 
 
+class Draws:
+    """How many examples of each source the steps up to one have: its shares' sum times the batch, to about one."""
+
+    def __init__(self, shares: Shares, num_sources: int, batch_size: int):
+        self.shares = shares
+        self.batch_size = batch_size
+        self._drawn = [np.zeros(num_sources, dtype=int)]  # [step][source]
+        self._owed = np.zeros(num_sources)
+
+    def until(self, step: int) -> list[int]:
+        """Of steps 1 to `step` together, by source."""
+        while len(self._drawn) <= step:
+            self._owed = self._owed + self.batch_size * self.shares.at(len(self._drawn))
+            self._drawn.append(_apportioned(self._owed, self._drawn[-1], self.batch_size))
+        return self._drawn[step].tolist()
+
+
 class Mixture(Plan):
     """A plan whose steps take each source's share; within a source every row comes once an epoch of its own, or by its
-    weight as often as that gives, rounded up or down.
-
-    Of the draws of steps 1 to t a source has its shares' sum times the batch, to about one draw.
-    """
+    weight as often as that gives, rounded up or down."""
 
     def __init__(self, plan: Plan, sizes: Sequence[int], shares: Shares, weights: Sequence[float] | None = None):
         super().__init__(plan.num_examples, plan.batch_size, plan.num_steps, plan.schedule_steps, plan.limit)
         borders = [0, *np.cumsum(sizes).tolist()]
-        self.shares = shares
+        self.draws = Draws(shares, len(sizes), plan.batch_size)
         self.parts = list(pairwise(borders))  # first and last example of each source
         self._weights = None if weights is None else [np.array(weights[a:b]) for a, b in self.parts]
-        self._drawn = [np.zeros(len(sizes), dtype=int)]  # [step][source]: in steps 1 to step
-        self._owed = np.zeros(len(sizes))
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def indices(self, step: int, seed: int) -> list[int]:
         """Examples of optimiser step 1, 2, ...; of the last one what the number of epochs leaves."""
-        before, after = self._until(step - 1), self._until(step)
+        before, after = self.draws.until(step - 1), self.draws.until(step)
         out = [
             self.parts[k][0] + self._place(k, draw, seed)
             for k in range(len(self.parts))
             for draw in range(before[k], after[k])
         ]
         return out[: int(min(self.batch_size, self.limit - (step - 1) * self.batch_size))]
-
-    def _until(self, step: int) -> list[int]:
-        while len(self._drawn) <= step:
-            self._owed = self._owed + self.batch_size * self.shares.at(len(self._drawn))
-            self._drawn.append(_apportioned(self._owed, self._drawn[-1], self.batch_size))
-        return self._drawn[step].tolist()
 
     def _place(self, source: int, draw: int, seed: int) -> int:
         first, last = self.parts[source]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from align import build, checkpoint
 from align.config import Config
@@ -78,7 +78,12 @@ def run(session: Session, loaded: LoadedModel | None = None) -> int:
     if config.collect is not None:
         file, model = _collected(session, rollouts)
         settings = replace(settings, train=file, heldout=None)
-    data = cached(settings, session.tokenizer, Wanted.by(session.objective), config.seed, session.log.say)
+    if settings.streaming:
+        from align.trainers import streaming
+
+        data = streaming.beginning(session)
+    else:
+        data = cached(settings, session.tokenizer, Wanted.by(session.objective), config.seed, session.log.say)
     session.account(data.audit)
     hashes = dict(data.hashes)
     target = _target(session)
@@ -97,8 +102,12 @@ def run(session: Session, loaded: LoadedModel | None = None) -> int:
     fixed = {"schedule_steps": plan.schedule_steps, "data": hashes, "model": parts.model_hash}
     observers = observers_of(session, parts.full_model, plan.num_steps, parts.form)
     loop = StepLoop(session, plan.num_steps, state, fixed, observers, engine.write, size_of(engine))
-    step = loop.run(Offline(session, context, plan, data.train, data.heldout, agreement))
+    feed: Feed = Planned(plan, data.train, config.seed)
+    if settings.streaming:
+        feed = streaming.Streamed(session, context, plan, data)
+    step = loop.run(Offline(session, context, plan, feed, data.heldout, agreement))
     session.signals.agree_again()
+    feed.told()
     rollout = _sync(session, parts, rollouts)
     summary = _summary(session, parts, data, step)
     if config.collect is not None and rollout is not None:
@@ -131,15 +140,66 @@ def train_part(session: Session, settings: Config, loaded: LoadedModel | None = 
 # ---------------------------------------------------------------------- the loop
 
 
+class Feed(Protocol):
+    """Where the examples of a step come from; the same calls in all processes."""
+
+    @property
+    def redone(self) -> tuple[type[Exception], ...]:
+        """See Task."""
+        ...
+
+    def examples(self, number: int) -> tuple[list[Example], Metrics]:
+        """What step 1, 2, ... learns from, and metrics of that; the same in all processes."""
+        ...
+
+    def state(self) -> Fields:
+        """See Task."""
+        ...
+
+    def restore(self, progress: Fields) -> None:
+        """See Task."""
+        ...
+
+    def told(self) -> None:
+        """Tell people and the disk what is known of the data when the last step is done."""
+        ...
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Examples that are there: which ones is a function of the step."""
+
+    plan: Plan
+    train: Sequence[Example]
+    seed: int
+    redone: tuple[type[Exception], ...] = ()
+
+    def examples(self, number: int) -> tuple[list[Example], Metrics]:
+        """See Feed."""
+        plan = self.plan
+        epoch = min(number * plan.batch_size, plan.limit) / plan.num_examples
+        return [self.train[i] for i in plan.indices(number, self.seed)], {"data/epoch": epoch}
+
+    def state(self) -> Fields:
+        """Nothing but the step."""
+        return {}
+
+    def restore(self, progress: Fields) -> None:
+        """Nothing but the step."""
+
+    def told(self) -> None:
+        """It was told before the first."""
+
+
 class Offline(Task):
-    """Steps over fixed examples: which ones is a function of the step."""
+    """Steps over examples that are given."""
 
     def __init__(
         self,
         session: Session,
         context: TrainContext,
         plan: Plan,
-        train: Sequence[Example],
+        feed: Feed,
         heldout: Sequence[Example],
         agreement: Agreement | None = None,
     ):
@@ -147,7 +207,8 @@ class Offline(Task):
         self.config = session.config
         self.context = context
         self.plan = plan
-        self.train = train
+        self.feed = feed
+        self.redone = feed.redone
         self.heldout = heldout
         self.agreement = agreement
 
@@ -157,10 +218,9 @@ class Offline(Task):
         plan, seed, metrics = self.plan, self.config.seed, {}
         if self.agreement is not None:
             metrics = self.agreement.before(number, self.context, plan.batch_size, seed, self.session.signals.check)
-        indices = plan.indices(number, seed)
+        examples, told = self.feed.examples(number)
         lr = learning_rate(self.config.optimizer, number, plan.schedule_steps)
-        row: Metrics = dict(train_step(self.context, [self.train[i] for i in indices], lr)) | metrics
-        row["data/epoch"] = min(number * plan.batch_size, plan.limit) / plan.num_examples
+        row: Metrics = dict(train_step(self.context, examples, lr)) | metrics | told
         row["time/step_s"] = time.perf_counter() - start
         return row
 
@@ -172,10 +232,12 @@ class Offline(Task):
 
     def state(self) -> Fields:
         """See Task."""
-        return {} if self.agreement is None else {"mixture": self.agreement.state()}
+        learnt = {} if self.agreement is None else {"mixture": self.agreement.state()}
+        return {**self.feed.state(), **learnt}
 
     def restore(self, progress: Fields) -> None:
         """See Task."""
+        self.feed.restore(progress)
         if self.agreement is not None:
             self.agreement.restore(progress["mixture"])
 
@@ -287,7 +349,7 @@ def _parts(
     _self_check(session, context, data.train[:2], references.foreign is None)
     form = None
     if "scores" in session.objective.needs:
-        form = RewardModelInfo(session, context, set(data.chats), data.heldout)
+        form = RewardModelInfo(session, context, data.chats, data.heldout)
     heldout_samples = HeldoutSamples(session, engine, full_model, rollouts, data.heldout)
     return _Parts(full_model, model_hash, references, context, heldout_samples, form)
 
@@ -297,14 +359,15 @@ def _prepared(session: Session, model: object, data: Data, plan: Plan, target: S
     layout, _ = choose_layout(model, config.trainer.layout, config.lora.dropout)
     budget = config.trainer.micro_batch_tokens
     stream, plain = token_plan(data.train, layout, budget)
+    rows, most = (plan.num_examples, stream) if not config.data.streaming else ("a stream", budget)
     token_plan(data.heldout, layout, budget)
     token_plan(target, layout, budget)
-    made = trained.prepare(session, model, stream, lambda model, layout: _network(session, model, layout))
+    made = trained.prepare(session, model, most, lambda model, layout: _network(session, model, layout))
     noun = _NOUNS[session.objective.kind]
     first, second, third = made.lines
     for line in (
         first,
-        f"plan {plan.num_steps} steps of {plan.batch_size} {noun} from {plan.num_examples}, "
+        f"plan {plan.num_steps} steps of {plan.batch_size} {noun} from {rows}, "
         f"schedule over {plan.schedule_steps}; at most {budget} tokens at once",
         f"{second}: {stream} tokens a pass for {plain} real ones",
         third,
@@ -340,7 +403,8 @@ def _references(
     # A run of few steps over many rows pays for the rows it will see; the first two are the self-check's. Where shares
     # are learnt, which rows these are is not known.
     visited = set(range(len(data.train))) if target else {0, min(1, len(data.train) - 1)}
-    for step in range(1, plan.num_steps + 1):
+    streaming = session.config.data.streaming
+    for step in range(1, 0 if streaming else plan.num_steps + 1):
         visited |= set(plan.indices(step, session.config.seed))
         if len(visited) == len(data.train):
             break
@@ -349,7 +413,7 @@ def _references(
         engine,
         session.pretrained,
         model_hash,
-        View.of((data.train, sorted(visited)), (data.heldout, None), (target, None)),
+        None if streaming else View.of((data.train, sorted(visited)), (data.heldout, None), (target, None)),
         session.log,
         session.signals.agree,
         lambda network: selfcheck.check_layout(session, network, data.train[:2]),
@@ -410,10 +474,10 @@ def _summary(session: Session, parts: _Parts, data: Data, step: int) -> Json:
 class RewardModelInfo:
     """What reward_model.json says. Mean and deviation are of raw scores of held-out answers, for information."""
 
-    def __init__(self, session: Session, context: TrainContext, chat: set[bool], heldout: Sequence[Example]):
+    def __init__(self, session: Session, context: TrainContext, chat: Set[bool], heldout: Sequence[Example]):
         self.session = session
         self.context = context
-        self.chat = chat  # whether prompts were conversations, of those there are
+        self.chat = chat  # as it is then: whether prompts were conversations, of those there are
         self.heldout = heldout
 
     def __call__(self) -> Json:

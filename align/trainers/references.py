@@ -26,7 +26,8 @@ class ReferenceModels:
     """Builds them as reference.mode and reference.path say. Before a checkpoint is restored: until then the policy is
     what the run found.
 
-    examples: those whose log-probs are cached. check is called between forwards and may raise. probe compares a network
+    examples: those whose log-probs are cached; None: they come as the run goes, and reference.mode=cached means what
+    `fresh` says. check is called between forwards and may raise. probe compares a network
     with its model's own forward and may raise: see selfcheck.check_layout. foreign: a reference that
     reference.path cannot name.
     """
@@ -37,7 +38,7 @@ class ReferenceModels:
         engine: Engine,
         pretrained: Pretrained,
         model_hash: str,
-        examples: Sequence[Example],
+        examples: Sequence[Example] | None,
         log: Log,
         check: Callable[[], None],
         probe: Callable[[Network], object],
@@ -91,16 +92,16 @@ class ReferenceModels:
 
     def _own(self) -> ReferenceModel:
         mode = self.config.reference.mode
-        if mode == "cached":
-            return ReferenceModel(self._cache(self.engine.policy, self.model_hash), None)
-        if mode == "adapter":
+        if mode == "cached" and self.examples is not None:
+            return ReferenceModel(self._cache(self.engine.policy, self.model_hash, self.examples), None)
+        if mode == "adapter" or (mode == "cached" and self.config.lora.rank > 0):
             return ReferenceModel(None, self._adapter_off())
         return ReferenceModel(None, self._frozen(self._network(self.pretrained)))
 
     def _other(self, foreign: Pretrained) -> ReferenceModel:
         network = self._checked(foreign)
-        if self.config.reference.mode == "cached":
-            return ReferenceModel(self._cache(network, weights_hash(network.model)), None)
+        if self.config.reference.mode == "cached" and self.examples is not None:
+            return ReferenceModel(self._cache(network, weights_hash(network.model), self.examples), None)
         return ReferenceModel(None, self._frozen(network))
 
     def _network(self, source: Pretrained) -> Policy:
@@ -144,7 +145,7 @@ class ReferenceModels:
 
         return forward
 
-    def _cache(self, network: Network, model_hash: str) -> ReferenceCache:
+    def _cache(self, network: Network, model_hash: str, examples: Sequence[Example]) -> ReferenceCache:
         root = self.config.reference.cache_dir or cache_root() / "reference"
         cache = ReferenceCache(Path(root), model_hash, self.engine.precision)
         network.eval()
@@ -156,8 +157,8 @@ class ReferenceModels:
 
         start = time.perf_counter()
         done = cache.fill(
-            View(len(self.examples), lambda i: (*self.examples[i].rows, *self.examples[i].extras.values())),
-            View(len(self.examples), lambda i: self.examples[i].source),
+            View(len(examples), lambda i: (*examples[i].rows, *examples[i].extras.values())),
+            View(len(examples), lambda i: examples[i].source),
             self._in_precision(network),
             network.layout,
             self.config.trainer.micro_batch_tokens,
