@@ -16,12 +16,13 @@ import numpy as np
 from align.config import DataConfig
 from align.data.audit import NOT_USED
 from align.data.chat import Rendering, Span, control_token, prompt_ids, render, render_text
+from align.data.cures import with_cure
 from align.data.formats import Dialogue, Message, Record, Tokenised, parse
 from align.data.margins import margin_numbers
 from align.data.sources import BadRow, NotUsed
 from align.data.suspects import check, refuse_open
 from align.data.tokens import Texts
-from align.data.unread import unread, with_cure
+from align.data.unread import unread
 from align.data.wanted import Wanted
 from align.jsons import Json, Tokenizer
 from align.packing import common_prefix_length

@@ -96,7 +96,11 @@ def parse(record: Json, open_tool_calls: bool = False) -> Record:
         sides, read = {"row": row}, (*read, "finished", *(("label",) if kind == "labelled" else ()))
     label = record.get("label")
     if kind == "labelled" and not isinstance(label, bool):
-        raise BadRow("wrong_type", f"label must be true or false, found {json.dumps(label, default=str)}")
+        raise BadRow(
+            "wrong_type",
+            f"label must be true or false, found {json.dumps(label, default=str)}; use data.format=module.function "
+            "to say which values are good",
+        )
     return Record(
         kind,
         sides,
@@ -409,7 +413,11 @@ def _check_order(name: str, prompt: Sequence[Message], completion: Sequence[Mess
         )
     _check_opening(name, messages)
     if prompt[-1]["role"] == "assistant":
-        raise BadRow("role_order", "the prompt ends with an assistant message; it must end with another role")
+        raise BadRow(
+            "role_order",
+            "the prompt ends with an assistant message; it must end with another role: use data.format=module.function "
+            "to put it at the head of each answer",
+        )
     if "user" not in roles:
         raise BadRow("empty_prompt", f"{name} has no user message; an answer needs a question")
     if not completion or completion[-1]["role"] != "assistant":

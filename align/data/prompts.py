@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from align.config import DataConfig
 from align.data.audit import Audit, SplitAudit
 from align.data.chat import prompt_ids
+from align.data.cures import with_cure
 from align.data.examples import as_chat
 from align.data.formats import Dialogue, Message, Tokenised, parse
 from align.data.shapes import shaped
 from align.data.sources import BadRow
 from align.data.splits import Reader, num_repeated, repeated, repeats
-from align.data.unread import refuse_unasked, with_cure
+from align.data.unread import refuse_unasked
 from align.jsons import Fields, Json, Tokenizer
 
 _ANSWER = "."  # stands for the answer that is to be written, so that the checks of answered rows serve

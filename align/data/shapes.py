@@ -22,6 +22,8 @@ _DECIDED = (*_DECIDING, "token_ids", "spans", "score_chosen", "score_rejected")
 _ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool")},  # in capital letters too
     "human": "user",
+    "prompter": "user",
+    "developer": "system",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bing": "assistant",
@@ -35,7 +37,8 @@ _ROLES = {
     "function_response": "tool",
     "function_call": "assistant",  # what it says is the call
 }
-_ROLE, _SAID = ("role", "from"), ("content", "value")
+_ROLE, _SAID = ("role", "from", "speaker", "author", "sender"), ("content", "value", "text")
+_WRITTEN = ("role", "from")  # in the text of messages: an answer may be an object that has an author
 
 
 def shaped(row: Json) -> Json:
@@ -67,29 +70,49 @@ def conversation(value: object) -> Any:
         found = written_messages(value)
         return value if found is None else conversation(found)
     if isinstance(value, dict) and _is_message(value):
+        columns = [value[name] for name in (*_ROLE, *_SAID) if name in value]
+        if len(columns) == 2 and all(isinstance(c, list) for c in columns) and len({*map(len, columns)}) == 1:
+            return conversation([dict(zip(value, said, strict=True)) for said in _rows(value, len(columns[0]))])
         return [_message(value)]
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         return [_message(part) if _is_message(part) else part for part in value]
     return value
 
 
+def is_conversation(value: object) -> bool:
+    """Whether it is messages, in our words or in others that are read."""
+    found = conversation(value)
+    return isinstance(found, list) and bool(found) and all(isinstance(m, dict) and "role" in m for m in found)
+
+
+def _rows(columns: Json, size: int) -> list[tuple[Any, ...]]:
+    """Messages that came by columns, as data sets give a list of objects; a column that is no list of theirs says
+    nothing."""
+    parts = [part if isinstance(part, list) and len(part) == size else [None] * size for part in columns.values()]
+    return list(zip(*parts, strict=True))
+
+
 def written_messages(text: str) -> list[Json] | None:
     """The messages that a text of JSON holds, or one of Python's own; None for any other text."""
     begun = text.lstrip()[:1]
-    if begun not in ("[", "{") or not any(f"{quote}{name}{quote}" in text for name in _ROLE for quote in "\"'"):
+    if begun not in ("[", "{") or not any(f"{quote}{name}{quote}" in text for name in _WRITTEN for quote in "\"'"):
         return None
     readers: tuple[Callable[[str], Any], ...] = (json.loads, ast.literal_eval)
     for read in readers:
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             found = read(text.strip())
             listed = [found] if isinstance(found, dict) else found
-            if isinstance(listed, list) and listed and all(isinstance(m, dict) and _is_message(m) for m in listed):
+            if (
+                isinstance(listed, list)
+                and listed
+                and all(isinstance(m, dict) and _is_message(m, _WRITTEN) for m in listed)
+            ):
                 return listed
     return None
 
 
-def _is_message(value: Json) -> bool:
-    return any(name in value for name in _ROLE) and any(name in value for name in (*_SAID, "tool_calls"))
+def _is_message(value: Json, roles: tuple[str, ...] = _ROLE) -> bool:
+    return any(name in value for name in roles) and any(name in value for name in (*_SAID, "tool_calls"))
 
 
 def _message(value: Json) -> Json:

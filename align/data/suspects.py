@@ -20,7 +20,7 @@ _MARKER = re.compile(
     r"<\|im_start\|>\s?(?:system|user|assistant|tool)[ \t]*\n"
     r"|<\|start_header_id\|>(?:system|user|assistant|tool|ipython)<\|end_header_id\|>[ \t]*\n"
     r"|<start_of_turn>(?:user|model)[ \t]*\n"
-    r"|^[ \t]*<\|(?:system|user|assistant)\|>[ \t]*(?:\n|$)"
+    r"|^[ \t]*<\|(?:system|user|assistant)\|>[ \t]*(?:\n|$)|\A\s*<\|(?:user|assistant|start_header_id|im_start)\|>"
     r"|(?:\A|<s>)\s*\[INST\]|\A\s*\[/INST\]|^\[INST\].*\[/INST\]",
     re.MULTILINE,
 )

@@ -6,11 +6,12 @@ Which fields a row has is formats.py's; a field that stands here was read by not
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container
 
 from align.data.formats import Dialogue, Record, Tokenised
-from align.data.sources import BadRow, NotUsed
-from align.jsons import Fields, Json
+from align.data.shapes import is_conversation
+from align.data.sources import BadRow
+from align.jsons import Fields
 
 # What our own commands write beside a row, for people and for others: by a column that only they write.
 _WRITTEN = {
@@ -24,14 +25,11 @@ _SAMPLED = ("id", "chosen_score", "rejected_score")  # of rows in tokens, which 
 _MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))
 # Where a question stands in public sets; the first that is there is offered. Turns change a row that has a prompt too.
 _TURNS = ("messages", "conversations", "conversation", "history", "dialogue", "dialog")
-_PROMPTS = ("prompt", "question", "instruction", "query", "problem", "user_prompt", "user", "request", "input")
-_PROMPTS += ("inputs", "context", "instructions", "questions", *_TURNS)
-_ANSWERS = {
-    "chosen": ("chosen_response", "preferred", "preferred_output", "preferred_response", "better", "positive"),
-    "rejected": ("rejected_response", "dispreferred", "non_preferred_output", "rejected_output", "worse", "negative"),
-    "completion": ("response", "output", "answer", "solution", "target", "reply", "generation", "assistant"),
-}
-_UNSURE = ("missing_field", "assistant_first", "empty_prompt", "wrong_type")  # reasons that another reading may cure
+PROMPTS = ("prompt", "question", "instruction", "query", "problem", "user_prompt", "user", "request", "input")
+PROMPTS += ("inputs", "context", "instructions", "questions", *_TURNS)
+# Which of two answers is better, and who speaks: beside answers that are named, or beside a text, they are lost.
+_VERDICTS = ("label", "labels", "winner", "preference", "preferred", "flipped", "swapped")
+_SPEAKERS = ("role", "speaker", "author", "sender", "replies")
 
 
 class Unread(BadRow):
@@ -66,30 +64,6 @@ def refuse_unasked(row: Fields, ignore: Container[str]) -> None:
             raise Unread(name, f"the column {name} is not read: {cure}, or data.ignore=[{name}] if it says nothing")
 
 
-def with_cure(bad: BadRow, row: Json) -> BadRow:
-    """A fault of a row whose shape nobody knows, with its columns and what to type."""
-    if bad.reason not in _UNSURE or isinstance(bad, NotUsed):
-        return bad
-    words = _mapping(row) if bad.reason != "wrong_type" else []
-    from align.data.forms import nearest  # of rows that nothing reads alone
-
-    form = "" if {"chosen", "rejected"} <= row.keys() else nearest(row)
-    if _has_blocks(row) or form == "data.form=blocks":
-        form = "data.form=blocks" if _has_blocks(row) else ""
-    told = " ".join(words)
-    told += (" or " if told and form else "") + form
-    if not told and bad.reason != "missing_field":
-        return bad
-    told = told or "data.columns.NAME=COLUMN or data.format=module.function"
-    return BadRow(bad.reason, f"{bad}. The row has the columns {', '.join(map(str, row)) or 'none'}; use {told}")
-
-
-def _has_blocks(row: Fields) -> bool:
-    """Whether a message says its content in a list of parts."""
-    messages = [m for value in row.values() if isinstance(value, list) for m in value if isinstance(m, dict)]
-    return any(isinstance(message.get("content"), list) for message in messages)
-
-
 def _words(name: str) -> list[str]:
     """The words of a column's name, in small letters."""
     return re.findall(r"[a-z]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
@@ -105,13 +79,17 @@ def _cure(name: str, value: object, record: Record) -> str:
         return f"use data.columns.tools={name}" if name != "tools" else "give the row as messages"
     if words[-1] in ("weight", "weights"):
         return f"use data.columns.weight={name} to draw rows by it, weight in messages to weigh their losses"
-    if name.lower() in ("label", "labels") and record.kind in ("pair", "ranked"):
+    if name.lower() in _VERDICTS and record.kind in ("pair", "ranked"):
         return "a pair has none; use data.form or data.format if it says which answer is better"
+    if name.lower() in _SPEAKERS and record.shape.startswith("text "):
+        return "it says who speaks, and a text is learnt as a whole; use data.format=module.function to give messages"
     if name.lower() in ("score", "scores") and record.kind == "pair":
         return "use data.columns.score_chosen=COLUMN and data.columns.score_rejected=COLUMN"
-    asked = name.lower() in _PROMPTS and (not has_prompt(record) or name.lower() in ("prompt", *_TURNS))
+    asked = name.lower() in PROMPTS and (not has_prompt(record) or name.lower() in ("prompt", *_TURNS))
     if not asked:
         return ""
+    if has_prompt(record) and name.lower() in _TURNS:
+        return "use data.format=module.function to put its turns before the prompt"
     if record.shape.startswith("text "):  # a text has no prompt, another column could hold one
         return f"use data.columns.prompt={name} with data.columns.completion=text"
     return f"use data.columns.prompt={name}" if name != "prompt" else "give it with completion, chosen or messages"
@@ -135,32 +113,13 @@ def has_prompt(record: Record) -> bool:
 
 
 def _refuse_lost_prompt(record: Record, left: Fields) -> None:
-    """Raises Unread for a pair of texts alone beside a column of words: their common beginning is chance then."""
+    """Raises Unread for a pair of texts alone beside a column of words or messages: what they begin with is chance."""
     if record.kind != "pair" or has_prompt(record):
         return
     for name, value in left.items():
-        if isinstance(value, str) and len(value.split()) > 1:
+        said = isinstance(value, str) and len(value.split()) > 1
+        if said or is_conversation(value):
             begun = next(side.prompt for side in record.sides.values() if isinstance(side, Dialogue))
-            if value.strip() not in begun:
+            if not said or str(value).strip() not in begun:
                 cure = f"use data.columns.prompt={name}, or data.ignore=[{name}] if it says nothing"
                 raise Unread(name, f"the column {name} is not read and the pair has no prompt: {cure}")
-
-
-def _mapping(row: Fields) -> list[str]:
-    """Words that map columns of the row to the fields that it lacks."""
-    given = {name.lower(): name for name in row if isinstance(name, str) and row[name] is not None}
-    words = []
-    if "prompt" not in given and not {"messages", "conversations"} & given.keys():
-        asked = _first(given, _PROMPTS)
-        if asked == given.get("instruction") and asked and "input" in given:
-            asked = f"[{asked},{given['input']}]"
-        words += [f"data.columns.prompt={asked}"] if asked else []
-    answers = ("chosen", "rejected") if any(_first(given, (n, *_ANSWERS[n])) for n in ("chosen", "rejected")) else ()
-    for field in answers or ("completion",):
-        column = None if field in given else _first(given, _ANSWERS[field])
-        words += [f"data.columns.{field}={column}"] if column else []
-    return words
-
-
-def _first(given: Fields, names: Iterable[str]) -> str | None:
-    return next((given[name] for name in names if name in given), None)

@@ -202,6 +202,32 @@ def test_unread_columns_are_told_with_their_rows(tmp_path):
     assert any("not read: rating (1 rows)" in line for line in data.audit.lines())
 
 
+CONV = [{"speaker": "user", "text": ASK}, {"speaker": "bot", "text": BIRD}]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        CONV,
+        [{"author": "user", "content": ASK}, {"author": "assistant", "content": BIRD}],
+        [{"role": "prompter", "content": ASK}, {"role": "assistant", "content": BIRD}],
+        {"role": ["user", "assistant"], "content": [ASK, BIRD]},
+        {"from": ["human", "gpt"], "value": [ASK, BIRD], "weight": [None, 1]},
+    ],
+)
+def test_messages_of_other_names_are_the_same_messages(tmp_path, messages):
+    expected = seen(tmp_path, {"messages": [USER, {"role": "assistant", "content": BIRD}]})
+    found = seen(tmp_path, {"messages": messages})
+    assert found.refused == expected.refused == ""
+    assert (found.prompts, found.targets) == (expected.prompts, expected.targets)
+    assert found.targets == [BIRD]
+
+
+def test_an_answer_that_is_an_object_with_an_author_stays_a_text(tmp_path):
+    row = {"prompt": ASK, "chosen": '{"author": "Bo", "text": "x"}', "rejected": IDEA}
+    assert seen(tmp_path, row).refused == ""
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
@@ -226,6 +252,37 @@ def test_unread_columns_are_told_with_their_rows(tmp_path):
         ({"prompt": ASK, "text": BIRD}, "column prompt"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": ASK}]}, GOOD]}, "data.form=blocks"),
         ({"prompt": ASK, "chosen": {"said": BIRD}, "rejected": {"said": IDEA}}, "found dict of said"),
+        # other names, told by what stands there
+        ({"conv": CONV[:1], "chosen": BIRD, "rejected": IDEA}, "data.columns.prompt=conv"),
+        ({"conv": CONV}, "use data.columns.messages=conv"),
+        ({"prompt": ASK, "chosen": [BIRD], "rejected": [IDEA]},
+         "use data.columns.chosen=chosen.0 data.columns.rejected=rejected.0"),
+        ({"chosen": [ASK, BIRD], "rejected": [ASK, IDEA]}, "use data.format=module.function"),
+        ({"prompt": [ASK], "chosen": BIRD, "rejected": IDEA}, "use data.columns.prompt=prompt.0"),
+        ({"prompt": ASK, "chosen": {"text": BIRD}, "rejected": {"text": IDEA}}, "data.columns.chosen=chosen.text"),
+        ({"Prompt": ASK, "Chosen": BIRD, "Rejected": IDEA},
+         "use data.columns.prompt=Prompt data.columns.chosen=Chosen"),
+        ({"prompt": ASK, "win": BIRD, "lose": IDEA}, "use data.columns.chosen=win data.columns.rejected=lose"),
+        ({"query": ASK, "pos": [BIRD], "neg": [IDEA]}, "data.columns.chosen=pos.0 data.columns.rejected=neg.0"),
+        ({"prompt": ASK, "response": BIRD, "rejected": IDEA}, "use data.columns.chosen=response"),
+        ({"prompt": ASK, "responses": [IDEA, BIRD], "preferred": 1}, "preferred; use data.form=comparison"),
+        ({"data": {"prompt": ASK, "chosen": BIRD, "rejected": IDEA}},
+         "use data.columns.prompt=data.prompt data.columns"),
+        ({"request": {"messages": [USER]}, "response": BIRD},
+         "use data.columns.prompt=request.messages data.columns.completion=response"),
+        ({"prompt": ASK, "response": BIRD, "is_chosen": False},
+         "use data.columns.completion=response data.columns.label=is_chosen"),
+        ({"dialogue": [ASK, BIRD]}, "use data.columns.NAME=COLUMN or data.format=module.function"),
+        ({"prompt": [1, 2], "chosen": [3], "rejected": [4]}, "use data.format=module.function"),
+        ({"prompt": ASK, "chosen": 2, "rejected": 3}, "use data.format=module.function"),
+        ({"prompt": ASK, "completion": BIRD, "label": 1}, "use data.format=module.function to say which values"),
+        # what says who is right, who speaks, or what was said before
+        ({"prompt": ASK, "chosen": BIRD, "rejected": IDEA, "winner": "rejected"}, "column winner"),
+        ({"prompt": ASK, "chosen": BIRD, "rejected": IDEA, "preference": 0}, "column preference"),
+        ({"text": ASK, "role": "prompter", "replies": []}, "column role"),
+        ({"prompt": ASK, "chosen": BIRD, "rejected": IDEA, "history": [[ASK, BIRD]]},
+         "to put its turns before the prompt"),
+        ({"prompt": ASK, "chosen": f"<|assistant|>{BIRD}", "rejected": IDEA}, "cut the answer before it"),
     ],
 )  # fmt: skip
 def test_columns_that_change_the_meaning_are_refused_with_the_cure(tmp_path, row, said):
@@ -466,4 +523,4 @@ def test_a_cure_is_not_of_another_shape(tmp_path):
     """A label of 1 is no matter of blocks."""
     refused = seen(tmp_path, {"prompt": ASK, "completion": BIRD, "label": 1}).refused
     assert "label must be true or false, found 1" in refused
-    assert "data.form" not in refused
+    assert "data.form=" not in refused
