@@ -131,15 +131,23 @@ def render_text(
     return Rendering(_row(ids, spans, ()), spans, len(head), notes)
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[Message], tools: Tools | None = None) -> list[int]:
-    """The tokens generation starts from."""
+def prompt_ids(
+    tokenizer: Tokenizer, prompt: str | Sequence[Message], tools: Tools | None = None, limit: int | None = None
+) -> list[int]:
+    """The tokens generation starts from. limit: of how many of them there may be. Raises BadRow("too_long") for a text
+    that has more in any case, before it is tokenised."""
+    texts = Texts(tokenizer, limit)
     if isinstance(prompt, str):
-        return Texts(tokenizer).begun((prompt,))[0]
+        texts.admit(prompt)
+        return texts.begun((prompt,))[0]
     template, messages = Template.of(tokenizer, tools), tidy(prompt)
     if not _special(tokenizer).search(json_of([messages, tools])):
-        return _ids(tokenizer, template.write(messages, generation=True))
+        text = template.write(messages, generation=True)
+        texts.admit(text)
+        return _ids(tokenizer, text)
     layout = template.layout(messages, generation=True)
-    return encode(Texts(tokenizer), layout.text, _cuts(tokenizer, layout, messages, tools)[0], [0, len(layout.text)])[0]
+    texts.admit(layout.text)
+    return encode(texts, layout.text, _cuts(tokenizer, layout, messages, tools)[0], [0, len(layout.text)])[0]
 
 
 def between_turns(

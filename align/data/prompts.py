@@ -103,7 +103,7 @@ def _row(record: Json, where: str, tokenizer: Tokenizer, config: DataConfig, max
     else:
         if not side.prompt or (isinstance(side.prompt, str) and not side.prompt.strip()):
             raise BadRow("empty_prompt", "the prompt is empty; write one or remove the row")
-        ids = tuple(prompt_ids(tokenizer, side.prompt, tools=side.tools))
+        ids = _prompt_ids(side, tokenizer, max_tokens, max_new_tokens)
         messages = None if isinstance(side.prompt, str) else side.prompt
     if len(ids) + max_new_tokens > max_tokens:
         raise BadRow(
@@ -112,6 +112,20 @@ def _row(record: Json, where: str, tokenizer: Tokenizer, config: DataConfig, max
             f"{len(ids) + max_new_tokens} or more, which is {max_tokens}; raise it or shorten the prompt",
         )
     return PromptRow(where, ids, side.question, messages, fields, side is not given)
+
+
+def _prompt_ids(side: Dialogue, tokenizer: Tokenizer, max_tokens: int, max_new_tokens: int) -> tuple[int, ...]:
+    """Raises BadRow before a text is tokenised that is too long however it is cut."""
+    try:
+        return tuple(prompt_ids(tokenizer, side.prompt, tools=side.tools, limit=max_tokens - max_new_tokens))
+    except BadRow as bad:
+        if bad.reason != "too_long":
+            raise
+        raise BadRow(
+            "prompt_too_long",
+            f"the prompt of {len(side.question)} characters has more tokens than data.max_tokens={max_tokens} less "
+            f"max_new_tokens={max_new_tokens}; shorten it",
+        ) from None
 
 
 def _answered(record: Json) -> Dialogue | Tokenised:

@@ -12,6 +12,7 @@ from align.data.load import load
 from align.data.prompts import PromptRow, load_prompts, prompts_fingerprint
 from align.models.pretrained import byte_tokenizer
 from tests.data.helpers import settings
+from tests.data.test_load import counting
 
 USER = {"role": "user", "content": "Add 2 and 3."}
 ANSWER = {"role": "assistant", "content": "5"}
@@ -148,6 +149,17 @@ def test_a_prompt_is_too_long_when_no_room_is_left_for_the_answer(tmp_path, toke
         assert found.audit.train.dropped == {"prompt_too_long": 1}
     with pytest.raises(ValueError, match="p.jsonl:2: the prompt has 91 tokens, with max_new_tokens=10 .*=101 or more"):
         prompts(tmp_path, tokenizer, records, max_tokens=100)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_prompt_of_megabytes_is_left_out_before_it_is_tokenised(tmp_path, chat):
+    tokenizer, calls = counting(byte_tokenizer())
+    long = "again and again; " * 100_000
+    record = {"prompt": [{"role": "user", "content": long}] if chat else long}
+    found = prompts(tmp_path, tokenizer, [record, {"prompt": "2 + 3?"}], overlong="drop")
+    assert found.audit.train.dropped == {"prompt_too_long": 1}
+    assert "of 1700000 characters has more tokens than data.max_tokens=" in found.audit.train.dropped_rows[0]["detail"]
+    assert max(len(text) for call in calls for text in call) < 1000
 
 
 def test_repeated_prompts_are_kept_and_counted(tmp_path, tokenizer):
