@@ -13,7 +13,7 @@ from heapq import heappush, heapreplace
 import numpy as np
 
 from align.deferred import torch
-from align.types import Example, Extras, Layout, PackedBatch, Row
+from align.types import Example, Extras, Layout, PackedBatch, Row, VarlenPlan
 
 
 def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
@@ -223,7 +223,7 @@ def token_column(parts: Sequence[np.ndarray], batch: PackedBatch) -> torch.Tenso
     values = torch.from_numpy(np.concatenate(parts).astype(np.float32))
     if len(values) != len(batch.row):
         raise ValueError("the cached log-probs do not fit the targets of these rows")
-    return values.to(batch.row.device, non_blocking=True)
+    return values
 
 
 def with_extras(batch: PackedBatch, more: Mapping[str, torch.Tensor]) -> PackedBatch:
@@ -232,16 +232,78 @@ def with_extras(batch: PackedBatch, more: Mapping[str, torch.Tensor]) -> PackedB
 
 
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    """The batch with its tensors on `device`; tensors on a GPU are copied without waiting."""
-    moved = {
-        name: value.to(device, non_blocking=True)
-        for name, value in vars(batch).items()
-        if isinstance(value, torch.Tensor)
-    }
-    numbers = {name: value.to(device, non_blocking=True) for name, value in batch.numbers.items()}
-    columns = {name: value.to(device, non_blocking=True) for name, value in batch.columns.items()}
-    extras = Extras({name: value.to(device, non_blocking=True) for name, value in batch.extras.items()})
-    return replace(batch, **moved, numbers=numbers, columns=columns, extras=extras)
+    """The batch with its tensors on `device`. On a GPU with the plan of its segments, all of it in one copy that nobody
+    waits for."""
+    if device.type != "cuda":
+        return batch if device.type == "cpu" else _moved(batch, [t.to(device) for t in _tensors(batch)])
+    if batch.segments:
+        batch = replace(batch, varlen=varlen_plan(batch.segments))
+    return _moved(batch, _staged(_tensors(batch), device))
+
+
+def varlen_plan(segments: Sequence[tuple[int, int, int, int]]) -> VarlenPlan:
+    """The segments, consecutive parts of a stream, for a variable-length kernel; on the host."""
+    start, end, first, last = np.array(segments, np.int64).T
+    queries, prefixes = end - start, last - first
+    keys = queries + prefixes
+
+    def cumulative(lengths: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
+
+    plan = VarlenPlan(cumulative(queries), cumulative(keys), (int(queries.max()), int(keys.max())))
+    if not prefixes.any():
+        return plan
+    before = keys.cumsum() - keys
+    own = _ranges(before + prefixes, queries)
+    shared = _ranges(before, prefixes)
+    gather = np.empty(int(keys.sum()), np.int64)
+    gather[own], gather[shared] = _ranges(start, queries), _ranges(first, prefixes)
+    return replace(
+        plan, **{k: torch.from_numpy(v) for k, v in (("gather", gather), ("own", own), ("prefixes", shared))}
+    )
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, ... for each start, `length` of them, one after the other."""
+    return np.repeat(starts - (lengths.cumsum() - lengths), lengths) + np.arange(lengths.sum())
+
+
+# Of a part of the buffer, so that it may be read as any type.
+_ALIGNED = 16
+
+
+def _staged(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Tensors of the host as views of one on a GPU: of one pinned buffer, by one copy."""
+    sizes = [t.numel() * t.element_size() for t in tensors]
+    starts = np.cumsum([0, *(-(-size // _ALIGNED) * _ALIGNED for size in sizes)]).tolist()
+    buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
+    for t, start, size in zip(tensors, starts, sizes, strict=False):
+        buffer[start : start + size].view(t.dtype).view(t.shape).copy_(t)
+    there = buffer.to(device, non_blocking=True)
+    return [
+        there[start : start + size].view(t.dtype).view(t.shape)
+        for t, start, size in zip(tensors, starts, sizes, strict=False)
+    ]
+
+
+def _parts_of(batch: PackedBatch) -> dict[str, Mapping[str, torch.Tensor]]:
+    """Tensors of a batch by the field that holds them, those that stand by themselves below ""."""
+    alone = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    plan = {} if batch.varlen is None else {k: v for k, v in vars(batch.varlen).items() if isinstance(v, torch.Tensor)}
+    return {"": alone, "varlen": plan, "numbers": batch.numbers, "columns": batch.columns, "extras": batch.extras}
+
+
+def _tensors(batch: PackedBatch) -> list[torch.Tensor]:
+    return [value for part in _parts_of(batch).values() for value in part.values()]
+
+
+def _moved(batch: PackedBatch, tensors: Sequence[torch.Tensor]) -> PackedBatch:
+    """The batch with these in the place of its tensors, in the order of _tensors."""
+    new = iter(tensors)
+    parts = {field: {name: next(new) for name in part} for field, part in _parts_of(batch).items()}
+    alone, varlen = parts.pop(""), parts.pop("varlen")
+    plan = None if batch.varlen is None else replace(batch.varlen, **varlen)
+    return replace(batch, **alone, **parts | {"extras": Extras(parts["extras"])}, varlen=plan)
 
 
 def _long(parts: list[np.ndarray]) -> torch.Tensor:

@@ -71,6 +71,19 @@ class Extras(dict[str, "Tensor"]):
 
 
 @dataclass(frozen=True)
+class VarlenPlan:
+    """The segments of a stream as a variable-length kernel asks for them: a segment's keys are its prefix's, then its
+    own."""
+
+    queries: Tensor  # [S + 1] int32, where the queries of each segment begin
+    keys: Tensor  # [S + 1] int32, the same of its keys
+    longest: tuple[int, int]  # queries and keys of a segment
+    gather: Tensor | None = None  # [K] int64, the stream position of each key; None: no prefixes, keys are the stream
+    own: Tensor | None = None  # [T] int64, where among the keys each token of the stream stands for itself
+    prefixes: Tensor | None = None  # [K - T] int64, which keys are those of prefixes
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """N sequences as one stream of tokens.
 
@@ -99,6 +112,7 @@ class PackedBatch:
     columns: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [C] float32, of rows that carry them
     reference_token_logps: Tensor | None = None  # [C] float32, when cached
     extras: Mapping[str, Tensor] = field(default_factory=Extras)  # what Objective.extras and step_rows ask for
+    varlen: VarlenPlan | None = None  # of the segments, where the batch is on a GPU
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -46,8 +46,9 @@ class Engine(Protocol):
         """
         ...
 
-    def gradient_norm(self) -> float:
-        """Global norm of the step's gradient, the same number on every process; inf or nan if it is not finite.
+    def gradient_norm(self) -> Tensor:
+        """Global norm of the step's gradient, one number, the same on every process; inf or nan if it is not finite. It
+        may still be computed on the device: whoever reads it waits.
 
         Called once between the last backward and step. No weight has been touched. What step uses is clipped to
         optimizer.max_grad_norm; the number is that before clipping.
@@ -103,6 +104,15 @@ def parameter_groups(
         {"params": value, "scale": value_lr_scale, "weight_decay": 0.0},
     ]
     return [group for group in found if group["params"]]
+
+
+def clipped_norm(parameters: Collection[nn.Parameter], limit: float | None) -> Tensor:
+    """Global norm of gradients that are whole in this process, which are then clipped to `limit`. Nothing is read."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=None)
+    if limit is not None:  # by 1 where it is not finite: no step is taken then, and what is wrong can be looked for
+        finite = torch.where(norm.isfinite(), norm, torch.zeros_like(norm))
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, finite)
+    return norm
 
 
 def shape_of(p: nn.Parameter) -> torch.Size:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from align.config import EngineConfig, OptimizerConfig
-from align.engine.base import parameter_groups
+from align.engine.base import clipped_norm, parameter_groups
 from align.engine.measuring import Gradients, UnshardedGradients, moving
 from align.engine.shards import Shards, linked
 from align.engine.world import World, peer_lost
@@ -115,29 +115,20 @@ class DeepSpeedEngine:
         self._engine._backward_prologue()  # else hung on the outputs by the engine's own forward
         return gradient
 
-    def gradient_norm(self) -> float:
+    def gradient_norm(self) -> Tensor:
         """Global norm of the gradients over all processes; they are clipped to optimizer.max_grad_norm."""
         with peer_lost("gradient norm"):
             if self.stage == 0:
-                return self._whole_norm()
+                return clipped_norm(self.parameters.values(), self.config.max_grad_norm)
             if self.stage == 3:
                 groups = self._zero._get_norm_groups()
             else:
                 self._zero._wait_for_offload_copies()
                 groups = [self._zero.scaled_global_norm()]
-        # DeepSpeed writes -1 for what is not finite
+        # DeepSpeed, which has read them itself, writes -1 for what is not finite
         norms = [float(group) for group in groups]
-        if any(norm < 0 or not math.isfinite(norm) for norm in norms):
-            return math.inf
-        return math.hypot(*norms)
-
-    def _whole_norm(self) -> float:
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=None)
-        value = float(norm)
-        if self.config.max_grad_norm is not None and math.isfinite(value):
-            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.max_grad_norm, norm)
-        return value
+        finite = all(norm >= 0 and math.isfinite(norm) for norm in norms)
+        return torch.tensor(math.hypot(*norms) if finite else math.inf, dtype=torch.float64)
 
     def step(self, lr: float) -> None:
         """One optimiser step at this learning rate, clipped; gradients are forgotten."""

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from align.config import OptimizerConfig
-from align.engine.base import check_fit, generator_states, parameter_groups, seed_generators
+from align.engine.base import check_fit, clipped_norm, generator_states, parameter_groups, seed_generators
 from align.engine.files import TensorFiles, file_name, saved_files
 from align.engine.optimizer import OptimizerState, make_optimizer
 from align.engine.world import World
@@ -63,15 +63,9 @@ class LocalEngine:
         """Add the gradient of `loss`."""
         loss.backward(retain_graph=keep_graph)
 
-    def gradient_norm(self) -> float:
+    def gradient_norm(self) -> Tensor:
         """Global norm of the gradients, after which they are clipped to optimizer.max_grad_norm."""
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=None)
-        limit = self.config.max_grad_norm
-        value = float(norm)
-        if limit is not None and math.isfinite(value):
-            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), limit, norm)
-        return value
+        return clipped_norm(self.parameters.values(), self.config.max_grad_norm)
 
     def step(self, lr: float) -> None:
         """One optimiser step at this learning rate; gradients are forgotten."""

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils import checkpoint
 
 from align.jsons import Json
-from align.models import attention
+from align.models import attention, experts
 from align.models.logprobs import Head, stats
 from align.models.weights import check_finite
 from align.packing import pack, to_device
@@ -55,6 +55,7 @@ class Network(nn.Module):
         lm.own_attention = own_attention_name(lm)  # beside the config: what is saved does not hold it
         if lm.config._attn_implementation != attention.NAME:
             lm.config._attn_implementation = lm.own_attention if layout == "padded" else attention.NAME
+        experts.use(lm.config)
 
     @property
     def causal_lm(self) -> Any:
@@ -86,7 +87,7 @@ class Network(nn.Module):
             hidden = trunk(
                 input_ids=batch.input_ids[None],
                 position_ids=batch.position_ids[None],
-                segments=attention.SegmentPlan(batch.segments),
+                segments=attention.SegmentPlan(batch.segments, batch.varlen),
                 use_cache=False,
             ).last_hidden_state
         return hidden.reshape(-1, hidden.shape[-1])

@@ -29,7 +29,9 @@ def nll_term(policy: Stats, batch: PackedBatch, weight: float, column: int = 0) 
     losses = -policy.token_logps
     if batch.target_weights is not None:
         losses = losses * batch.target_weights
-    return Term(losses[torch.isin(batch.row, batch.groups[:, column])], "token", weight, column)
+    # 0, not left out: how many there are would have to be read from the device
+    losses = torch.where(torch.isin(batch.row, batch.groups[:, column]), losses, torch.zeros_like(losses))
+    return Term(losses, "token", weight, column)
 
 
 def nll_means(policy: Stats, batch: PackedBatch, column: int = 0) -> Tensor:

@@ -6,7 +6,7 @@ Blind to the algorithm: an objective says what it needs and what it returns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -142,24 +142,20 @@ def train_step(
     values = _step_values(context, examples)
     engine.policy.train()
     totals = _Totals(examples)
-    nonfinite = []
     parts = _parts(context, examples)
     for number, (part, own) in enumerate(parts, 1):
         forward = _forward_pass(context, examples, part, own, values, _needed_outputs(context.objective))
-        batch, out = forward.batch, context.objective(forward.policy, forward.reference, forward.batch)
-        loss = totals.add(batch, out) if own else totals.zero_loss(out)
-        if not torch.isfinite(loss.detach()):
-            nonfinite += _nonfinite_rows(batch, out)
-            if engine.world.size == 1:
-                continue
+        out = context.objective(forward.policy, forward.reference, forward.batch)
+        loss = totals.add(forward.batch, out) if own else totals.zero_loss(out)
         if hook is None:
             engine.backward(loss, last=number == len(parts))
         else:
             hook.backward(forward, loss, last=number == len(parts))
-    nonfinite = [source for found in engine.world.gather(nonfinite) for source in found]
+    # The device is not asked for anything before this: until here the host is ahead of it.
+    (norm,) = totals.read(engine.gradient_norm())
+    nonfinite = [source for found in engine.world.gather(totals.nonfinite()) for source in found]
     if nonfinite:
         raise NonFinite(f"the loss is not a number for {', '.join(nonfinite[:8])}")
-    norm = engine.gradient_norm()
     if not math.isfinite(norm):
         rows = ", ".join(e.source for e in examples[:8])
         raise NonFinite(f"the gradient is not a number; its batch holds {rows}")
@@ -183,6 +179,7 @@ def evaluate(
         found = context.objective(forward.policy, forward.reference, forward.batch)
         if own:
             totals.add(forward.batch, found)
+    totals.read()
     metrics = totals.metrics("heldout", context.engine.world)
     return {k: v for k, v in metrics.items() if not k.startswith("tokens/")}
 
@@ -194,8 +191,7 @@ def reference_gap(context: TrainContext, examples: Sequence[Example]) -> float:
     gap = 0.0
     for part, _ in _parts(context, examples):
         chosen = [examples[i] for i in part]
-        packed = to_device(pack(chosen, context.layout), context.engine.policy.device)
-        batch = _with_reference_logps(context, packed, [row for e in chosen for row in e.rows])
+        batch = _on_device(context, pack(chosen, context.layout), [row for e in chosen for row in e.rows])
         policy, reference = context.engine.forward(batch, frozenset()), _reference(context, batch)
         assert reference is not None
         gap = max(gap, float(((policy.logps - reference.logps).abs() / positive(policy.lengths)).max()))
@@ -282,7 +278,7 @@ def _step_values(
     sources = [e.source for e in examples]
     engine = context.engine
     engine.policy.eval()
-    found: list[tuple[list[int], torch.Tensor]] = []
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
     for part, mine in _shared(context, groups, sources):
         check()
         rows = [row for i in part for row in groups[i]]
@@ -290,16 +286,16 @@ def _step_values(
             packed = pack([examples[i] for i in part], context.layout)
         else:
             packed = pack_groups([groups[i] for i in part], context.layout, [sources[i] for i in part])
-        batch = _with_reference_logps(context, to_device(packed, engine.policy.device), rows)
+        batch = _on_device(context, with_extras(packed, {"step_index": torch.tensor(part)}), rows)
         policy = engine.forward(batch, _needed_outputs(objective))
         values = objective.step_values(policy, _reference(context, batch), batch)
         if mine:
-            found.append((part, values if engine.world.size == 1 else values.cpu()))
-    found = [piece for part in engine.world.gather(found) for piece in part]
-    out = found[0][1].new_zeros((len(examples), found[0][1].shape[1]), device=engine.policy.device)
-    for part, values in found:
-        out[torch.tensor(part, device=out.device)] = values.to(out.device)
-    return out
+            found.append((batch.extras["step_index"], values))
+    if engine.world.size > 1:
+        everyone = engine.world.gather([(index.cpu(), values.cpu()) for index, values in found])
+        found = [(index, values) for part in everyone for index, values in part]
+    index, values = (torch.cat(parts).to(engine.policy.device) for parts in zip(*found, strict=True))
+    return torch.empty_like(values).index_copy_(0, index, values)
 
 
 def _needed_outputs(objective: Objective) -> frozenset[str]:
@@ -315,32 +311,27 @@ def _forward_pass(
     step_values: torch.Tensor | None,
     needs: frozenset[str],
 ) -> ForwardPass:
-    device = context.engine.policy.device
     chosen = [examples[i] for i in part]
-    rows = [row for e in chosen for row in e.rows]
-    batch = _with_reference_logps(context, to_device(pack(chosen, context.layout), device), rows)
+    packed = pack(chosen, context.layout)
     if step_values is not None:
-        batch = with_extras(batch, {"step_values": step_values, "step_index": torch.tensor(part, device=device)})
+        packed = with_extras(packed, {"step_index": torch.tensor(part)})
+    batch = _on_device(context, packed, [row for e in chosen for row in e.rows])
+    if step_values is not None:
+        batch = with_extras(batch, {"step_values": step_values})
     reference = _reference(context, batch)
     return ForwardPass(part, own, batch, context.engine.forward(batch, needs), reference)
 
 
-def _with_reference_logps(context: TrainContext, batch: PackedBatch, rows: Sequence[Row]) -> PackedBatch:
-    """The batch with the log-probs that are cached, or that only a network of its own can give."""
+def _on_device(context: TrainContext, batch: PackedBatch, rows: Sequence[Row]) -> PackedBatch:
+    """A packed batch where the policy is, with the references' log-probs of its targets: those that are cached cross
+    with it, those that only a network of its own can give are made there."""
     if context.reference is not None and context.reference.cached is not None:
         batch = replace(batch, reference_token_logps=token_column(context.reference.cached(rows), batch))
-    return with_extras(
-        batch, {name: _reference_token_logps(model, batch, rows) for name, model in context.extra_references.items()}
-    )
-
-
-@torch.no_grad()
-def _reference_token_logps(model: ReferenceModel, batch: PackedBatch, rows: Sequence[Row]) -> torch.Tensor:
-    """Its log-probs of the targets [C]."""
-    if model.cached is not None:
-        return token_column(model.cached(rows), batch)
-    assert model.network is not None
-    return model.network(batch).token_logps
+    models = context.extra_references
+    cached = {k: token_column(m.cached(rows), batch) for k, m in models.items() if m.cached is not None}
+    batch = to_device(with_extras(batch, cached), context.engine.policy.device)
+    with torch.no_grad():
+        return with_extras(batch, {k: m.network(batch).token_logps for k, m in models.items() if m.network is not None})
 
 
 def _reference(context: TrainContext, batch: PackedBatch) -> Stats | None:
@@ -354,7 +345,10 @@ def _reference(context: TrainContext, batch: PackedBatch) -> Stats | None:
 
 
 class _Totals:
-    """Sums over the micro-batches of a step, divided by counts known before the first of them."""
+    """Sums over the micro-batches of a step, divided by counts known before the first of them.
+
+    What is summed stays on the device until read() gets all of it at once.
+    """
 
     def __init__(self, examples: Sequence[Example]):
         self.examples = examples
@@ -368,21 +362,41 @@ class _Totals:
         self.loss = 0.0
         # sum and number of the values that apply, by metric
         self.means: dict[str, tuple[float, int]] = {}
+        self._parts: list[_Part] = []
+        self._nonfinite: list[_Part] = []
 
     def add(self, batch: PackedBatch, out: Losses) -> torch.Tensor:
         """The share of a micro-batch in the loss of the step."""
         loss = sum(term.weight * term.losses.sum() / self._count(term) for term in out.terms)
         assert isinstance(loss, torch.Tensor)
-        self.loss += float(loss.detach())
         self.processed += len(batch.input_ids)
         self.num_parts += 1
-        for name, values in out.metrics.items():
-            listed = values.tolist()
-            self._mean(name, listed)
-            if name in out.by_origin and self.named:
-                for origin, value in zip(batch.origins, listed, strict=True):
-                    self._mean(f"{name}_{origin or 'unnamed'}", [value])
+        each = tuple(term.losses.detach() for term in out.terms if term.unit == "example")
+        self._parts.append(_Part(batch, loss.detach(), dict(out.metrics), out.by_origin, each))
         return loss
+
+    def read(self, *more: torch.Tensor) -> list[float]:
+        """Wait for the device, once: for what was added, and for these single numbers, which are returned."""
+        tensors = [*more, *(t for part in self._parts for t in (part.loss, *part.metrics.values()))]
+        numbers = iter(_on_host(tensors))
+        first = [next(numbers)[0] for _ in more]
+        for part in self._parts:
+            (loss,) = next(numbers)
+            self.loss += loss
+            if not math.isfinite(loss):
+                self._nonfinite.append(part)
+            for name in part.metrics:
+                listed = next(numbers)
+                self._mean(name, listed)
+                if name in part.by_origin and self.named:
+                    for origin, value in zip(part.batch.origins, listed, strict=True):
+                        self._mean(f"{name}_{origin or 'unnamed'}", [value])
+        self._parts = []
+        return first
+
+    def nonfinite(self) -> list[str]:
+        """The rows whose own loss is not finite, of what was read; all of a micro-batch where none is singled out."""
+        return [source for part in self._nonfinite for source in part.nonfinite_rows()]
 
     def zero_loss(self, out: Losses) -> torch.Tensor:
         """The loss of a micro-batch that is another process's: 0, with a graph, as every process must have one."""
@@ -452,14 +466,29 @@ def _target_weight(row: Row) -> float:
     return float(row.weights[row.targets].sum(dtype=np.float64))
 
 
-def _nonfinite_rows(batch: PackedBatch, out: Losses) -> list[str]:
-    """The rows of a micro-batch whose own loss is not finite, or all of them if none is singled out."""
-    bad = []
-    for term in out.terms:
-        if term.unit == "example":
-            finite = torch.isfinite(term.losses.detach()).tolist()
-            bad += [s for s, ok in zip(batch.sources, finite, strict=True) if not ok]
-    return bad or list(batch.sources)
+@dataclass(frozen=True)
+class _Part:
+    """What is kept of a micro-batch until its step is read, on the device."""
+
+    batch: PackedBatch
+    loss: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+    by_origin: Collection[str]
+    example_losses: tuple[torch.Tensor, ...]  # [P] each
+
+    def nonfinite_rows(self) -> list[str]:
+        """The rows whose own loss is not finite, or all of them if none is singled out."""
+        sources = self.batch.sources
+        flags = [torch.isfinite(losses).tolist() for losses in self.example_losses]
+        return [s for part in flags for s, ok in zip(sources, part, strict=True) if not ok] or list(sources)
+
+
+def _on_host(tensors: Sequence[torch.Tensor]) -> list[list[float]]:
+    """The numbers of tensors of any shape, by one copy of those that are on a device."""
+    flat = [t.detach().reshape(-1) for t in tensors]
+    there = [t if t.dtype == torch.float32 else t.double() for t in flat if t.device.type != "cpu"]
+    copied = iter(torch.cat(there).cpu().split([len(t) for t in there]) if there else ())
+    return [(t if t.device.type == "cpu" else next(copied)).tolist() for t in flat]
 
 
 def token_plan(examples: Sequence[Example], layout: Layout, max_tokens: int) -> tuple[int, int]:

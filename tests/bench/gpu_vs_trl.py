@@ -138,7 +138,7 @@ class OnDevice(Trl):
                 loss = self.loss(variant, part) * (len(part) / len(pairs))
             loss.backward()
             total += float(loss.detach())
-        norm = context.engine.gradient_norm()
+        norm = float(context.engine.gradient_norm())
         context.engine.step(0.0)
         return total, norm
 

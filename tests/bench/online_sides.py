@@ -164,7 +164,7 @@ class _Kept(LocalEngine):
         )
         self.side = side
 
-    def gradient_norm(self) -> float:
+    def gradient_norm(self) -> Tensor:
         """See LocalEngine."""
         if self.side.keep:
             self.side.gradient = flat_gradient(self.side.model)

@@ -125,7 +125,7 @@ def accumulate(own: Engine, number: int, scale: float = 1.0) -> tuple[float, flo
         loss = scale * _loss(own, part) / len(chosen)
         total += float(loss.detach())
         own.backward(loss, last=i == len(mine) - 1)
-    return world.sum([total])[0], own.gradient_norm()
+    return world.sum([total])[0], float(own.gradient_norm())
 
 
 def _loss(own: Engine, part: Sequence[Example]) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""A GPU that is pretended: see device.py."""
