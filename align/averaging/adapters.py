@@ -234,8 +234,9 @@ def classifier_config(config: Fields, outputs: Sequence[str]) -> Json:
         "id2label": {str(i): name for i, name in enumerate(outputs)},
         "label2id": {name: i for i, name in enumerate(outputs)},
     }
-    if config.get("pad_token_id") is None:
-        changed["pad_token_id"] = config.get("eos_token_id")
+    ends = config.get("eos_token_id")
+    if config.get("pad_token_id") in (ends if isinstance(ends, list) else [ends]):
+        changed["pad_token_id"] = None  # transformers would take the end of a turn for padding
     return dict(config) | changed
 
 

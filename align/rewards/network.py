@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from align.config import HeadConfig
-from align.data.chat import render, render_text
+from align.data.chat import render, render_text, stop_ids
 from align.data.sources import BadRow
 from align.deferred import Tensor, nn, no_grad, torch
 from align.jsons import Fields, Json, Tokenizer
@@ -132,7 +132,7 @@ def _classifier(lm: Any, score: Tensor | None, form: Fields, tokenizer: Tokenize
     config.num_labels = len(names)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: i for i, name in enumerate(names)}
-    config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    config.pad_token_id = _padding(tokenizer)
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
     setattr(model, model.base_model_prefix, lm.get_decoder())
@@ -141,6 +141,13 @@ def _classifier(lm: Any, score: Tensor | None, form: Fields, tokenizer: Tokenize
         # a head of several layers lies in head.safetensors; what stands here then is not used
         model.score.weight.zero_() if score is None else model.score.weight.copy_(score)
     return model
+
+
+def _padding(tokenizer: Tokenizer) -> int | None:
+    """The padding's id for transformers' classifiers, which read the last token that is another: None if it also ends a
+    turn. They then read the last token of one sequence and refuse several, where an id would have them read too early.
+    """
+    return next(iter({tokenizer.pad_token_id}.difference(stop_ids(tokenizer, None))), None)
 
 
 # ---------------------------------------------------------------------- reading

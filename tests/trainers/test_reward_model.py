@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from align.cli import main
+from align.models.pretrained import tiny
 from align.rewards.base import Conversation
 from align.rewards.build import RewardHost, components
 from align.rewards.network import load
@@ -78,8 +79,6 @@ def adapted(base, small) -> Path:
 @pytest.fixture(scope="module")
 def small(base) -> Path:
     """A language model in Hugging Face format, to which an adapter can name its way."""
-    from align.models.pretrained import tiny
-
     found = tiny(0, 64, 2)
     found.model().save_pretrained(base / "small")
     found.tokenizer().save_pretrained(base / "small")
@@ -128,6 +127,25 @@ def test_transformers_pools_one_token_early_where_padding_is_the_end(full):
     network.tokenizer.pad_token = network.tokenizer.eos_token
     row = network.row(pairs(1)[0]["prompt"], pairs(1)[0]["chosen"])
     assert network.scores([[row]], 100)[0][0][0, 0] == pytest.approx(ours, abs=1e-5)
+
+
+@pytest.mark.parametrize("pad", [None, "<|im_end|>"])
+def test_no_padding_is_written_that_ends_a_turn(base, tmp_path, pad):
+    """With eos in the place of a padding that the tokenizer lacks, transformers would read another token than align."""
+    found = tiny(0, 64, 2)
+    tokenizer = found.tokenizer()
+    tokenizer.pad_token = pad
+    found.model().save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    final = trained(base, tmp_path / "run", "model=hub", f"model.path={tmp_path / 'small'}")
+    model = AutoModelForSequenceClassification.from_pretrained(final).eval()
+    assert model.config.pad_token_id is None
+    for row in scored(final, f"{base}/heldout.jsonl", tmp_path / "scores.jsonl"):
+        ids = torch.tensor([ended(row, "chosen", tokenizer)])
+        with torch.no_grad():
+            assert row["score_chosen"] == pytest.approx(float(model(ids).logits[0, 0]), abs=1e-5)
+    with pytest.raises(ValueError, match="no padding token"):
+        model(ids.repeat(2, 1))
 
 
 def test_an_adapter_with_its_head_merged_and_not_scores_the_same(base, adapted, small, tmp_path):
