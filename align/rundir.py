@@ -25,6 +25,7 @@ from align.config.moved import settled_text
 from align.config.schema import may_change
 from align.engine.world import World, by_lead, together
 from align.files import write_atomic
+from align.installed import DISTRIBUTION
 from align.jsons import Json
 
 _ATTEMPTS = 50
@@ -209,7 +210,7 @@ def environment(command: str) -> Json:
     import torch
 
     versions = {}
-    for name in ("align", *_PACKAGES):
+    for name in (DISTRIBUTION, *_PACKAGES):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -63,7 +63,7 @@ def test_light_commands_load_nothing_heavy(words):
 
 
 def test_version_is_the_installed_one():
-    assert light("--version").stdout == f"align {metadata.version('align')}\n"
+    assert light("--version").stdout == f"align {metadata.version('align-rlhf')}\n"
 
 
 @pytest.mark.parametrize(

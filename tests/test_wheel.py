@@ -19,7 +19,7 @@ def test_installed_wheel_finds_configs_recipes_and_data(tmp_path):
     subprocess.run(
         [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)], **quiet
     )
-    (wheel,) = tmp_path.glob("align-*.whl")
+    (wheel,) = tmp_path.glob("align_rlhf-*.whl")
     target = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], **quiet)
     elsewhere = tmp_path / "elsewhere"

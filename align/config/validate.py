@@ -12,6 +12,7 @@ from align import build
 from align.config.schema import Config, WarmConfig
 from align.data.mapping import check_names
 from align.data.sources import locate_all
+from align.installed import check_installed
 from align.launch import place
 from align.models.pretrained import check_place
 from align.objectives.base import Objective
@@ -33,6 +34,7 @@ def validate(config: Config) -> None:
     _check_head(config, objective)
     build.check_margins(config, objective)
     _check_launch(config)
+    _check_packages(config)
     _check_observers(config)
 
 
@@ -186,6 +188,16 @@ def _check_launch(config: Config) -> None:
         one = config.choices.get("engine", "local") == "local" or config.launch.processes == 1
         if one and config.launch.port is not None:
             raise ValueError("launch.port has no effect on one process; leave it out")
+
+
+def _check_packages(config: Config) -> None:
+    """Raises ValueError for what needs a package that this machine lacks, if it is the one that trains."""
+    if config.launch.kind != "local":
+        return
+    if config.engine.stage is not None:
+        check_installed(f"engine={config.choices.get('engine', 'zero')}", "deepspeed", "deepspeed")
+    if config.log.wandb != "off":
+        check_installed(f"log.wandb={config.log.wandb}", "wandb", "track")
 
 
 def _check_observers(config: Config) -> None:

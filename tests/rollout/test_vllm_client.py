@@ -323,7 +323,7 @@ def test_versions(monkeypatch):
     assert "\n" not in str(raised.value)
     check_version(True)
     versions.clear()
-    with pytest.raises(ValueError, match=r'not installed: pip install "align\[rollout\]"'):
+    with pytest.raises(ValueError, match=r'not installed: pip install "align-rlhf\[rollout\]"'):
         check_version(True)
 
 
