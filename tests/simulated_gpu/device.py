@@ -355,6 +355,8 @@ def install(free: int = 130 << 30) -> None:
 def _redirect() -> None:
     """What torch decides before an operation is dispatched: factories with data, to(), autocast."""
     plain = torch.Tensor.to
+    # `with torch.device("meta")` knows factories by the functions that they are when it first looks.
+    torch.utils._device._device_constructors()
 
     def there(x: Any) -> Any:
         device = isinstance(x, (str, torch.device)) and not isinstance(x, torch.dtype)
