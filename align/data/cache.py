@@ -15,7 +15,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,7 +25,7 @@ from typing import IO
 from align import checkpoint
 from align.config import DataConfig, cache_root
 from align.data.audit import Audit
-from align.data.load import Data, load
+from align.data.load import Data, Say, load
 from align.data.sources import Source, content_hash, locate_all, table_fingerprint
 from align.data.stored import Stored, write
 from align.data.template import asks_for_date, date_of
@@ -38,8 +38,6 @@ _SMALL = 1 << 20  # bytes of all files, below which rendering takes a second and
 _PATIENCE_S = 3600.0  # how long another process may render what this one waits for
 _LOCK = ".lock"
 _TOLD = "data.json"  # the account, and what else a run asks of the whole set
-
-Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def cached(config: DataConfig, tokenizer: Tokenizer, wanted: Wanted, seed: int, 
     """
     key = _key(config, tokenizer, wanted, seed, small)
     if key is None:
-        return load(config, tokenizer, wanted, seed)
+        return load(config, tokenizer, wanted, seed, say=say)
     target = root_of(config) / key
     if (found := _opened(target, say)) is not None:
         return found
@@ -74,7 +72,7 @@ def cached(config: DataConfig, tokenizer: Tokenizer, wanted: Wanted, seed: int, 
         if mine and (found := _opened(target, say)) is not None:
             return found
         start = time.monotonic()
-        data = load(config, tokenizer, wanted, seed)
+        data = load(config, tokenizer, wanted, seed, say=say)
         if not mine:
             return data
         seconds = time.monotonic() - start
@@ -144,9 +142,9 @@ def _code(config: DataConfig, wanted: Wanted) -> list[str]:
 
 
 def _write(scratch: Path, data: Data, config: DataConfig) -> None:
-    for name, examples in (("train", data.train), ("heldout", data.heldout)):
-        write(examples, scratch / f"{name}.arrow", data.hashes[f"data.{name}"])
+    splits = {"train": data.train, "heldout": data.heldout}
     told = {
+        "fingerprints": {name: write(examples, scratch / f"{name}.arrow") for name, examples in splits.items()},
         "audit": data.audit.as_dict(),
         "sizes": data.sizes,
         "chats": sorted(data.chats),
@@ -164,7 +162,7 @@ def _opened(target: Path, say: Say) -> Data | None:
         shutil.rmtree(target, ignore_errors=True)
         return None
     told: Json = json.loads((target / _TOLD).read_text())
-    train, heldout = (Stored(target / f"{name}.arrow") for name in ("train", "heldout"))
+    train, heldout = (Stored(target / f"{name}.arrow", told["fingerprints"][name]) for name in ("train", "heldout"))
     with suppress(OSError):  # of a cache that can only be read
         os.utime(target / _TOLD)  # when it was used last
     say(f"data: {len(train)} examples from the cache {target}")

@@ -5,6 +5,7 @@ An objective wants pairs, labelled sequences or sequences to imitate; a pair can
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from align.data.cures import with_cure
 from align.data.formats import Dialogue, Message, Record, Tokenised, parse
 from align.data.margins import margin_numbers
 from align.data.sources import BadRow, NotUsed
+from align.data.stored import View
 from align.data.suspects import check, refuse_open
 from align.data.tokens import Texts
 from align.data.unread import unread
@@ -357,28 +359,32 @@ def prompt_key(example: Example) -> tuple[int, ...] | str:
     return example.prompt.token_ids or example.source
 
 
-def assign_mismatched(examples: Sequence[Example], seed: int, max_tokens: int) -> list[Example]:
+def assign_mismatched(examples: Sequence[Example], seed: int, max_tokens: int) -> Sequence[Example]:
     """Each example with its prompt followed by the completion of another prompt: KTO's sample of the KL point.
 
     The partner is fixed for the whole run, the next one with another prompt in a seeded order, so that the point
-    does not depend on batches and its reference log-probs can be cached. Raises ValueError for a single prompt.
+    does not depend on batches and its reference log-probs can be cached. Made when they are asked for. Raises
+    ValueError for a single prompt.
     """
-    order = np.random.default_rng([seed, len(examples)]).permutation(len(examples)).tolist()
-    prompts = [prompt_key(examples[i]) for i in order]
+    order = np.random.default_rng([seed, len(examples)]).permutation(len(examples))
+    keys = [hashlib.blake2b(repr(prompt_key(example)).encode(), digest_size=16).digest() for example in examples]
+    prompts = [keys[i] for i in order]
     if len(set(prompts)) < 2:
         raise ValueError("the KL point needs at least two different prompts; add data, or use an objective without it")
     # the next position in the circle with another prompt, for all positions in one pass from the back
     n = len(order)
-    following = [0] * (2 * n)
+    following = np.zeros(2 * n, dtype=np.int64)
     for k in range(2 * n - 2, -1, -1):
         same = prompts[k % n] == prompts[(k + 1) % n]
         following[k] = following[k + 1] if same else (k + 1) % n
-    out: list[Example | None] = [None] * n
-    for k, i in enumerate(order):
-        partner = examples[order[following[k]]]
-        row = _swapped(examples[i].rows[0], partner.rows[0], max_tokens)
-        out[i] = replace(examples[i], extras={"mismatched": row})
-    return [e for e in out if e is not None]
+    partners = np.empty(n, dtype=np.int64)
+    partners[order] = order[following[:n]]
+
+    def make(i: int) -> Example:
+        row = _swapped(examples[i].rows[0], examples[partners[i]].rows[0], max_tokens)
+        return replace(examples[i], extras={"mismatched": row})
+
+    return View(n, make)
 
 
 def _swapped(own: Row, other: Row, max_tokens: int) -> Row:

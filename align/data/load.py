@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
+import sys
+import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
 
 import numpy as np
 
 from align.config import DataConfig
 from align.data.audit import Audit, SplitAudit
-from align.data.examples import Loaded, assign_mismatched, prompt_key, understood
-from align.data.splits import Reader, num_repeated, repeated, repeats
-from align.data.stored import Stored
+from align.data.examples import Loaded, assign_mismatched, understood
+from align.data.splits import Reader, prompt_hash, repeated, repeats
+from align.data.spool import Spool
+from align.data.stored import Fingerprint, Stored, View
 from align.data.template import date_of, fix_date
 from align.data.wanted import Wanted
 from align.data.workers import num_workers
 from align.jsons import Json, Tokenizer
-from align.types import Example, Row
+from align.types import Example
+
+Say = Callable[[str], object]
+_PATIENCE_S = 5.0  # until people are told how far it is
+_EVERY_S = 10.0  # from then on
+
+
+def _silent(_line: str) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -49,44 +59,44 @@ def load(
     seed: int = 0,
     keep: bool = False,
     to_the_end: bool = False,
+    say: Say = _silent,
 ) -> Data:
     """Read, check and tokenise both splits as an objective wants them.
 
-    keep: rows keep their renderings. to_the_end: bad rows are counted whatever the settings say of them.
+    keep: rows keep their renderings. to_the_end: bad rows are counted whatever the settings say of them. say: is told
+    how far it is when it takes long. Many examples lie in a temporary file and are made when they are asked for.
     Raises ValueError, naming file and line, for the first bad row with on_bad_row=error, for more than
     max_bad_fraction of them with drop, and for a split of which nothing is left.
     """
     audit = Audit()
-
-    make = partial(understanding, tokenizer, date_of(tokenizer), config, wanted, keep)
-    parts, heldout_rows = Reader(config, make, _prompt, to_the_end, num_workers(config.workers)).splits(audit)
-    for split, rows in ((audit.train, [row for part in parts for row in part]), (audit.heldout, heldout_rows)):
+    coming = _Coming(Spool(all_in_memory=keep), say)
+    make = partial(_keeping, tokenizer, date_of(tokenizer), config, wanted, keep)
+    reader = Reader(config, make, _key, to_the_end, num_workers(config.workers), coming.keep)
+    parts, heldout_rows = reader.splits(audit)
+    train_rows = [row for part in parts for row in part]
+    for split, rows in ((audit.train, train_rows), (audit.heldout, heldout_rows)):
         _tell(split, rows)
         if not to_the_end:
             refuse_doubts(split, config.max_bad_fraction)
-    repeat = repeats(config, len(parts))
-    train_rows = [row for part in parts for row in part]
-    by_source = [
-        [e for row in repeated(part, times, seed) for e in row.examples]
-        for part, times in zip(parts, repeat, strict=True)
-    ]
-    train = [e for part in by_source for e in part]
-    heldout = [e for row in heldout_rows for e in row.examples]
+    times = repeats(config, len(parts))
+    by_source = [repeated(part, often, seed) for part, often in zip(parts, times, strict=True)]
+    learnt = [row for part in by_source for row in part]
+    train, heldout = coming.examples(learnt), coming.examples(heldout_rows)
     if not train and not to_the_end:
         raise ValueError(f"data.train={config.train}: no rows are left; give more data, or other data.repeat")
-    _account(audit.train, train_rows, train)
-    _account(audit.heldout, heldout_rows, heldout)
-    learnt = {e.prompt.token_ids for e in train}
-    audit.prompts_in_both = len({e.prompt.token_ids for e in heldout if e.prompt.token_ids} & learnt)
+    _account(audit.train, train_rows, learnt)
+    _account(audit.heldout, heldout_rows, heldout_rows)
+    audit.prompts_in_both = len({p for row in heldout_rows for p in row.prompts if p} & _prompts(learnt))
     if wanted.mismatched and not to_the_end:
         train = assign_mismatched(train, seed, config.max_tokens)
         # a held-out set of one prompt takes its partners from the training data
-        others = train if len({prompt_key(e) for e in heldout}) < 2 else []
-        heldout = assign_mismatched([*heldout, *others], seed, config.max_tokens)[: len(heldout)] if heldout else []
+        others = () if len(_prompts(heldout_rows)) > 1 else train
+        both = assign_mismatched(View.of((heldout, None), (others, None)), seed, config.max_tokens) if heldout else []
+        heldout = both if not others else View.of((both, range(len(heldout))))
     chats = {row.chat for row in train_rows}
-    if not keep:
-        train_rows, heldout_rows = [], []
-    return Data(train, heldout, audit, train_rows, heldout_rows, tuple(map(len, by_source)), chats)
+    loaded = [[row.loaded for row in rows if row.loaded is not None] for rows in (train_rows, heldout_rows)]
+    sizes = tuple(sum(len(row.numbers) for row in part) for part in by_source)
+    return Data(train, heldout, audit, loaded[0], loaded[1], sizes, chats)
 
 
 def understanding(
@@ -101,39 +111,107 @@ def understanding(
     return understand
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What is known of a row that is used while its examples lie elsewhere."""
+
+    source: str  # "file:line"
+    key: bytes  # hash of its prompt, or of what stands for it
+    prompts: tuple[bytes, ...]  # hashes of its examples' prompts, b"" for none
+    tokens: int  # of all sequences
+    target_tokens: int
+    origins: tuple[str, ...]  # of its examples
+    truncated: bool
+    unread: tuple[str, ...]
+    shape: str
+    from_text: bool
+    doubt: str
+    chat: bool
+    loaded: Loaded | None  # with its renderings, where they were asked for
+    examples: tuple[Example, ...] = ()  # until they are put away
+    numbers: tuple[int, ...] = ()  # where they are then
+
+
+def _keeping(
+    tokenizer: Tokenizer, day: str | None, config: DataConfig, wanted: Wanted, keep: bool
+) -> Callable[[Json, str], Kept]:
+    understand = understanding(tokenizer, day, config, wanted, keep)
+    return lambda record, where: _kept(understand(record, where), keep)
+
+
+def _kept(row: Loaded, keep: bool) -> Kept:
+    first = row.examples[0]
+    sequences = [sequence for example in row.examples for sequence in example.rows]
+    prompts = [example.prompt.token_ids for example in row.examples]
+    hashes = {ids: prompt_hash(ids) if ids else b"" for ids in dict.fromkeys(prompts)}
+    return Kept(
+        row.source,
+        hashes[prompts[0]] or prompt_hash(first.rows[0].token_ids.tolist()),
+        tuple(hashes[ids] for ids in prompts),
+        sum(len(sequence.token_ids) for sequence in sequences),
+        sum(int(np.count_nonzero(sequence.targets)) for sequence in sequences),
+        tuple(example.origin for example in row.examples),
+        bool(row.truncated),
+        row.unread,
+        row.shape,
+        row.from_text,
+        row.doubt,
+        row.chat,
+        row if keep else None,
+        row.examples,
+    )
+
+
+def _key(row: Kept) -> bytes:
+    return row.key
+
+
+class _Coming:
+    """Puts examples away as their rows come, and tells how many have."""
+
+    def __init__(self, spool: Spool, say: Say):
+        self._spool = spool
+        self._say = say
+        self._count = 0
+        self._start = time.monotonic()
+        self._next = self._start + _PATIENCE_S
+
+    def keep(self, row: Kept) -> Kept:
+        """The row without its examples."""
+        self._count += 1
+        if (now := time.monotonic()) > self._next:
+            self._next = now + _EVERY_S
+            self._say(f"data: {self._count} rows read, {self._count / (now - self._start):.0f} a second")
+        numbers = tuple(self._spool.add(example) for example in row.examples)
+        return replace(row, examples=(), numbers=numbers, shape=sys.intern(row.shape))
+
+    def examples(self, rows: Sequence[Kept]) -> Sequence[Example]:
+        """Of these rows, in their order."""
+        return self._spool.examples(array("q", [number for row in rows for number in row.numbers]))
+
+
 def fingerprint(examples: Sequence[Example]) -> str:
-    """sha256 over token ids, targets and what else is learnt from, in order: what "the same data" means when a run
-    is resumed."""
+    """See Fingerprint."""
     if isinstance(examples, Stored):
         return examples.fingerprint
-    digest = hashlib.sha256()
-    for e in examples:
-        for row in (*e.rows, *e.extras.values()):
-            _digest(digest, row)
-        if e.label is not None or e.numbers:
-            digest.update(repr((e.label, sorted(e.numbers.items()))).encode())
-    return digest.hexdigest()
+    found = Fingerprint()
+    for example in examples:
+        found.add(example)
+    return found.hexdigest()
 
 
-def _digest(digest: Any, row: Row) -> None:
-    digest.update(np.ascontiguousarray(row.token_ids).tobytes())
-    digest.update(np.packbits(row.targets).tobytes())
-    if row.weights is not None:
-        digest.update(np.ascontiguousarray(row.weights).tobytes())
-    digest.update(len(row.token_ids).to_bytes(4, "little"))
-
-
-def _account(audit: SplitAudit, rows: list[Loaded], examples: list[Example]) -> None:
+def _account(audit: SplitAudit, rows: Sequence[Kept], used: Sequence[Kept]) -> None:
+    """used: as often as an epoch sees them."""
     audit.truncated_rows = [row.source for row in rows if row.truncated]
-    audit.repeated_prompts = num_repeated(row.examples[0].prompt.token_ids for row in rows)
-    audit.examples = len(examples)
-    audit.origins = dict(sorted(Counter(e.origin for e in examples if e.origin).items()))
-    sequences = [row for e in examples for row in e.rows]
-    audit.tokens = sum(len(row.token_ids) for row in sequences)
-    audit.target_tokens = sum(int(row.targets.sum()) for row in sequences)
+    prompts = [row.prompts[0] for row in rows if row.prompts[0]]
+    audit.repeated_prompts = len(prompts) - len(set(prompts))
+    audit.examples = sum(len(row.numbers) for row in used)
+    audit.origins = dict(sorted(Counter(origin for row in used for origin in row.origins if origin).items()))
+    audit.tokens = sum(row.tokens for row in used)
+    audit.target_tokens = sum(row.target_tokens for row in used)
 
 
-def _tell(audit: SplitAudit, rows: Sequence[Loaded]) -> None:
+def _tell(audit: SplitAudit, rows: Sequence[Kept]) -> None:
     audit.rows_kept = len(rows)
     audit.unread = dict(Counter(name for row in rows for name in row.unread))
     audit.shapes = dict(Counter(row.shape for row in rows))
@@ -152,7 +230,6 @@ def refuse_doubts(audit: SplitAudit, fraction: float, at_least: int = 0) -> None
         )
 
 
-def _prompt(row: Loaded) -> Sequence[int]:
-    """A row without a prompt stands for itself."""
-    first = row.examples[0]
-    return first.prompt.token_ids or first.rows[0].token_ids.tolist()
+def _prompts(rows: Sequence[Kept]) -> set[bytes]:
+    """Hashes of the prompts of their examples; one without stands for itself."""
+    return {prompt or row.source.encode() for row in rows for prompt in row.prompts}

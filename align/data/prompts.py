@@ -18,7 +18,7 @@ from align.data.examples import as_chat
 from align.data.formats import Dialogue, Message, Tokenised, parse
 from align.data.shapes import shaped
 from align.data.sources import BadRow
-from align.data.splits import Reader, num_repeated, repeated, repeats
+from align.data.splits import Reader, num_repeated, prompt_hash, repeated, repeats
 from align.data.unread import refuse_unasked
 from align.jsons import Fields, Json, Tokenizer
 
@@ -63,7 +63,7 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer, max_new_tokens: int, 
     def understand(record: Json, where: str) -> PromptRow:
         return _row(record, where, tokenizer, config, max_new_tokens)
 
-    parts, heldout = Reader(config, lambda: understand, lambda row: row.token_ids).splits(audit)
+    parts, heldout = Reader(config, lambda: understand, lambda row: prompt_hash(row.token_ids)).splits(audit)
     times = repeats(config, len(parts))
     train = [row for part, often in zip(parts, times, strict=True) for row in repeated(part, often, seed)]
     if not train:

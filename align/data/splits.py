@@ -35,21 +35,26 @@ T = TypeVar("T")
 R = TypeVar("R", bound=Sourced)
 
 
+def _as_it_is(row: R) -> R:
+    return row
+
+
 @dataclass(frozen=True)
 class Reader(Generic[R]):
     """Reads rows by the rules that data.on_bad_row, data.overlong and data.max_bad_fraction make.
 
     make: the function that says what a row becomes, from its object and its "file:line", and raises BadRow for one
-    that cannot be used; one of a module's, or a partial of one. prompt: the tokens of its prompt, or others that stand
-    for a row without one. to_the_end: bad rows are counted whatever the settings say of them. workers: processes that
-    share the rows.
+    that cannot be used; one of a module's, or a partial of one. key: the hash of its prompt, or of what stands for it.
+    to_the_end: bad rows are counted whatever the settings say of them. workers: processes that share the rows. kept:
+    is given each row that is used, in this process, and says what is held of it.
     """
 
     config: DataConfig
     make: Callable[[], Understand[R]]
-    prompt: Callable[[R], Sequence[int]]
+    key: Callable[[R], bytes]
     to_the_end: bool = False
     workers: int = 1
+    kept: Callable[[R], R] = _as_it_is
 
     def splits(self, audit: Audit) -> tuple[list[list[R]], list[R]]:
         """The kept rows of each source of data.train, and the held-out rows: those of data.heldout, else a part.
@@ -85,7 +90,7 @@ class Reader(Generic[R]):
                 if isinstance(made, BadRow):
                     self.drop(audit, where, made)
                 else:
-                    part.append(made)
+                    part.append(self.kept(made))
             if part or not self.to_the_end:
                 columns.check(source.name)
             parts.append(part)
@@ -167,12 +172,12 @@ class Reader(Generic[R]):
 
         Files are somebody's choice and only counted in prompts_in_both; two seeds of a generator meet by chance.
         """
-        seen = {self._key(row) for part in parts for row in part}
+        seen = {self.key(row) for part in parts for row in part}
         out = []
         for source, part in zip(sources, held, strict=True):
             left = []
             for row in part:
-                if source.kind == "gym" and self._key(row) in seen:
+                if source.kind == "gym" and self.key(row) in seen:
                     audit.drop(row.source, IN_TRAIN, "the question also stands in data.train")
                 else:
                     left.append(row)
@@ -187,14 +192,16 @@ class Reader(Generic[R]):
     def _keep_back(self, rows: Sequence[R]) -> set[str]:
         """Sources of the rows that are held out: those of the prompts with the smallest hashes; if there are two
         prompts, each side gets one."""
-        keys = {row.source: self._key(row) for row in rows}
+        keys = {row.source: self.key(row) for row in rows}
         prompts = sorted(set(keys.values()))
         count = min(math.ceil(self.config.heldout_fraction * len(prompts)), len(prompts) - 1)
         held = set(prompts[:count])
         return {source for source, key in keys.items() if key in held}
 
-    def _key(self, row: R) -> bytes:
-        return hashlib.sha256(np.array(self.prompt(row), dtype=np.int64).tobytes()).digest()
+
+def prompt_hash(token_ids: Sequence[int]) -> bytes:
+    """What tells prompts apart, and which of them are held out: sha256 over their tokens."""
+    return hashlib.sha256(np.array(token_ids, dtype=np.int64).tobytes()).digest()
 
 
 def repeats(config: DataConfig, num_sources: int) -> list[float]:

@@ -7,6 +7,7 @@ one is used is cache.py's.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,8 +22,7 @@ from align.types import Example, Layout, Prompt, Row
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_FINGERPRINT = b"fingerprint"
-_PIECE = 1000  # examples of a record batch: what is in memory at once while they are written
+PIECE = 1000  # examples of a record batch: what is in memory at once while they are written
 
 
 T = TypeVar("T")
@@ -58,22 +58,19 @@ class View(Sequence[T]):
 
 
 class Stored(View[Example]):
-    """Examples [N] of a file that `write` made, in its order.
+    """Examples [N] of a file that `write` made, in its order. fingerprint: what it gave."""
 
-    fingerprint: see load.fingerprint, of the examples as they were written.
-    """
-
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, fingerprint: str):
         import pyarrow as pa
 
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         super().__init__(table.num_rows, self._example)
-        self.fingerprint = (table.schema.metadata or {})[_FINGERPRINT].decode()
+        self.fingerprint = fingerprint
         self._columns = {name: table.column(name).chunks for name in table.column_names}
 
     def _example(self, index: int) -> Example:
-        chunk, i = divmod(index, _PIECE)
-        return _example({name: chunks[chunk] for name, chunks in self._columns.items()}, i)
+        chunk, i = divmod(index, PIECE)
+        return example_of({name: chunks[chunk] for name, chunks in self._columns.items()}, i)
 
     def largest_token(self) -> int:
         """Of all sequences."""
@@ -95,11 +92,57 @@ def largest_tokens(examples: Sequence[Example]) -> list[int]:
     return [int(row.token_ids.max(initial=0)) for e in examples for row in e.rows]
 
 
-def write(examples: Iterable[Example], path: Path, fingerprint: str) -> None:
-    """Make a file of examples that have this fingerprint."""
+class Fingerprint:
+    """sha256 over token ids, targets and what else is learnt from, in order: what "the same data" means when a run is
+    resumed."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, example: Example) -> None:
+        """The next one."""
+        for row in (*example.rows, *example.extras.values()):
+            self._add(row)
+        if example.label is not None or example.numbers:
+            self._digest.update(repr((example.label, sorted(example.numbers.items()))).encode())
+
+    def _add(self, row: Row) -> None:
+        self._digest.update(np.ascontiguousarray(row.token_ids).tobytes())
+        self._digest.update(np.packbits(row.targets).tobytes())
+        if row.weights is not None:
+            self._digest.update(np.ascontiguousarray(row.weights).tobytes())
+        self._digest.update(len(row.token_ids).to_bytes(4, "little"))
+
+    def hexdigest(self) -> str:
+        """Of those that were added."""
+        return self._digest.hexdigest()
+
+
+def write(examples: Iterable[Example], path: Path) -> str:
+    """Make a file of examples; their fingerprint."""
     import pyarrow as pa
 
-    schema = pa.schema(
+    fingerprint = Fingerprint()
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _schema()) as out:
+        for piece in _pieces(examples):
+            for example in piece:
+                fingerprint.add(example)
+            out.write_batch(columns_of(piece))
+    return fingerprint.hexdigest()
+
+
+def columns_of(examples: Sequence[Example]) -> pa.RecordBatch:
+    """A record batch of them, as the file holds it."""
+    import pyarrow as pa
+
+    columns, schema = [_columns(e) for e in examples], _schema()
+    return pa.record_batch([pa.array([c[f.name] for c in columns], f.type) for f in schema], schema=schema)
+
+
+def _schema() -> pa.Schema:
+    import pyarrow as pa
+
+    return pa.schema(
         [
             ("source", pa.string()),
             ("origin", pa.string()),
@@ -119,21 +162,15 @@ def write(examples: Iterable[Example], path: Path, fingerprint: str) -> None:
             ("packed", pa.int64()),
             ("padded", pa.int64()),
             ("extra", pa.int64()),
-        ],
-        {_FINGERPRINT: fingerprint.encode()},
+        ]
     )
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as out:
-        for piece in _pieces(examples):
-            columns = [_columns(e) for e in piece]
-            arrays = [pa.array([c[f.name] for c in columns], f.type) for f in schema]
-            out.write_batch(pa.record_batch(arrays, schema=schema))
 
 
 def _pieces(examples: Iterable[Example]) -> Iterator[list[Example]]:
     piece: list[Example] = []
     for example in examples:
         piece.append(example)
-        if len(piece) == _PIECE:
+        if len(piece) == PIECE:
             yield piece
             piece = []
     if piece:
@@ -167,7 +204,7 @@ def _columns(example: Example) -> Json:
     }
 
 
-def _example(columns: Json, i: int) -> Example:
+def example_of(columns: Json, i: int) -> Example:
     """Example i of a record batch, its arrays views of the file."""
     lengths, weighted = columns["lengths"][i].as_py(), columns["weighted"][i].as_py()
     ids, targets = _view(columns["token_ids"], i), _view(columns["targets"], i).view(bool)

@@ -14,9 +14,10 @@ import numpy as np
 
 from align.data.audit import Audit
 from align.data.cache import cached
+from align.data.examples import Loaded
 from align.data.load import Data, understanding
 from align.data.sources import locate_all
-from align.data.splits import Reader
+from align.data.splits import Reader, prompt_hash
 from align.data.stored import largest_tokens
 from align.data.streams import Stream, StreamFault, Streams
 from align.data.template import date_of
@@ -80,13 +81,17 @@ def _opened(session: Session, account: Audit, heldout: Sequence[Example], chats:
     settings, tokenizer = session.config.data, session.tokenizer
     wanted = Wanted.by(session.objective)
     make = partial(understanding, tokenizer, date_of(tokenizer), settings, wanted, False)
-    reader = Reader(settings, make, lambda row: row.examples[0].prompt.token_ids, workers=num_workers(settings.workers))
+    reader = Reader(settings, make, _key, workers=num_workers(settings.workers))
     audit = Audit(heldout=account.heldout)
     streams = []
     for number, source in enumerate(locate_all(settings.train, "data.train", settings.loader)):
         seed = (session.config.seed, number)
         streams.append(Stream(reader, source, f"data.train={settings.train}", seed, audit.train))
     return Streams(streams, audit, heldout, chats)
+
+
+def _key(row: Loaded) -> bytes:
+    return prompt_hash(row.examples[0].prompt.token_ids)
 
 
 class Streamed:
