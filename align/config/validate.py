@@ -6,6 +6,7 @@ leaves what a trainer or a group of settings forbids to checks_*.py. Nothing is 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Container
 
 from align import build
@@ -16,6 +17,8 @@ from align.installed import check_installed
 from align.launch import place
 from align.models.pretrained import check_place
 from align.objectives.base import Objective
+
+_ANSWERED = {"prompt", "completion", "finished"}  # what each answer has
 
 
 def validate(config: Config) -> None:
@@ -125,9 +128,16 @@ def _check_data(config: Config) -> None:
         for key, value in given.items():
             if value:
                 raise ValueError(f"data.{key} has no effect: collect=... writes its rows itself; remove it")
-    if data.gold is not None:
-        build.function(data.gold, "data.gold")
+    if data.gold is not None and _asks_more(build.function(data.gold, "data.gold")):
+        from align.config.checks_rewards import check_gold
+
+        check_gold(data)
     _check_functions(config)
+
+
+def _asks_more(gold: object) -> bool:
+    """Whether a function of answers is called by other names than the usual three: what it wants is then looked at."""
+    return not (inspect.isfunction(gold) and inspect.signature(gold).parameters.keys() <= _ANSWERED)
 
 
 def _check_sources(key: str, names: object, loader: str | None) -> None:

@@ -111,7 +111,7 @@ class NumericAnswer:
     the unit of the answer, >= 0; relative: a part of it, >= 0; both 0: equal.
     """
 
-    def __init__(self, *, tolerance: float, relative: float):
+    def __init__(self, *, tolerance: float = 0.0, relative: float = 0.0):
         if not (0 <= tolerance < float("inf") and 0 <= relative < float("inf")):
             raise ValueError(f"tolerance={tolerance}, relative={relative}: must be 0 or greater")
         self.tolerance = Fraction(tolerance)

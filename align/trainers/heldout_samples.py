@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 
-from align import build
 from align.engine.base import Engine
 from align.engine.world import by_lead
 from align.evaluate.samples import Sample, sequence_kl
+from align.rewards.gold import Gold, heldout_rows
 from align.rollout.base import Completion, Sampling
 from align.trainers.generation import generate_distributed
 from align.trainers.rollouts import Rollouts
@@ -34,7 +34,7 @@ class HeldoutSamples:
         seen = dict.fromkeys((e.prompt.token_ids, e.prompt.text) for e in heldout if e.prompt.token_ids)
         self.prompts = list(seen)[: self.config.trainer.num_samples]
         self.path = session.out.path / "samples.jsonl"
-        self.gold = build.function(self.config.data.gold, "data.gold") if self.config.data.gold else None
+        self.gold = Gold(self.config.data.gold) if self.config.data.gold else None
 
     def before(self) -> None:
         """Greedy answers of the untrained policy; a resumed run already has them."""
@@ -70,12 +70,16 @@ class HeldoutSamples:
         return world.share(samples)
 
     def _samples(self, phase: str, step: int, completions: Sequence[Completion]) -> list[Sample]:
-        out = []
-        for (_, prompt), completion in zip(self.prompts, completions, strict=True):
-            text = self.session.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-            score = None if self.gold is None else float(self.gold(prompt, text, completion.finished))
-            out.append(Sample(phase, step, prompt, text, completion.finished, len(completion.token_ids), score))
-        return out
+        texts = [self.session.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
+        answered = list(zip(self.prompts, texts, completions, strict=True))
+        scores: Sequence[float | None] = [None] * len(answered)
+        if self.gold is not None:
+            rows = heldout_rows(self.config, self.session.tokenizer) if self.gold.asks_rows else {}
+            scores = self.gold(((*prompt, text, c.finished) for prompt, text, c in answered), rows)
+        return [
+            Sample(phase, step, prompt, text, c.finished, len(c.token_ids), score)
+            for ((_, prompt), text, c), score in zip(answered, scores, strict=True)
+        ]
 
     def _generate(self, prompts: list[tuple[int, ...]], what: str, seed: int | None) -> list[Completion]:
         limit = self.config.trainer.sample_tokens
