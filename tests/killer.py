@@ -231,11 +231,14 @@ def _serve() -> None:
         with contextlib.suppress(ImportError):
             import reasoning_gym  # noqa: F401
     compose(["recipe=wpo"])  # Hydra reads its plugins, and each recipe is parsed, here and not in every child
+    _adapted()
 
     gc.collect()
     gc.freeze()  # no child looks through all that was imported
     for line in sys.stdin:
         request = json.loads(line)
+        if request["processes"] > 1:
+            import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  its engine does, with torch's compiler: a second
         start = time.monotonic()
         port = _free_port() if request["processes"] > 1 else 0
         with tempfile.TemporaryFile("a+b") as said:
@@ -268,6 +271,14 @@ def _serve() -> None:
             text = said.read().decode(errors="replace")
         ended = Ended(codes[0], text, time.monotonic() - start, tuple(codes))
         print(json.dumps(asdict(ended)), file=answers, flush=True)
+
+
+def _adapted() -> None:
+    """A network with adapters: the tables and expressions that transformers and PEFT make once in a process."""
+    from align.models.policy import lora
+    from align.models.pretrained import tiny
+
+    lora(tiny(0, 16, 1).model(), rank=1, alpha=1.0, dropout=0.0, targets="all-linear", seed=0)
 
 
 def _free_port() -> int:

@@ -61,9 +61,9 @@ KINDS = {
         "reward.plain._target_=", "sampling.n=", "sampling.max_new_tokens=", "optimizer.lr=3e-2",
         "collect.task_settings={min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}", "collect.num_examples=0",
         "collect.num_problems=8", "collect.chunk_problems=2", "collect.num_heldout=3",
-        "collect.samples_per_problem=40", "collect.max_new_tokens=60", "collect.temperature=1.0",
+        "collect.samples_per_problem=64", "collect.max_new_tokens=24", "collect.temperature=1.0",
         "collect.stop=['0','1','2','3','4','5','6','7','8','9']", "collect.max_pairs_per_problem=3",
-        "collect.tool._target_=tests.killer.Parrot", "rollout.batch_size=128",
+        "collect.tool._target_=tests.killer.Parrot", "rollout.batch_size=256",
         "collect.problem_seed=2",  # both rounds have problems whose answer is one digit, odd and not 1
     ],
 }  # fmt: skip
