@@ -30,8 +30,9 @@ $(STAMP): $(LOCK) pyproject.toml Makefile
 demo: $(STAMP)
 	$(VENV)/bin/align train recipe=wpo trainer.max_steps=16 run.dir=runs/demo
 
+# Three workers on two cores: one of them waits for Slurm while the others compute.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -rs -n 2 --dist loadgroup --no-loadscope-reorder -m "not gpu"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -rs -n 3 --dist loadgroup --no-loadscope-reorder -m "not gpu"
 
 # Without what starts engines, clusters or several processes, or takes more than about ten seconds.
 test-fast: $(STAMP)

@@ -24,9 +24,11 @@ VOCABULARY = 96
 
 
 def pytest_collection_modifyitems(config, items) -> None:
-    """With workers: groups first, then what is slow; the many small tests fill up what is left of the time."""
+    """With workers: what waits for Slurm, groups, what is slow; the many small tests fill up what is left."""
 
     def turn(item) -> int:
+        if item.get_closest_marker("slurm"):
+            return -1
         return 0 if item.get_closest_marker("xdist_group") else 1 if item.get_closest_marker("slow") else 2
 
     if getattr(config.option, "loadgroup", False):

@@ -236,7 +236,7 @@ def test_collect(straight):
         directory = run / f"rounds/{number:02d}"
         drawn = [t for path in sorted((directory / "collect").glob("trajectories-*")) for t in rows(path)]
         seen.append({t["problem"] for t in drawn})
-        assert len(drawn) == row["collect/trajectories"] == 4 * 40
+        assert len(drawn) == row["collect/trajectories"] == 4 * 64
         assert row["collect/accuracy"] == np.mean([t["label"] for t in drawn])
         assert row["data/rows"] == len(rows(directory / "collect/pairs.jsonl")) > 0
         solved = rows(directory / "problems-after.jsonl")
