@@ -50,16 +50,16 @@ class World:
             return list(values)
         return [sum(column) for column in zip(*self.gather([float(v) for v in values]), strict=True)]
 
-    def gather(self, value: object) -> list[Any]:
+    def gather(self, value: T) -> list[T]:
         """Each process's value, by rank, on all of them."""
         if self.size == 1:
             return [value]
-        out: list[object] = [None] * self.size
+        out: list[T] = [value] * self.size
         with peer_lost("gather", every=True):
             dist.all_gather_object(out, value, group=self.group)
         return out
 
-    def share(self, value: object) -> Any:
+    def share(self, value: T) -> T:
         """The lead's value, on all of them."""
         if self.size == 1:
             return value

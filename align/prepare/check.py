@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -253,6 +253,9 @@ def _doubts(name: str, rows: Sequence[Loaded], config: DataConfig | None) -> Ite
         yield _at("role_header", "error" if many else "warning", loaded.doubt, name, loaded.source)
 
 
+Found = Callable[[str, Severity, str], Finding]
+
+
 def _row(name: str, loaded: Loaded, end: _TurnEnd, bos: int | None) -> Iterator[Finding]:
     """Findings about one row by itself."""
 
@@ -291,7 +294,7 @@ def _row(name: str, loaded: Loaded, end: _TurnEnd, bos: int | None) -> Iterator[
         yield from _dead(found, loaded)
 
 
-def _notes(found: Any, loaded: Loaded) -> Iterator[Finding]:
+def _notes(found: Found, loaded: Loaded) -> Iterator[Finding]:
     """What the renderer noticed; what chosen and rejected share, once."""
     sequences: dict[str, list[str]] = {}
     for sequence, rendering in loaded.renderings.items():
@@ -321,7 +324,7 @@ def _difference(loaded: Loaded, sequence: str, at: int, end: _TurnEnd) -> str:
 
 
 def _ends(
-    found: Any, sequence: str, rendering: Rendering, row: Row, finished: bool, end: _TurnEnd
+    found: Found, sequence: str, rendering: Rendering, row: Row, finished: bool, end: _TurnEnd
 ) -> Iterator[Finding]:
     """Runs of targets that do not end as a turn does."""
     ids = row.token_ids
@@ -358,7 +361,7 @@ def _goes_on(rendering: Rendering, span: Span) -> bool:
     return after is not None and after.role == span.role and after.message == span.message
 
 
-def _dead(found: Any, loaded: Loaded) -> Iterator[Finding]:
+def _dead(found: Found, loaded: Loaded) -> Iterator[Finding]:
     a, b = trained(loaded, "chosen"), trained(loaded, "rejected")
     if a is None or b is None:
         return

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -123,7 +122,7 @@ class Log:
             except Exception as error:  # as in row
                 self.say(f"{name} failed while closing ({error})")
 
-    def _add(self, name: str, make: Callable[[], tuple[Any, Any]]) -> None:
+    def _add(self, name: str, make: Callable[[], tuple[Callable[[Json], None], Callable[[], None]]]) -> None:
         try:
             write, close = make()
         except Exception as error:  # no network, no account, no disk: not the run's business
@@ -142,7 +141,8 @@ class _Console(Console):
 def _tensorboard(directory: Path) -> tuple[Callable[[Json], None], Callable[[], None]]:
     from torch.utils.tensorboard import SummaryWriter
 
-    writers: list[Any] = []  # made at the first row, so that what an interrupted run wrote from there on is void
+    # made at the first row, so that what an interrupted run wrote from there on is void
+    writers: list[SummaryWriter] = []
 
     def write(row: Json) -> None:
         if not writers:

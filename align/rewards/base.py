@@ -7,11 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from align.jsons import Fields, Json
+from align.jsons import Fields, Json, Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from align.models.policy import Policy
 
 Message = Json
 
@@ -23,9 +28,9 @@ class RewardHost:
     check may raise (a signal came); whoever waits calls it at least once a second. say takes a line for people.
     """
 
-    policy: Any = None  # align.models.policy.Policy, for components that share its weights; None: there is none
-    tokenizer: Any = None  # the policy's
-    device: Any = "cpu"  # a torch.device
+    policy: Policy | None = None  # for components that share its weights; None: there is none
+    tokenizer: Tokenizer | None = None  # the policy's
+    device: torch.device | str = "cpu"
     autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
     micro_batch_tokens: int = 8192  # padded tokens of a forward
     check: Callable[[], None] = lambda: None

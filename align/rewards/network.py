@@ -161,7 +161,7 @@ class RewardNetwork:
     network: Scorer
     form: Json
     ours: bool
-    device: Any = "cpu"
+    device: torch.device | str = "cpu"
     name: str = "the reward model"  # for messages
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -259,7 +259,9 @@ def _array(values: Tensor | None) -> np.ndarray:
     return values.double().cpu().numpy()
 
 
-def load(path: str, revision: str | None = None, dtype: str = "auto", device: object = "cpu") -> RewardNetwork:
+def load(
+    path: str, revision: str | None = None, dtype: str = "auto", device: torch.device | str = "cpu"
+) -> RewardNetwork:
     """A reward model by its directory or its name on the hub; see configs/reward/model.yaml.
 
     Raises ValueError for one without a chat template, without trained head, or whose attention is not causal.

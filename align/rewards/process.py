@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from align.deferred import no_grad, torch
-from align.jsons import Fields
+from align.jsons import Fields, Tokenizer
 from align.models.pretrained import check_place
 from align.models.weights import load_classifier
 from align.rewards.base import Conversation, RewardHost, StepReward
@@ -43,7 +43,7 @@ class Splitter:
     separator's token has no advantage.
     """
 
-    def __init__(self, tokenizer: Any, separator: str):
+    def __init__(self, tokenizer: Tokenizer | None, separator: str):
         check_separator(separator)
         if tokenizer is None:
             raise ValueError("rewards of steps stand at the policy's tokens, and there is no policy here")

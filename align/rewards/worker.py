@@ -30,7 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from align.contracts import declared_by
 from align.jsons import Fields
@@ -105,12 +105,12 @@ def resolve(path: str) -> Any:
     raise Refused(f"cannot be imported ({_line(missing)}); is its directory on PYTHONPATH?")
 
 
-def bound(path: str, keys: Fields) -> tuple[Callable[..., Any], Signature]:
+def bound(path: str, keys: Fields) -> tuple[Callable[..., object], Signature]:
     """The callable of a component and how to call it. Raises Refused for what cannot be called with these keys."""
     return bound_to(resolve(path), keys)
 
 
-def bound_to(target: object, keys: Fields) -> tuple[Callable[..., Any], Signature]:
+def bound_to(target: object, keys: Fields) -> tuple[Callable[..., object], Signature]:
     """The same of the object that a path names."""
     if not callable(target):
         raise Refused(f"is no function or class but {type(target).__name__}")
@@ -202,10 +202,11 @@ def call_each(function: Callable[..., object], signature: Signature, conversatio
 
 
 def call_all(
-    function: Callable[..., Any], signature: Signature, conversations: Sequence[Conversation]
+    function: Callable[..., object], signature: Signature, conversations: Sequence[Conversation]
 ) -> list[Answer] | tuple[str, str]:
     """The numbers of all, or (reason, message) where the call as a whole failed."""
     try:
+        out: Any
         if signature.style == "conversations":
             out = function(list(conversations))
         else:
@@ -269,16 +270,16 @@ def write(file: int, message: object) -> None:
         rest = rest[os.write(file, rest) :]
 
 
-def _read(stream: Any) -> Any:
+def _read(stream: BinaryIO) -> Any:
     """The next message; None at the end."""
     head = stream.read(4)
     body = stream.read(struct.unpack("!I", head)[0]) if len(head) == 4 else b""
     return json.loads(body) if body else None
 
 
-def _listen(stream: object, requests: queue.SimpleQueue[object]) -> None:
+def _listen(stream: BinaryIO, requests: queue.SimpleQueue[object]) -> None:
     """Pass requests on. When the other side is gone the process ends, whatever the user's function is doing."""
-    request: Any = True
+    request: object = True
     while request is not None:
         try:
             request = _read(stream)

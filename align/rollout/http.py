@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from align.jsons import Json
 from align.rollout.base import Host
+
+T = TypeVar("T")
 
 WORDS = 600  # characters of a server's own words in a message
 _TICK_SECONDS = 0.25  # between two looks at the clock and at Host.check
@@ -75,20 +77,19 @@ class Calls:
             with self._lock:
                 self._calls.discard(call)
 
-    def each(self, jobs: Sequence[tuple[Server, Callable[[], Any]]], show: bool = False) -> list[Any]:
+    def each(self, jobs: Sequence[tuple[Server, Callable[[], T]]], show: bool = False) -> list[T | RequestFailed]:
         """Results of jobs, `concurrency` of each server at a time; a job that raises Failed has that as its result.
 
         Whatever else is raised, by a job or by the host, ends all of them at once.
         """
-        out: list[Any] = [None] * len(jobs)
-        finished: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        out: dict[int, T | RequestFailed] = {}
+        finished: queue.SimpleQueue[tuple[int, T | BaseException]] = queue.SimpleQueue()
 
-        def work(number: int, job: Callable[[], Any]) -> None:
+        def work(number: int, job: Callable[[], T]) -> None:
             try:
-                result = job()
+                finished.put((number, job()))
             except BaseException as error:  # raised again where they are waited for
-                result = error
-            finished.put((number, result))
+                finished.put((number, error))
 
         steps: Iterable[int] = range(len(jobs))
         pools = {server: ThreadPoolExecutor(self.concurrency) for server, _ in jobs}
@@ -96,18 +97,19 @@ class Calls:
             for number, (server, job) in enumerate(jobs):
                 pools[server].submit(work, number, job)
             for _ in self.host.progress(steps, len(jobs)) if show else steps:
-                number, out[number] = self._next(finished)
-                if isinstance(out[number], BaseException) and not isinstance(out[number], RequestFailed):
-                    raise out[number]
+                number, result = self._next(finished)
+                if isinstance(result, BaseException) and not isinstance(result, RequestFailed):
+                    raise result
+                out[number] = result
         finally:
             self._end_calls()
             for pool in pools.values():
                 pool.shutdown(wait=True, cancel_futures=True)
             self._cut = None
         self.tell()
-        return out
+        return [out[number] for number in range(len(jobs))]
 
-    def _next(self, finished: queue.SimpleQueue[tuple[int, Any]]) -> tuple[int, Any]:
+    def _next(self, finished: queue.SimpleQueue[T]) -> T:
         """The next job that ends; meanwhile the host is asked whether to go on, and late calls are cut."""
         while True:
             if time.monotonic() - self._watched >= _TICK_SECONDS:

@@ -448,7 +448,9 @@ class _Totals:
         if world.size == 1:
             return
         everyone = world.gather((self.loss, self.processed, self.num_parts, self.means))
-        self.loss, self.processed, self.num_parts = (sum(part[k] for part in everyone) for k in range(3))
+        self.loss = sum(loss for loss, *_ in everyone)
+        self.processed = sum(processed for _, processed, *_ in everyone)
+        self.num_parts = sum(num_parts for _, _, num_parts, _ in everyone)
         self.means = {}
         for *_, means in everyone:
             for name, (total, count) in means.items():
