@@ -21,6 +21,7 @@ from align.data.sources import BadRow
 from align.data.template import (
     Layout,
     Message,
+    Starts,
     Template,
     Tools,
     Turn,
@@ -212,9 +213,11 @@ def _drawn(
         for i, message in enumerate(messages)
         if i >= first_target and message["role"] in target_roles and message.get("weight", 1) != 0
     ]
+    answers = [i for i in chosen if messages[i]["role"] == "assistant"]
+    starts = Starts(template, layout, messages, answers)
     turns, notes = [], _dropped(layout, chosen)
     for i in chosen:
-        turn, findings = _target(template, layout, messages, i, finished or i != chosen[-1])
+        turn, findings = _target(template, layout, messages, i, finished or i != chosen[-1], starts)
         turns.append(turn)
         notes += findings
     regions = _tile(layout, messages, turns)
@@ -224,14 +227,15 @@ def _drawn(
 
 
 def _target(
-    template: Template, layout: Layout, messages: Sequence[Message], i: int, ended: bool
+    template: Template, layout: Layout, messages: Sequence[Message], i: int, ended: bool, starts: Starts
 ) -> tuple[Turn, list[str]]:
     """What the policy is to answer for of message i, and findings."""
     notes = check_said(layout, messages, i)
     if messages[i]["role"] != "assistant":
         start, end = layout.region(i)
         return Turn(i, start, end, end, end), notes
-    turn, findings = template.turn(layout, messages, i)
+    start, findings = starts.of(i)
+    turn = template.end(layout, messages, i, start)
     notes += findings
     habits, last = template.habits, i == len(messages) - 1
     if not ended:

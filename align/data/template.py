@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -27,6 +28,7 @@ Prompts = dict[int, tuple[tuple[Sequence[Message], Tools | None, str | None], st
 REASONING = ("reasoning_content", "reasoning", "thinking")  # fields that hold it; templates differ in the name
 _SAID = (*REASONING, "content")
 _MARKER = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")  # the shape of what templates write between messages
+_PROVED = 8  # answers of a conversation each of which is proved by a rendering of its own
 _REMEMBERED = 16  # messages of the longest prompt that is
 _PRIVATE = 0xF0000  # first code point of the planes for private use: the marks
 
@@ -155,13 +157,9 @@ class Template:
             layout = Layout(text, tuple(part.places[i] for i, part in enumerate(parts)), repeated)
         return layout
 
-    def turn(self, layout: Layout, messages: Sequence[Message], i: int) -> tuple[Turn, list[str]]:
-        """The emission of assistant message i, and findings. Raises BadRow when its start or end cannot be told."""
-        start, notes = self._start(layout, messages, i)
-        return self.end(layout, messages, i, start), notes
-
     def end(self, layout: Layout, messages: Sequence[Message], i: int, start: int) -> Turn:
-        """The end of assistant message i, whose emission begins at `start` or later. Raises BadRow as turn does."""
+        """The end of assistant message i, whose emission begins at `start` or later. Raises BadRow when it
+        cannot be told."""
         text, stop, last = layout.text, layout.after(i), i == len(messages) - 1
         said_end = max(layout.region(i)[1], start)
         if messages[i].get("tool_calls"):
@@ -192,8 +190,8 @@ class Template:
         end_start = found.end() - len(wanted)
         return Turn(i, start, min(said_end, end_start), end_start, found.end())
 
-    def _start(self, layout: Layout, messages: Sequence[Message], i: int) -> tuple[int, list[str]]:
-        """Where generation would begin message i, and findings."""
+    def start(self, layout: Layout, messages: Sequence[Message], i: int) -> tuple[int, list[str]]:
+        """Where generation would begin message i, and findings. Raises BadRow when it cannot be told."""
         text, floor = layout.text, layout.before(i)
         starts = [place[0] for place in layout.places[i]]
         known = [start for start in starts if start is not None]
@@ -252,7 +250,7 @@ class Template:
                 marked = self.write(with_marks, generation)
             except BadRow:
                 return None
-            marks = re.compile("[" + "".join(first + last for _, first, last in pairs) + "]")
+            marks = _any_of([mark for _, *both in pairs for mark in both])
             if marks.sub("", marked) != text:
                 return None
             for number, found in enumerate(marks.finditer(marked)):
@@ -285,6 +283,52 @@ class Template:
                 as_text = [(call, json_of(call["function"]["arguments"])) for call in message["tool_calls"]]
                 message["tool_calls"] = [c | {"function": c["function"] | {"arguments": a}} for c, a in as_text]
         return message
+
+
+class Starts:
+    """Where generation would begin the answers of a conversation.
+
+    Each is proved by a rendering of what stands before it. Of many answers, which would take the square of their
+    number, only those at doubling distances are, and the last one: one between two of them begins as they do where the
+    template writes the same before it as before both.
+    """
+
+    def __init__(self, template: Template, layout: Layout, messages: Sequence[Message], answers: Sequence[int]):
+        self._template, self._layout, self._messages = template, layout, messages
+        many = len(answers) > _PROVED
+        proved = [0, *(2**n for n in range(len(answers).bit_length())), len(answers) - 1]
+        self._proved = [answers[n] for n in sorted(set(proved)) if n < len(answers)] if many else list(answers)
+        self._found: dict[int, tuple[int, list[str]]] = {}
+
+    def of(self, i: int) -> tuple[int, list[str]]:
+        """The start of message i, and findings. Raises BadRow when it cannot be told."""
+        at = bisect_left(self._proved, i)
+        if self._proved[at] == i:
+            return self._by_rendering(i)
+        own = self._before(i)
+        ways = {self._way(other) for other in self._proved[at - 1 : at + 1]}
+        (before, begun), *others = ways
+        if others or own is None or own != before or begun is None:
+            return self._by_rendering(i)
+        return self._layout.before(i) + begun, []
+
+    def _by_rendering(self, i: int) -> tuple[int, list[str]]:
+        if i not in self._found:
+            self._found[i] = self._template.start(self._layout, self._messages, i)
+        return self._found[i]
+
+    def _before(self, i: int) -> tuple[str, str] | None:
+        """Who speaks before message i, and what the template writes between the two; None where it cannot be told."""
+        places = self._layout.places[i]
+        starts = [start for start, _ in places if start is not None]
+        if not starts or len(starts) < len(places):
+            return None
+        return self._messages[i - 1]["role"], self._layout.text[self._layout.before(i) : min(starts)]
+
+    def _way(self, i: int) -> tuple[tuple[str, str] | None, int | None]:
+        """How a proved answer begins: what stands before it, and how much of that before its start."""
+        start, findings = self._by_rendering(i)
+        return self._before(i), None if findings else start - self._layout.before(i)
 
 
 _DAYS: WeakKeyDictionary[Tokenizer, str] = WeakKeyDictionary()
@@ -437,6 +481,17 @@ def _unused(text: str) -> Iterator[str]:
     used = {c for c in set(text) if ord(c) >= _PRIVATE}
     yield from (chr(n) for n in range(_PRIVATE, 0x110000) if chr(n) not in used)
     raise BadRow("template", "the conversation holds too many texts (arguments of tool calls count too); split it")
+
+
+def _any_of(characters: Sequence[str]) -> re.Pattern[str]:
+    """Matches one of these, which ascend; as runs, since each would be compared with every character of a text."""
+    runs: list[list[str]] = []
+    for c in characters:
+        if runs and ord(runs[-1][1]) == ord(c) - 1:
+            runs[-1][1] = c
+        else:
+            runs.append([c, c])
+    return re.compile(f"[{''.join(f'{first}-{last}' for first, last in runs)}]")
 
 
 def _common(a: str, b: str) -> str:

@@ -491,3 +491,36 @@ def test_what_is_learnt_of_a_shape_changes_nothing(name, monkeypatch):
     assert by_shape == [shown(tokenizer, talk, n % 2, n % 3 > 0) for n, talk in enumerate(talks)]
     known = [frame is not None for frame in frames._known.values()]
     assert any(known) or name not in ("our_chatml", "our_gemma", "our_llama", "our_phi", "llama3", "qwen2_5")
+
+
+def long_talk(count: int) -> list[dict]:
+    """Questions and answers, some with white space that templates keep."""
+    pairs = [(say("user", f"And {n}?"), say("assistant", f"{' ' * (n % 9 == 4)}It is {n}.")) for n in range(count)]
+    return [message for pair in pairs for message in pair]
+
+
+@every_template
+def test_many_answers_begin_where_each_of_them_does_by_itself(name, monkeypatch):
+    tokenizer, talk = tokenizer_of(name), long_talk(14)
+    talk[15]["content"] = "<think>\nhm\n</think>\n\nIt is so."  # a text that templates look at
+    many = shown(tokenizer, talk, 0, True)
+    monkeypatch.setattr("align.data.template._PROVED", 1000)
+    assert many == shown(tokenizer, talk, 0, True)
+
+
+def test_a_long_conversation_costs_what_its_messages_do(monkeypatch):
+    """Messages that the template writes for one of 64 answers and for one of 256."""
+    tokenizer, written = tokenizer_of("our_chatml"), []
+    own = type(tokenizer).apply_chat_template
+
+    def count(self, conversation, **how):
+        written.append(len(conversation))
+        return own(self, conversation, **how)
+
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", count)
+    costs = []
+    for answers in (64, 256):
+        render(tokenizer, [m | {"content": m["content"].strip()} for m in long_talk(answers)])
+        costs.append(sum(written) / (2 * answers))
+        written.clear()
+    assert costs[1] < costs[0] * 1.1
