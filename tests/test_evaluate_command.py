@@ -115,6 +115,33 @@ def test_a_run_on_labels_is_evaluated_on_pairs(base, trained):
     assert evaluated(trained("labelled"))["num_pairs"] == 6
 
 
+def test_another_file_is_read_as_the_words_say_and_not_as_the_runs_own(base, trained):
+    """The run's rows had their prompt in a column of another name, and a rule; neither holds of another file."""
+    rows = [json.loads(line) for line in (base / "train.jsonl").read_text().splitlines()] if trained("adapter") else []
+    renamed = [{"asked": row.pop("prompt")} | row for row in rows]
+    heldout = (base / "heldout.jsonl").read_text().splitlines()
+    mapped, other = base / "mapped.jsonl", base / "other.jsonl"
+    mapped.write_text("".join(json.dumps(row) + "\n" for row in renamed))
+    other.write_text("".join(json.dumps({"asked": 1} | json.loads(x)) + "\n" for x in heldout))
+    run = base / "mapped"
+    words = [f"data.train={mapped}", "data.heldout=", "data.heldout_fraction=0.1", "data.columns.prompt=asked"]
+    done = shared().run(settings(base, *SHORT, *RUNS["adapter"], *words, f"run.dir={run}"))
+    assert done.code == 0, done.said
+    assert evaluated(run)["num_pairs"] == len(rows)
+    assert evaluated(run, f"data.train={other}")["num_pairs"] == 6
+    refused = shared().run(["evaluate", f"run.dir={run}", f"data.train={other}", "data.columns.prompt=asked"])
+    assert "prompt" in refused.said
+    assert refused.code == 2
+    assert evaluated(run, f"data.train={base / 'heldout.jsonl'}", "data.columns.chosen=chosen")["num_pairs"] == 6
+    openai = base / "openai.jsonl"
+    openai.write_text(json.dumps({
+        "input": {"messages": [{"role": "user", "content": "Name a fish."}]},
+        "preferred_output": [{"role": "assistant", "content": "Cod."}],
+        "non_preferred_output": [{"role": "assistant", "content": "Oak."}],
+    }) + "\n")  # fmt: skip
+    assert evaluated(trained("adapter"), f"data.train={openai}", "data.form=openai")["num_pairs"] == 1
+
+
 def test_agreement_makes_the_ideal_known(base, trained):
     run = trained("adapter")  # which writes the pairs
     lines = [

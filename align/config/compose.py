@@ -112,8 +112,12 @@ def expand_home(node: DictConfig) -> None:
                 OmegaConf.update(node, key, found if isinstance(value, list) else found[0])
 
 
+_READING = ("columns", "form", "format")  # of data: what a file's rows mean
+
+
 def compose_run(overrides: Sequence[str]) -> Config:
-    """The settings of an existing run, run.dir=DIR, with other data or sizes of forwards.
+    """The settings of an existing run, run.dir=DIR, with other data or sizes of forwards. Other data are read as the
+    words say, not as the run's own.
 
     Raises ConfigError as compose does, and for a setting that is part of what the run is.
     """
@@ -128,13 +132,25 @@ def compose_run(overrides: Sequence[str]) -> Config:
         shipped = OmegaConf.load(shipped_root() / "configs" / group / f"{option}.yaml")
         tree[group] = OmegaConf.merge(shipped, tree.get(group) or {})
     allowed = {key for key, _ in leaves(tree) if key.split(".")[0] in ("data", "launch") or key in EVALUATION}
-    for key, value in given.items():
-        if key not in allowed:
+    read = {key: yaml.safe_load(value) for key, value in given.items()}
+    # how the run's own rows are read says nothing of another file's
+    if any(_other(tree.data, name, read[f"data.{name}"]) for name in ("train", "heldout") if f"data.{name}" in read):
+        tree.data = OmegaConf.merge(tree.data, dict.fromkeys(_READING))
+    for key, value in read.items():
+        field = key.removeprefix("data.columns.")
+        if key not in allowed and (field == key or not field.isidentifier()):
             raise ConfigError(f"{key} cannot be set for a finished run{nearest(key, allowed)}")
-        OmegaConf.update(tree, key, yaml.safe_load(value))
+        if field != key and tree.data.columns is None:
+            tree.data.columns = {}
+        OmegaConf.update(tree, key, value, force_add=True)
     tree.run.dir = str(path.parent)
     _unresolved(tree)
     return _typed(tree, {"objective": str(tree.objective.get("_target_", "")).rpartition(".")[2]})
+
+
+def _other(node: DictConfig, name: str, value: object) -> bool:
+    """Whether a value is not what stands there; a place that the environment names is another one."""
+    return OmegaConf.is_interpolation(node, name) or node.get(name) != value
 
 
 def derived(config: Config, changes: Fields) -> Config:
