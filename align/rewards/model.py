@@ -197,10 +197,10 @@ class AdapterReward(Reward):
 
     def __call__(self, conversations: Sequence[Conversation]) -> np.ndarray:
         """See Reward. The policy's mode, its adapter and what of it is trained are left as they were."""
-        from align.models.policy import own_attention
+        from align.models.policy import own_attention, trunk_of
 
         lm = self.host.policy.causal_lm
-        trunk = lm.get_decoder()
+        trunk = trunk_of(lm)
 
         def hidden(ids: Tensor, mask: Tensor) -> Tensor:
             return trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state

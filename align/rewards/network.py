@@ -127,6 +127,8 @@ def _classifier(lm: Any, score: Tensor | None, form: Fields, tokenizer: Tokenize
     """The sequence classification model of a language model's trunk, its tensors not copied."""
     from transformers import AutoModelForSequenceClassification
 
+    from align.models.policy import trunk_of
+
     config = copy.deepcopy(lm.config)
     names = form["outputs"]
     config.num_labels = len(names)
@@ -135,7 +137,7 @@ def _classifier(lm: Any, score: Tensor | None, form: Fields, tokenizer: Tokenize
     config.pad_token_id = _padding(tokenizer)
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
-    setattr(model, model.base_model_prefix, lm.get_decoder())
+    setattr(model, model.base_model_prefix, trunk_of(lm))
     model.score = nn.Linear(model.score.in_features, len(names), bias=False)
     with torch.no_grad():
         # a head of several layers lies in head.safetensors; what stands here then is not used

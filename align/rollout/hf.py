@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from align.config.rollouts import HFSettings, settings
 from align.data import chat
 from align.jsons import Tokenizer
-from align.models.policy import Policy, own_attention
+from align.models.policy import Policy, own_attention, trunk_of
 from align.rollout.base import GREEDY, Completion, Host, Rollout, Sampling, Stop, check_request
 
 # Tokens after which rows that ended leave the batch: most programs are shorter than the longest of their batch.
@@ -165,7 +165,7 @@ class HFRollout(Rollout):
             return Cache(layer_class_to_replicate=partial(_Buffer, capacity)), 0  # type: ignore[arg-type]
         cache = Cache(layer_class_to_replicate=partial(_Buffer, shared))  # type: ignore[arg-type]
         beginning = torch.tensor([list(prompts[0][:shared])], device=device)
-        lm.get_decoder()(input_ids=beginning, past_key_values=cache, use_cache=True)
+        trunk_of(lm)(input_ids=beginning, past_key_values=cache, use_cache=True)
         for layer in cache.layers:
             assert isinstance(layer, _Buffer)
             layer.spread(len(prompts), capacity)
