@@ -15,6 +15,7 @@ from align.models.policy import own_attention
 from align.trainers import agreement
 from align.trainers.loop import Plan
 from align.trainers.mixing import Learnt, Mixture, Scheduled, by_temperature
+from tests.killer import Hook, shared
 
 
 def mixture(sizes, shares, batch=4, weights=None, limit=float("inf")):
@@ -248,6 +249,29 @@ def test_agreement_of_pairs_is_that_of_their_losses(tmp_path, monkeypatch):
     for found, wanted in seen.values():
         assert found.tolist() == pytest.approx(wanted, abs=1e-4)
         assert found[0] > 0 > found[1]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+def test_two_processes_learn_the_shares_of_one(sources, learnt, tmp_path, stage):
+    """Killed after the first measurement, too: the shares are in the checkpoint of both."""
+    words = [
+        "train", "recipe=sft", "model=tiny", "data.text=plain", "model.hidden_size=16", "model.num_layers=1",
+        "data.heldout_fraction=0", f"data.train=[{sources[0]},{sources[1]}]", "trainer.batch_size=4",
+        "trainer.eval_every=0", "log.tensorboard=false", "optimizer.lr=1e-3", "trainer.precision=float32", *GRADIENT,
+        f"data.mixture_target={sources[2]}", "trainer.max_steps=7", f"engine={stage}", "engine.timeout_s=60",
+        "trainer.save_every=2", f"run.dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    step = Hook("align.engine.deepspeed:DeepSpeedEngine.step", 5, when="after")
+    killed = shared().run(words, [step], processes=2)
+    assert -9 in killed.codes, killed.said
+    done = shared().run(words, processes=2)
+    assert set(done.codes) == {0}, done.said
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 7
+    for two, one in zip(rows, learnt, strict=False):
+        told = [name for name in one if name.startswith(("data/", "loss/"))]
+        assert {name: two[name] for name in told} == pytest.approx({name: one[name] for name in told}, abs=1e-4)
 
 
 def test_a_schedule_in_a_run_takes_the_second_source_at_the_end(sources, tmp_path):
