@@ -13,11 +13,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from align.cli import main
 from align.data import cache
 from align.data.load import fingerprint, load
 from align.data.template import fix_date
 from align.data.wanted import Wanted
-from align.models.pretrained import CHATML, byte_tokenizer
+from align.models.pretrained import CHATML, byte_tokenizer, tiny
 from align.types import Example, Row
 from tests.data.helpers import settings
 
@@ -209,12 +210,75 @@ def test_a_template_takes_the_day_of_the_first_start_for_today(set_up, tmp_path)
     assert byte_tokenizer().chat_template == CHATML
 
 
+def test_a_run_that_goes_on_after_midnight_goes_on_with_its_day(tmp_path, monkeypatch):
+    """Its steps are those of a run that nobody stopped; one that begins on the next day has others."""
+    model = tiny(0, 16, 1)
+    model.model().save_pretrained(tmp_path / "model")
+    tokenizer = model.tokenizer()
+    tokenizer.chat_template = DATED
+    tokenizer.save_pretrained(tmp_path / "model")
+    train = write(tmp_path / "dated.jsonl", map(record, range(12)))
+    clock = time.strftime
+
+    def rows(name: str, day: str, steps: int) -> list[dict]:
+        monkeypatch.setattr(time, "strftime", lambda form, *at: day if form == "%Y-%m-%d" else clock(form, *at))
+        words = ["train", "recipe=dpo", "model=hub", f"model.path={tmp_path / 'model'}", f"data.train={train}",
+                 "data.heldout_fraction=0", f"run.dir={tmp_path / name}", f"trainer.max_steps={steps}",
+                 "trainer.schedule_steps=4", "trainer.batch_size=4", "trainer.precision=float32",
+                 "trainer.num_samples=0",
+                 "log.tensorboard=false", f"reference.cache_dir={tmp_path / 'reference'}"]  # fmt: skip
+        assert main(words) == 0
+        found = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in found]
+
+    straight = rows("straight", "2024-02-29", 4)
+    assert rows("run", "2024-02-29", 2) == straight[:2]
+    assert rows("run", "2024-03-01", 4) == straight
+    assert json.loads((tmp_path / "run/resolved.json").read_text())["date"] == "2024-02-29"
+    other = rows("other", "2024-03-01", 4)
+    assert [row["logps/chosen"] for row in other] != [row["logps/chosen"] for row in straight]
+
+
 def test_without_a_place_the_run_goes_on(set_up, tmp_path):
     config, said = set_up
     (tmp_path / "cache").write_text("a file")
     made = started(config, said)
     assert any("cannot be written, the run goes on without" in line for line in said)
     assert_equal(made.train, load(config, byte_tokenizer()).train)
+
+
+READ_ONLY = """
+import sys
+from align.data import cache
+from align.data.wanted import Wanted
+from align.models.pretrained import byte_tokenizer
+from tests.data.helpers import settings
+
+config = settings(sys.argv[1], cache_dir=sys.argv[2], heldout_fraction=0.2)
+print(len(cache.cached(config, byte_tokenizer(), Wanted(), 0, print, small=0).train))
+"""
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_a_place_that_can_only_be_read_is_read_or_done_without(set_up, tmp_path, filled):
+    """A mount: permissions do not bind everybody."""
+    config, said = set_up
+    place = tmp_path / "cache"
+    place.mkdir()
+    size = len(started(config, said).train) if filled else len(load(config, byte_tokenizer()).train)
+    mount = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && shift && exec "$@"'
+    inside = ["unshare", "-rm", "sh", "-c", mount, "sh", str(place)]
+    if subprocess.run([*inside, "true"], capture_output=True).returncode:
+        pytest.skip("mounts of a user's own are not allowed here")
+    assert subprocess.run([*inside, "touch", str(place / "x")], capture_output=True).returncode
+    done = subprocess.run(
+        [*inside, sys.executable, "-c", READ_ONLY, config.train, str(place)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    *told, count = done.stdout.splitlines()
+    assert int(count) == size
+    wanted = "examples from the cache" if filled else "cannot be written, the run goes on without"
+    assert sum(wanted in line for line in told) == len(told) == 1
 
 
 def test_a_full_disk_leaves_nothing_and_the_run_goes_on(set_up, tmp_path):
