@@ -323,7 +323,7 @@ def _plain(conversation: Conversation) -> Json:
     return {**vars(conversation), "fields": dict(conversation.fields)}
 
 
-def _value(value: Any) -> Any:
+def _value(value: Any) -> object:
     """What JSON does not know: arrays and their numbers, mappings."""
     if hasattr(value, "tolist"):
         return value.tolist()

@@ -14,7 +14,7 @@ from align.deferred import torch
 from align.jsons import Json, Tokenizer
 from align.models.weights import load_model
 from align.rewards.base import Conversation, Reward, RewardHost
-from align.rewards.combine import check_combine, check_uncertainty, combined, disagreement, incomplete
+from align.rewards.combine import Combine, check_combine, check_uncertainty, combined, disagreement, incomplete
 from align.rewards.model import RewardModel, by_prompt, count_failures, output_index, positive_limit
 from align.rewards.network import FILE, HEAD, RewardNetwork, check_dtype, check_stored, stored_form, stored_head
 
@@ -44,7 +44,7 @@ class Ensemble(Reward):
         members: Sequence[str],
         base: str | None,
         dtype: str,
-        combine: Any,
+        combine: Combine,
         coefficient: float,
         ddof: int,
         normalise: bool,
@@ -61,7 +61,8 @@ class Ensemble(Reward):
             max_tokens=max_tokens,
         )
         self.host = host
-        self.combine, self.coefficient, self.ddof = combine, float(coefficient), ddof
+        self.combine: Combine = combine
+        self.coefficient, self.ddof = float(coefficient), ddof
         self._counts: dict[str, int] = Counter()
         self._parts: list[RewardModel | _Shared]
         if form == "whole":
@@ -86,11 +87,11 @@ class Ensemble(Reward):
         members: Sequence[str],
         base: str | None,
         dtype: str,
-        combine: Any,
+        combine: Combine,
         coefficient: float,
         ddof: int,
         max_tokens: int,
-        **others: Any,  # noqa: ARG003
+        **others: object,  # noqa: ARG003
     ) -> Form:
         """See RewardTarget. Returns what all members are."""
         members = _checked(members)

@@ -131,7 +131,7 @@ class StepFunction(StepReward):
         keys: Fields | None,
         separator: str,
         seconds: float,
-        **others: Any,  # noqa: ARG003
+        **others: object,  # noqa: ARG003
     ) -> None:
         """See RewardTarget. The function is imported, in its process."""
         check_separator(separator)
@@ -230,7 +230,7 @@ class ProcessRewardModel(StepReward):
         max_tokens: int,
         separator: str,
         step_end: str,
-        **others: Any,  # noqa: ARG003
+        **others: object,  # noqa: ARG003
     ) -> None:
         """See RewardTarget."""
         check_place("path", path)

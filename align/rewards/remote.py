@@ -204,7 +204,7 @@ def _plain(conversation: Conversation) -> Json:
     }
 
 
-def _value(value: Any) -> Any:
+def _value(value: Any) -> object:
     if hasattr(value, "tolist"):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} is not a plain value")
