@@ -75,15 +75,17 @@ class Killer:
         after_seconds: float | None = None,
         file_limit: int | None = None,
         processes: int = 1,
+        directory: Path | None = None,
     ) -> Ended:
         """`align <words>`. after_seconds: SIGKILL from outside; file_limit: no file may grow beyond these bytes;
-        processes: of the run, started as a launcher would."""
+        processes: of the run, started as a launcher would; directory: to stand in, this one without."""
         request = {
             "words": list(words),
             "hooks": [asdict(h) for h in hooks],
             "after": after_seconds,
             "file_limit": file_limit,
             "processes": processes,
+            "directory": str(directory or ""),
         }
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -204,6 +206,9 @@ def _child(request: dict[str, Any], said: int, rank: int, port: int) -> int:
     os.dup2(said, 2)
     if request["file_limit"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], resource.RLIM_INFINITY))
+    if request["directory"]:
+        os.environ["PYTHONPATH"] = os.getcwd()  # for the processes of rewards
+        os.chdir(request["directory"])
     for hook in request["hooks"]:
         if hook["rank"] in (None, rank):
             _install(Hook(**hook))

@@ -93,7 +93,8 @@ def test_killed_anywhere(base, whole, tmp_path, hook):
     assert leftovers(tmp_path / "run") == []
 
 
-@pytest.mark.parametrize("layout", mostly_slow(["packed", "shared"], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["packed", "shared"])
 def test_killed_again_and_again(base, tmp_path, layout):
     """From outside, at seeded times, until the run is complete; then once more."""
     more = ["lora.dropout=0" if layout == "shared" else "lora.dropout=0.2", "trainer.save_every=1"]

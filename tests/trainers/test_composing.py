@@ -216,6 +216,7 @@ def test_a_value_for_each_stream(straight):
     assert told["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_influences_of_an_update_with_a_value_head(tmp_path):
     """Measured exactly or by a difference before it, or beside it: the same but for the difference's error."""
     words = (

@@ -200,6 +200,7 @@ def test_other_settings_of_the_round_are_refused_once_training_began(base, strai
     assert "collect.temperature" in refused.said
 
 
+@pytest.mark.slow
 def test_other_settings_before_training_begin_the_round_anew(base, straight, tmp_path):
     """A first start that died while it collected binds nobody."""
     killed = shared().run(
@@ -211,6 +212,7 @@ def test_other_settings_before_training_begin_the_round_anew(base, straight, tmp
     assert evidence(tmp_path / "run") == evidence(straight("dpo"))
 
 
+@pytest.mark.slow
 def test_a_run_that_learnt_from_other_problems_is_refused_and_kept(base, tmp_path):
     """A version that drew other problems from the same seed left a key without the questions' hash."""
     run = tmp_path / "run"

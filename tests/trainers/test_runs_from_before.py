@@ -8,29 +8,23 @@ runs that nothing happened to.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from align.config import ConfigError, compose, compose_run
+from tests.killer import Ended, shared
 from tests.trainers.online_runs import rows_of
 
 BEFORE = Path(__file__).parent / "runs_63cd4e7"
-ROOT = Path(__file__).parents[2]
 WORDS = json.loads((BEFORE / "words.json").read_text())
 
 
-def align(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def align(directory: Path, *words: str) -> Ended:
     """In the directory, since the runs' settings name their files from there."""
-    script = "import sys; from align.cli import main; sys.exit(main(sys.argv[1:]))"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script, *words]
-    return subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True, check=False)
+    return shared().run(words, directory=directory)
 
 
 def known(row: dict[str, Any]) -> dict[str, Any]:
@@ -42,8 +36,8 @@ def test_it_goes_on(tmp_path, run):
     directory = Path(shutil.copytree(BEFORE, tmp_path / "runs"))
     kind = run.removesuffix("-pending")
     done = align(directory, *WORDS[kind], f"run.dir={run}")
-    assert done.returncode == 0, done.stderr
-    assert "at step 4" in done.stderr
+    assert done.code == 0, done.said
+    assert "at step 4" in done.said
     assert json.loads((directory / run / "summary.json").read_text())["step"] == 8
     rows = rows_of(directory / run)
     assert [row["step"] for row in rows] == list(range(1, 9))
@@ -65,8 +59,8 @@ def test_a_run_of_parts_goes_on(tmp_path, run, part, rows):
     directory = Path(shutil.copytree(BEFORE, tmp_path / "runs"))
     drawn = {p: p.stat().st_mtime_ns for p in (directory / run).glob("rounds/*/*.jsonl") if p.name != "data.jsonl"}
     done = align(directory, *WORDS[run], f"run.dir={run}")
-    assert done.returncode == 0, done.stderr
-    assert f"resumed {run}/{part} at step" in done.stderr
+    assert done.code == 0, done.said
+    assert f"resumed {run}/{part} at step" in done.said
     assert_as_before(rows_of(directory / run / rows), run)
     assert {p: p.stat().st_mtime_ns for p in drawn} == drawn
     assert json.loads((directory / run / "summary.json").read_text())["step"] == 2
@@ -82,8 +76,8 @@ def test_its_settings_are_read(run):
 def test_with_other_settings_it_is_refused(tmp_path):
     directory = Path(shutil.copytree(BEFORE, tmp_path / "runs"))
     refused = align(directory, *WORDS["offline"], "run.dir=offline", "optimizer.lr=0.002")
-    assert refused.returncode == 2
-    assert "optimizer.lr=0.001, now it is optimizer.lr=0.002" in refused.stderr
+    assert refused.code == 2
+    assert "optimizer.lr=0.001, now it is optimizer.lr=0.002" in refused.said
 
 
 def test_a_part_that_has_moved_is_found_and_its_old_place_refused(tmp_path):
