@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _HELD = 4 * PIECE  # examples that stay in memory
-_MAPPED = 64  # pieces that are read before their pages are given back
+_MAPPED = 16  # pieces that are read before their pages are given back
 
 
 class Spool:

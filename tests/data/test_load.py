@@ -239,3 +239,14 @@ def test_a_text_of_megabytes_is_refused_before_it_is_tokenised(tmp_path, side, l
         assert audit.train.dropped == {"too_long": 1}
         assert f"{len(long) * 100_000}"[:3] in audit.train.dropped_rows[0]["detail"]
         assert max(len(text) for call in calls for text in call) < 1000
+
+
+def test_people_are_told_how_far_a_long_reading_is(tmp_path, monkeypatch):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"q{i}", "chosen": " a", "rejected": " b"}) + "\n" for i in range(3)))
+    lines: list[str] = []
+    load(settings(file), byte_tokenizer(), say=lines.append)
+    assert lines == []  # it took no time
+    monkeypatch.setattr("align.data.load._PATIENCE_S", -1.0)
+    load(settings(file), byte_tokenizer(), say=lines.append)
+    assert [line.split(",")[0] for line in lines] == ["data: 1 rows read"]  # the next after some seconds
