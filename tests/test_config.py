@@ -420,7 +420,7 @@ def test_the_settings_of_an_older_run_are_read(tmp_path):
 
 def test_a_field_says_what_its_setting_may_be():
     lines = {line.split("=")[0].strip(): line for line in keys_with_help() if "=" in line}
-    assert lines["optimizer.schedule"].endswith(" [one of cosine, linear, constant]")
+    assert lines["optimizer.schedule"].endswith(" [one of cosine, linear, wsd, rex, constant]")
     assert lines["optimizer.lr"].endswith(" [greater than 0]")
     assert lines["lora.dropout"].endswith(" [at least 0 and below 1]")
     assert lines["seed"].endswith(" [at least 0 and below 2147483648]")

@@ -123,7 +123,7 @@ def test_a_format_that_fails_names_the_row_and_is_part_of_what_the_run_is(folder
 
 def test_a_saved_run_of_ones_own_optimiser_is_read(folder):
     saved = yaml.safe_load((folder / "runs" / "optimizer" / "config.yaml").read_text())
-    ours = {"lr", "max_grad_norm", "schedule", "warmup_ratio", "min_lr_ratio"}
+    ours = {"lr", "max_grad_norm", "schedule", "warmup_ratio", "min_lr_ratio", "decay_ratio"}
     assert saved["optimizer"].keys() - ours == {"_target_", "beta2"}
     assert (saved["optimizer"]["lr"], saved["optimizer"]["beta2"]) == (1e-4, 0.95)
     assert main(["evaluate", "run.dir=runs/optimizer"]) == 0

@@ -17,7 +17,7 @@ _NO_CLASS = ("data", "trainer", "log", "engine", "launch", "collect")
 # Groups of which a run may have no option at all.
 _MAY_BE_ABSENT = ("collect", "advantage", "reward", "composer", "pairs")
 # What of the optimiser is the loop's: it sets the rate of each step, and clips.
-_SCHEDULE = ("lr", "max_grad_norm", "schedule", "warmup_ratio", "min_lr_ratio")
+_SCHEDULE = ("lr", "max_grad_norm", "schedule", "warmup_ratio", "min_lr_ratio", "decay_ratio")
 _ADAMW = {
     "betas": [0.9, 0.999],
     "eps": 1e-8,

@@ -64,12 +64,13 @@ class OptimizerConfig:
     eps: Annotated[float, above(0)]
     weight_decay: Annotated[float, at_least(0)]
     max_grad_norm: Annotated[float | None, above(0)]
-    schedule: Annotated[str, one_of("cosine", "linear", "constant")]
+    schedule: Annotated[str, one_of("cosine", "linear", "wsd", "rex", "constant")]
     warmup_ratio: Annotated[float, at_least(0, below=1)]
     min_lr_ratio: Annotated[float, at_least(0, at_most=1)]
+    decay_ratio: Annotated[float, above(0, at_most=1)] = 0.2  # runs of before have none
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OwnOptimizerConfig(OptimizerConfig):
     """optimizer._target_: a class of the user's own; betas, eps and weight_decay are AdamW's and are not read."""
 

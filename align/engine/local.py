@@ -132,9 +132,11 @@ class LocalEngine:
 
 
 def learning_rate(config: OptimizerConfig, step: int, schedule_steps: int) -> float:
-    """Rate of optimiser step 1, 2, ...: linear warm-up, then constant, linear or cosine to min_lr_ratio.
+    """Rate of optimiser step 1, 2, ...: linear warm-up, then as the schedule says to min_lr_ratio.
 
-    The last step of the schedule has lr * min_lr_ratio, and so have steps beyond it.
+    wsd: warm-up, stable, decay (MiniCPM, arXiv 2404.06395, section 4), linear here over the last decay_ratio of the
+    steps. rex: (1 - t) / (1 - t / 2) of the way t that is done (Chen et al. 2021, arXiv 2107.04197). The last step of
+    the schedule has lr * min_lr_ratio, and so have steps beyond it.
     """
     warmup = min(round(config.warmup_ratio * schedule_steps), schedule_steps - 1)
     if step <= warmup:
@@ -142,5 +144,11 @@ def learning_rate(config: OptimizerConfig, step: int, schedule_steps: int) -> fl
     if config.schedule == "constant":
         return config.lr
     done = min(1.0, (step - warmup) / max(1, schedule_steps - warmup))
-    shape = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    if config.schedule == "wsd":
+        falling = max(1, min(round(config.decay_ratio * schedule_steps), schedule_steps - warmup))
+        shape = min(1.0, max(0, schedule_steps - step) / falling)
+    elif config.schedule == "rex":
+        shape = (1 - done) / (1 - done / 2)
+    else:
+        shape = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)

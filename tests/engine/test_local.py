@@ -19,7 +19,7 @@ NORMS = ("norm.weight", "layernorm.weight")
 def optimizer(**changes) -> OptimizerConfig:
     values = dict(
         lr=1e-3, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.0, max_grad_norm=1.0, schedule="cosine",
-        warmup_ratio=0.0, min_lr_ratio=0.1,
+        warmup_ratio=0.0, min_lr_ratio=0.1, decay_ratio=0.2,
     )  # fmt: skip
     return OptimizerConfig(**(values | changes))
 
@@ -162,6 +162,9 @@ RATES = [
     ("linear", 0.0, 4, 0.5, {1: 0.875, 2: 0.75, 4: 0.5, 9: 0.5}),
     ("constant", 0.4, 10, 0.1, {1: 0.25, 3: 0.75, 4: 1.0, 7: 1.0, 10: 1.0, 99: 1.0}),
     ("constant", 0.0, 3, 0.1, {1: 1.0, 3: 1.0}),
+    ("rex", 0.2, 10, 0.1, {1: 0.5, 2: 1.0, 6: 0.1 + 0.9 * 2 / 3, 10: 0.1, 11: 0.1}),
+    ("wsd", 0.2, 10, 0.1, {1: 0.5, 2: 1.0, 5: 1.0, 8: 1.0, 9: 0.55, 10: 0.1, 12: 0.1}),
+    ("wsd", 0.9, 3, 0.0, {1: 0.5, 2: 1.0, 3: 0.0}),
     ("cosine", 0.1, 3, 0.1, {3: 0.1}),  # a warm-up of less than half a step is none
     ("cosine", 0.9, 3, 0.1, {1: 0.5, 2: 1.0, 3: 0.1}),  # the last step ends the schedule whatever the warm-up
     ("cosine", 0.5, 1, 0.1, {1: 0.1}),
