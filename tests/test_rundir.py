@@ -137,7 +137,7 @@ def test_small_files(tmp_path):
     run.close()
     told = environment("align train")
     assert told["command"] == "align train"
-    assert {"torch", "align"} <= told["packages"].keys()
+    assert {"torch", "align-rlhf"} <= told["packages"].keys()
     json.dumps(told)
 
 

@@ -215,7 +215,7 @@ def _in_decomposed_attention() -> bool:
     """Heads of two sizes are computed in parts, whose causal mask C++ puts where it believes the queries to be."""
     frames = (f.filename for f in reversed(traceback.extract_stack(limit=40)))
     outside = next(f for f in frames if "/torch/" not in f and "/tests/simulated_gpu/" not in f)
-    return outside.endswith("transformers/integrations/sdpa_attention.py")
+    return outside.endswith(("transformers/integrations/sdpa_attention.py", "align/models/attention.py"))
 
 
 def _copied(func: Any, args: tuple, kwargs: dict) -> Any:
